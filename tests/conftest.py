@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by all tests: the reference model, artifacts with known content."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_rsparse.artifact import (
+    JSON_NAME,
+    TENSORS_NAME,
+    ArtifactInfo,
+    LinearEntry,
+    file_sha256,
+)
+
+# Without a GPU the kernels run in Triton's interpreter. Triton reads this when it is first
+# imported, and vLLM imports it: it must be set before any test module is.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def pyllama() -> Path:
+    """The bundled reference model: Llama, 4 layers, hidden 384, 6 heads, 2 kv heads."""
+    return ROOT / "tests" / "assets" / "pyllama-8m"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def write_artifact() -> Callable[..., dict[str, dict[str, torch.Tensor]]]:
+    """Write an artifact with random tensors, independently of ``prepare``.
+
+    Called with the directory and a dict of linears, name -> (N, K, rank, has bias);
+    returns the tensors it wrote, name -> {"thresholds", "u", "v", "bias"}.
+    """
+
+    def write(
+        directory: Path,
+        linears: dict[str, tuple[int, int, int, bool]],
+        dtype: torch.dtype = torch.float32,
+        **info: Any,
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        entries = {}
+        for name, (n, k, rank, has_bias) in linears.items():
+            mine = {"thresholds": torch.rand(k)}
+            if rank:
+                mine["u"] = torch.randn(n, rank).to(dtype)
+                mine["v"] = (torch.randn(rank, k) / k**0.5).to(dtype)
+            if has_bias:
+                mine["bias"] = torch.randn(n)
+            tensors[name] = mine
+            entries[name] = LinearEntry((n, k), 0.5, 0.95, rank, 0.5, bias=has_bias)
+        save_file(
+            {
+                f"{n}.{field}": t
+                for n, mine in tensors.items()
+                for field, t in mine.items()
+            },
+            directory / TENSORS_NAME,
+        )
+        values: dict[str, Any] = {
+            "sparsity": 0.5,
+            "linears": entries,
+            "dtype": str(dtype).removeprefix("torch."),
+            "tensors_sha256": file_sha256(directory / TENSORS_NAME),
+        }
+        text = ArtifactInfo(**{**values, **info}).to_json()
+        (directory / JSON_NAME).write_text(text)
+        return tensors
+
+    return write
+
+
+@pytest.fixture
+def edit_json() -> Callable[[Path, Callable[[dict[str, Any]], None]], None]:
+    """Change a JSON file in place through a function that edits the parsed object."""
+
+    def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+        raw = json.loads(path.read_text())
+        change(raw)
+        path.write_text(json.dumps(raw))
+
+    return edit

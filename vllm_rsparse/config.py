@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``RSparseConfig``: what vLLM knows of a prepared model; which layers it covers."""
+
+import logging
+import re
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.platforms import current_platform
+
+from vllm_rsparse import envs
+from vllm_rsparse.artifact import FORMAT_VERSION, Artifact, ArtifactError
+from vllm_rsparse.locate import locate_artifact
+from vllm_rsparse.ops import Backend, resolve_backend
+from vllm_rsparse.routing import default_max_sparse_tokens
+
+logger = logging.getLogger(__name__)
+
+_KEYS = (
+    "quant_method",
+    "format_version",
+    "artifact",
+    "artifact_sha256",
+    "sparsity",
+    "max_sparse_tokens",
+    "backend",
+)
+_HOW_TO = (
+    "Serve a directory written by `vllm-rsparse prepare MODEL OUTPUT --sparsity S"
+    " --calibration-data FILE...`, or point a plain checkpoint at an artifact with"
+    ' --hf-overrides \'{"quantization_config": {"quant_method": "rsparse",'
+    ' "artifact": "/absolute/path"}}\''
+)
+
+
+class RSparseConfig(QuantizationConfig):
+    """Quantization config of the method ``rsparse``.
+
+    It is built in the API server, resolved against the model directory there
+    (``maybe_update_config``), and pickled to every worker, so that all ranks see one
+    routing decision. The opened artifact does not travel: each process opens and
+    verifies its own copy, which finds a node whose files differ.
+
+    Args:
+        artifact: where the artifact is: a path inside the model directory, an absolute
+            path, or a Hub repository. None (``--quantization rsparse`` on a plain
+            checkpoint) is refused with directions as soon as the model is known.
+        artifact_sha256: digest the tensor file must have, or None.
+        sparsity: model-level target, for log lines.
+        max_sparse_tokens: switch point of the routing; None takes the environment's
+            value, then the device's measured default. 0 serves dense.
+        backend: ``auto`` or a backend by name; None takes the environment's.
+    """
+
+    def __init__(
+        self,
+        artifact: str | None = None,
+        artifact_sha256: str | None = None,
+        sparsity: float | None = None,
+        max_sparse_tokens: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.artifact_source = artifact
+        self.artifact_sha256 = artifact_sha256
+        self.sparsity = sparsity
+        self.requested_max_sparse_tokens = max_sparse_tokens
+        self.requested_backend = backend
+        self.model_name: str | None = None
+        self.revision: str | None = None
+        self.backend: Backend | None = None
+        self.max_sparse_tokens = 0
+        self._artifact: Artifact | None = None
+        self._claimed: set[str] = set()
+        self._checked = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_artifact": None, "_claimed": set()}
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "rsparse"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        # bf16 tensors and the kernels' instructions need Ampere.
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "RSparseConfig":
+        """Build from ``quantization_config`` of config.json or ``--hf-overrides``.
+
+        Raises:
+            ValueError: unknown key, wrong type or value, unsupported format version.
+        """
+        where = "quantization_config"
+        for key in config:
+            if key not in _KEYS:
+                raise ValueError(
+                    f"{where}: unknown key {key!r}; rsparse knows {', '.join(_KEYS)}"
+                )
+        version = config.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{where}: format_version is {version!r}, this release reads"
+                f" {FORMAT_VERSION}; prepare the model again, or install the release"
+                " of vllm-rsparse that wrote it"
+            )
+        for key in ("artifact", "artifact_sha256", "backend"):
+            value = config.get(key)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"{where}: {key} must be a string, got {value!r}")
+        limit = config.get("max_sparse_tokens")
+        if limit is not None and (
+            not isinstance(limit, int) or isinstance(limit, bool) or limit < 0
+        ):
+            raise ValueError(
+                f"{where}: max_sparse_tokens must be an integer >= 0 (0 serves dense),"
+                f" got {limit!r}"
+            )
+        return cls(
+            artifact=config.get("artifact"),
+            artifact_sha256=config.get("artifact_sha256"),
+            sparsity=config.get("sparsity"),
+            max_sparse_tokens=limit,
+            backend=config.get("backend"),
+        )
+
+    def maybe_update_config(
+        self,
+        model_name: str,
+        hf_config: Any = None,
+        revision: str | None = None,
+    ) -> None:
+        """Resolve backend, route and artifact, and write them into ``hf_config``.
+
+        vLLM's compile cache keys on the Hugging Face config and not on this object or
+        on files; with the digest and the switch point in there, a changed artifact
+        cannot be served by a stale graph.
+        """
+        self.model_name, self.revision = model_name, revision
+        name = envs.backend()
+        if name == "auto" and self.requested_backend is not None:
+            name = self.requested_backend
+        self.backend = resolve_backend(name, current_platform.device_type)
+        limit = envs.max_sparse_tokens()
+        if limit is None:
+            limit = self.requested_max_sparse_tokens
+        if limit is None:
+            limit = default_max_sparse_tokens(self.backend)
+        self.max_sparse_tokens = limit
+        artifact = self.open_artifact()
+        if self.artifact_sha256 is None:
+            self.artifact_sha256 = artifact.sha256
+        if hf_config is not None:
+            hf_config.quantization_config = {
+                "quant_method": "rsparse",
+                "format_version": FORMAT_VERSION,
+                "artifact": self.artifact_source,
+                "artifact_sha256": self.artifact_sha256,
+                "sparsity": artifact.info.sparsity,
+                "max_sparse_tokens": self.max_sparse_tokens,
+                "backend": self.backend.name.lower(),
+            }
+        logger.info(
+            "rsparse: backend %s, sparse up to %d tokens a step, dense above;"
+            " target sparsity %.3f, %.3f on the calibration text; artifact %s",
+            self.backend.name.lower(),
+            self.max_sparse_tokens,
+            artifact.info.sparsity,
+            artifact.info.achieved_sparsity,
+            artifact.directory,
+        )
+
+    def open_artifact(self) -> Artifact:
+        """The artifact, located, validated and checked against its digest once.
+
+        Raises:
+            ArtifactError: none was named, it cannot be found, or it is damaged.
+        """
+        if self._artifact is None:
+            if self.artifact_source is None or self.model_name is None:
+                raise ArtifactError(
+                    f"--quantization rsparse: {self.model_name or 'the model'} names no"
+                    f" artifact in its config. {_HOW_TO}"
+                )
+            directory = locate_artifact(
+                self.artifact_source, self.model_name, self.revision
+            )
+            artifact = Artifact(directory)
+            artifact.verify_digest(self.artifact_sha256)
+            self._artifact = artifact
+        return self._artifact
+
+    def get_quant_method(
+        self, layer: torch.nn.Module, prefix: str
+    ) -> QuantizeMethodBase | None:
+        """The sparse method for a linear that the artifact lists, else the plain one.
+
+        Raises:
+            ArtifactError: the artifact lists some shards of a fused layer and not
+                others, or lists such a linear in other decoder layers but not here.
+        """
+        if not isinstance(layer, LinearBase):
+            return None
+        artifact = self.open_artifact()
+        names = self._checkpoint_names(prefix)
+        listed = [name for name in names if name in artifact.info.linears]
+        if len(listed) < len(names):
+            self._refuse_gap(artifact, names, listed)
+            return UnquantizedLinearMethod()
+        self._claimed.update(names)
+        if self.max_sparse_tokens == 0:
+            return UnquantizedLinearMethod()
+        from vllm_rsparse.linear import RSparseLinearMethod
+
+        return RSparseLinearMethod(self, names)
+
+    def check_all_claimed(self) -> None:
+        """Refuse an artifact that names a linear this model does not have.
+
+        Called once every layer exists. Under pipeline parallelism a worker builds only
+        its own decoder layers; a name is then judged by the layers around it.
+
+        Raises:
+            ArtifactError: names the linear.
+        """
+        if self._checked:
+            return
+        self._checked = True
+        config = get_current_vllm_config()
+        layers = config.model_config.hf_text_config.num_hidden_layers
+        staged = config.parallel_config.pipeline_parallel_size > 1
+        mine = {_layer_index(name) for name in self._claimed}
+        artifact = self.open_artifact()
+        for name in artifact.info.linears:
+            if name in self._claimed:
+                continue
+            index = _layer_index(name)
+            elsewhere = staged and index is not None and index not in mine
+            if not elsewhere or index is None or index >= layers:
+                raise ArtifactError(
+                    f"{artifact.json_path}: lists {name}, which the model"
+                    f" {self.model_name} ({layers} layers) does not have; the artifact"
+                    " was prepared from another model: prepare this one"
+                )
+
+    def _checkpoint_names(self, prefix: str) -> list[str]:
+        """Names in the checkpoint behind a vLLM layer: q, k, v for ``...qkv_proj``."""
+        parent, _, kind = prefix.rpartition(".")
+        kinds = self.packed_modules_mapping.get(kind, [kind])
+        return [f"{parent}.{k}" if parent else k for k in kinds]
+
+    @staticmethod
+    def _refuse_gap(artifact: Artifact, names: list[str], listed: list[str]) -> None:
+        known = {_any_layer(name) for name in artifact.info.linears}
+        for name in names:
+            if name in listed:
+                continue
+            if listed or _any_layer(name) in known:
+                beside = listed[0] if listed else "the same linear of other layers"
+                raise ArtifactError(
+                    f"{artifact.json_path}: {name} is missing, although {beside} is"
+                    " listed; the artifact is incomplete or was prepared from another"
+                    " model: prepare this one"
+                )
+
+
+def _layer_index(name: str) -> int | None:
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match.group(1)) if match else None
+
+
+def _any_layer(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name, count=1)

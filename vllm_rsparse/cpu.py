@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU backend: ``embedding_bag`` over the weight rows that are needed.
+
+With the weight stored [K, N], one input channel is one contiguous row, and
+``sum_j x_j W[:, j]`` over the kept channels is what ``torch.embedding_bag`` computes in
+mode "sum" with per-sample weights (FBGEMM, float32 accumulation). It runs one thread a
+bag, so the columns are cut into chunks: [K, N] seen as [K * C, N / C] holds chunk c of
+channel j in row ``j * C + c``, and C bags a token use C threads. Chunks never straddle
+two shards, so one call serves fused shards with masks of their own.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+from vllm_rsparse.reference import kept_mask
+
+# embedding_bag's mode "sum".
+_SUM = 0
+# Chunks wider than this read rows at full memory speed; narrower ones cost index
+# arithmetic. See benchmarks/README.md for the sweep.
+_MIN_CHUNK = 256
+
+
+def rsparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    thresholds: Tensor,
+    u: Tensor,
+    v: Tensor,
+    correction: Tensor | None,
+    bias: Tensor | None,
+    shard_sizes: list[int],
+    ranks: list[int],
+) -> Tensor:
+    """Sparse-plus-low-rank linear on the CPU; see ``reference.rsparse_linear``.
+
+    Args:
+        x: [M, K] in the weight's dtype (float32, bfloat16 or float16).
+        weight: [N, K] whose transpose is contiguous.
+
+    Raises:
+        ValueError: the weight is not stored [K, N].
+    """
+    weight_t = weight.t()
+    if not weight_t.is_contiguous():
+        raise ValueError(
+            f"weight [N, K] = {tuple(weight.shape)} has strides {weight.stride()}; the"
+            " cpu backend needs [K, N] storage, strides (1, N)"
+        )
+    tokens, n = x.shape[0], weight.shape[0]
+    if tokens == 0:
+        return x.new_empty(0, n)
+    kept = kept_mask(x, thresholds)  # [S, M, K]
+    out = _sparse_product(x, weight_t, kept, shard_sizes)
+    if any(ranks):
+        _add_low_rank(out, x, kept, u, v, shard_sizes, ranks)
+    if correction is not None:
+        out += correction
+    if bias is not None:
+        out += bias
+    return out
+
+
+def _sparse_product(
+    x: Tensor, weight_t: Tensor, kept: Tensor, shard_sizes: list[int]
+) -> Tensor:
+    """W[:, kept] x[kept] for every token and shard: [M, N]."""
+    tokens, k = x.shape
+    n = weight_t.shape[1]
+    width = _chunk_width(tuple(shard_sizes), torch.get_num_threads())
+    chunks = n // width
+    dtype = torch.int32 if k * chunks < 2**31 else torch.int64
+    index_parts: list[Tensor] = []
+    value_parts: list[Tensor] = []
+    bag_sizes: list[int] = []
+    for token in range(tokens):
+        first_chunk = 0
+        for shard, size in enumerate(shard_sizes):
+            count = size // width
+            channels = kept[shard, token].nonzero().squeeze(1)
+            columns = torch.arange(first_chunk, first_chunk + count, dtype=dtype)
+            rows = channels.to(dtype) * chunks
+            index_parts.append((rows + columns.unsqueeze(1)).view(-1))
+            value_parts.append(x[token, channels].expand(count, -1).reshape(-1))
+            bag_sizes += [channels.numel()] * count
+            first_chunk += count
+    ends = torch.tensor([0, *bag_sizes[:-1]], dtype=torch.int64).cumsum(0)
+    bags = torch.embedding_bag(
+        weight_t.view(k * chunks, width),
+        torch.cat(index_parts),
+        ends.to(dtype),
+        False,
+        _SUM,
+        False,
+        torch.cat(value_parts),
+    )[0]
+    return bags.view(tokens, n)
+
+
+def _add_low_rank(
+    out: Tensor,
+    x: Tensor,
+    kept: Tensor,
+    u: Tensor,
+    v: Tensor,
+    shard_sizes: list[int],
+    ranks: list[int],
+) -> None:
+    """Add U_s (V_s x_dropped) to each shard's columns of ``out``, in place."""
+    row = rank_row = 0
+    for shard, (size, rank) in enumerate(zip(shard_sizes, ranks, strict=True)):
+        if rank > 0:
+            dropped = x.masked_fill(kept[shard], 0)
+            z = dense_linear(dropped, v[rank_row : rank_row + rank])
+            out[:, row : row + size] += dense_linear(z, u[row : row + size, :rank])
+        row += size
+        rank_row += rank
+
+
+@lru_cache(maxsize=256)
+def _chunk_width(shard_sizes: tuple[int, ...], threads: int) -> int:
+    """Widest chunk that divides every shard and still gives each thread a bag.
+
+    The smallest number of chunks that is a multiple of the threads balances best; where
+    the shards' common divisor does not allow it, more, never fewer, chunks are taken.
+    """
+    common = math.gcd(*shard_sizes)
+    total = sum(shard_sizes)
+    fitting = [
+        width
+        for width in range(1, common + 1)
+        if common % width == 0 and width >= min(_MIN_CHUNK, common)
+    ]
+    balanced = [w for w in fitting if (total // w) % threads == 0]
+    if balanced:
+        return max(balanced)
+    enough = [w for w in fitting if total // w >= threads]
+    return max(enough) if enough else min(fitting)

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``RSparseLinearMethod``: how a linear layer gets its tensors and uses them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    RowParallelLinear,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from vllm_rsparse import ops
+from vllm_rsparse.artifact import ArtifactError, LinearTensors
+
+if TYPE_CHECKING:
+    from vllm_rsparse.config import RSparseConfig
+
+
+@dataclass(frozen=True)
+class ShardSlice:
+    """What one rank owns of one linear of the checkpoint."""
+
+    name: str
+    rows: slice
+    columns: slice
+
+    @property
+    def row_count(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    @property
+    def column_count(self) -> int:
+        return self.columns.stop - self.columns.start
+
+
+@register_weight_loader_v2_supported_method
+class RSparseLinearMethod(LinearMethodBase):
+    """Sparse-plus-low-rank linear layer with dense fallback on one weight copy.
+
+    Tensors a layer holds once it is loaded (N, K of this rank; S fused shards):
+        weight: [N, K] view of contiguous [K, N] storage: an input channel is one row.
+        rsparse_thresholds: float32 [S, K].
+        rsparse_u: [N, max rank] view of [max rank, N] storage, zero padded.
+        rsparse_v: [sum of ranks, K].
+        rsparse_correction: float32 [N], or None.
+
+    Args:
+        config: the model's config, which owns the artifact.
+        names: checkpoint names of the fused shards, in the order of the output.
+    """
+
+    def __init__(self, config: "RSparseConfig", names: list[str]) -> None:
+        if config.backend is None:
+            raise ValueError(
+                "RSparseConfig was not resolved: call maybe_update_config(model) first"
+            )
+        self.config = config
+        self.names = names
+        # Plain ints: they become constants of the traced graph.
+        self.backend = int(config.backend)
+        self.max_sparse_tokens = config.max_sparse_tokens
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Allocate the weight as the base model does and check shapes by header alone.
+
+        The artifact's tensors come after loading: a dummy load format would overwrite
+        them, and the device is settled then.
+        """
+        layer.rsparse_slices = shard_slices(
+            layer,
+            self.names,
+            [self.config.open_artifact().entry(name).shape for name in self.names],
+            input_size_per_partition,
+            output_partition_sizes,
+        )
+        weight = ModelWeightParameter(
+            data=torch.empty(
+                sum(output_partition_sizes),
+                input_size_per_partition,
+                dtype=params_dtype,
+            ),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=extra_weight_attrs.pop("weight_loader"),
+        )
+        layer.register_parameter("weight", weight)
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Turn the weight to [K, N] storage and read this rank's part of the artifact.
+
+        Only one layer at a time is held twice.
+        """
+        self.config.check_all_claimed()
+        weight = layer.weight.data.t().contiguous().t()
+        layer.weight = Parameter(weight, requires_grad=False)
+        slices: list[ShardSlice] = layer.rsparse_slices
+        artifact = self.config.open_artifact()
+        tensors = [artifact.read(s.name, s.rows, s.columns) for s in slices]
+        packed = pack_shards(tensors, slices, weight.dtype, weight.device)
+        if isinstance(layer, RowParallelLinear) and layer.tp_rank > 0:
+            # The all-reduce after this layer adds the ranks' outputs: like the bias,
+            # the correction must enter once.
+            packed.correction = None
+        for field in ("thresholds", "u", "v", "correction"):
+            value = getattr(packed, field)
+            parameter = None if value is None else Parameter(value, requires_grad=False)
+            layer.register_parameter(f"rsparse_{field}", parameter)
+        layer.rsparse_sizes = [s.row_count for s in slices]
+        layer.rsparse_ranks = packed.ranks
+
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., K] to [..., N]; the op decides between the sparse and dense route."""
+        out = ops.linear(
+            x.reshape(-1, x.shape[-1]),
+            layer.weight,
+            layer.rsparse_thresholds,
+            layer.rsparse_u,
+            layer.rsparse_v,
+            layer.rsparse_correction,
+            bias,
+            layer.rsparse_sizes,
+            layer.rsparse_ranks,
+            self.max_sparse_tokens,
+            self.backend,
+        )
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+@dataclass
+class PackedShards:
+    """Tensors of the fused shards as the op takes them."""
+
+    thresholds: Tensor
+    u: Tensor
+    v: Tensor
+    correction: Tensor | None
+    ranks: list[int]
+
+
+def shard_slices(
+    layer: LinearBase,
+    names: list[str],
+    shapes: list[tuple[int, int]],
+    input_size_per_partition: int,
+    output_partition_sizes: list[int],
+) -> list[ShardSlice]:
+    """Which rows and columns of each checkpoint linear this rank owns.
+
+    Column-parallel layers own rows, row-parallel layers columns. Key and value heads
+    are replicated where there are fewer of them than ranks.
+
+    Raises:
+        ArtifactError: the artifact's shape does not fit the model's layer.
+    """
+    rank, size = layer.tp_rank, layer.tp_size
+    row_parallel = isinstance(layer, RowParallelLinear)
+    slices = []
+    for index, (name, (n, k), rows) in enumerate(
+        zip(names, shapes, output_partition_sizes, strict=True)
+    ):
+        replicas = getattr(layer, "num_kv_head_replicas", 1) if index > 0 else 1
+        column_ranks = 1 if row_parallel else size // replicas
+        row_ranks = size if row_parallel else 1
+        expected = (rows * column_ranks, input_size_per_partition * row_ranks)
+        if (n, k) != expected:
+            raise ArtifactError(
+                f"the artifact's {name} is [{n}, {k}], the model's is"
+                f" [{expected[0]}, {expected[1]}]; it was prepared from another model:"
+                " prepare this one"
+            )
+        row = 0 if row_parallel else rank // replicas * rows
+        column = rank * input_size_per_partition if row_parallel else 0
+        slices.append(
+            ShardSlice(
+                name,
+                slice(row, row + rows),
+                slice(column, column + input_size_per_partition),
+            )
+        )
+    return slices
+
+
+def pack_shards(
+    tensors: list[LinearTensors],
+    slices: list[ShardSlice],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PackedShards:
+    """Stack the shards' tensors in the op's layout (``RSparseLinearMethod``)."""
+    ranks = [0 if t.v is None else t.v.shape[0] for t in tensors]
+    n, k = sum(s.row_count for s in slices), slices[0].column_count
+    u_t = torch.zeros(max(ranks), n, dtype=dtype)
+    row = 0
+    for shard, tensor in zip(slices, tensors, strict=True):
+        if tensor.u is not None:
+            rank = tensor.u.shape[1]
+            u_t[:rank, row : row + shard.row_count] = tensor.u.t().to(dtype)
+        row += shard.row_count
+    v = [t.v.to(dtype) for t in tensors if t.v is not None]
+    correction = None
+    if any(t.bias is not None for t in tensors):
+        correction = torch.cat(
+            [
+                torch.zeros(s.row_count) if t.bias is None else t.bias.float()
+                for s, t in zip(slices, tensors, strict=True)
+            ]
+        ).to(device)
+    return PackedShards(
+        thresholds=torch.stack([t.thresholds for t in tensors]).to(device),
+        u=u_t.to(device).t(),
+        v=(torch.cat(v) if v else torch.zeros(0, k, dtype=dtype)).to(device),
+        correction=correction,
+        ranks=ranks,
+    )

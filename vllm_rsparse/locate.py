@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an artifact is: inside the model directory, at a path, or on the Hub."""
+
+from pathlib import Path
+
+from vllm_rsparse.artifact import (
+    ARTIFACT_DIR,
+    JSON_NAME,
+    TENSORS_NAME,
+    ArtifactError,
+)
+
+
+def locate_artifact(source: str, model: str, revision: str | None = None) -> Path:
+    """Resolve ``quantization_config.artifact`` to a local directory.
+
+    Args:
+        source: a path inside the model directory (or repository), an absolute path, or
+            the name of a Hub repository that holds an artifact.
+        model: the served model, a local directory or a Hub repository.
+        revision: revision of the model's repository.
+
+    Returns:
+        A directory with ``rsparse.json`` and ``rsparse.safetensors``.
+
+    Raises:
+        ArtifactError: a relative path leaves the model directory, or nothing is there.
+    """
+    path = Path(source)
+    if path.is_absolute():
+        return _first_with_json([path, path / ARTIFACT_DIR], source)
+    if ".." in path.parts:
+        raise ArtifactError(
+            f"quantization_config.artifact is {source!r}, which leaves the model"
+            " directory; name a path inside it, or an absolute path"
+        )
+    root = Path(model)
+    if root.is_dir():
+        inside = root / path
+        if (inside / JSON_NAME).is_file() or source.count("/") != 1:
+            return _first_with_json([inside], f"{source!r} in {model}")
+        return _download(source, None, ["", ARTIFACT_DIR])
+    if source.count("/") == 1 and source != model:
+        return _download(source, None, ["", ARTIFACT_DIR])
+    return _download(model, revision, [source])
+
+
+def _first_with_json(candidates: list[Path], what: str) -> Path:
+    for candidate in candidates:
+        if (candidate / JSON_NAME).is_file():
+            return candidate
+    raise ArtifactError(
+        f"no artifact at {what}: {candidates[0] / JSON_NAME} does not exist; write one"
+        " with `vllm-rsparse prepare`, or correct quantization_config.artifact"
+    )
+
+
+def _download(repo: str, revision: str | None, folders: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    files = [JSON_NAME, TENSORS_NAME]
+    patterns = [f"{folder}/{f}".lstrip("/") for folder in folders for f in files]
+    try:
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ArtifactError(
+            f"quantization_config.artifact: cannot fetch {' or '.join(patterns)} from"
+            f" the Hub repository {repo!r} ({error}); use a local path, or see that"
+            " the repository exists and can be reached from this node"
+        ) from error
+    return _first_with_json([root / folder for folder in folders], f"{repo!r} (Hub)")
