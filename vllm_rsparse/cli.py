@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``vllm-rsparse`` command: a table of subcommands, argparse only.
+
+Each subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int``,
+imported when it is the one asked for: ``--help`` needs neither torch nor vLLM.
+"""
+
+import argparse
+import importlib
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from . import __version__
+
+# Subcommand -> module, one line of help.
+COMMANDS = {
+    "prepare": ("vllm_rsparse.prepare.command", "make a sparse model from a dense one"),
+    "evaluate": ("vllm_rsparse.evaluate", "measure what the sparse model loses"),
+    "inspect": ("vllm_rsparse.inspect_artifact", "show what a prepared model holds"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        argv: arguments without the program's name; None takes ``sys.argv``.
+
+    Returns:
+        Exit status: 0, or 1 after an error that was printed, 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="vllm-rsparse", description="R-Sparse activation sparsity for vLLM."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error"
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # Options before the subcommand take no values: the first other word names it.
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    for name, (module, help_text) in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=help_text, description=help_text[0].upper() + help_text[1:] + "."
+        )
+        if name == chosen:
+            importlib.import_module(module).add_arguments(subparser)
+    args = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr
+    )
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    command = importlib.import_module(COMMANDS[args.command][0])
+    # `kill` must clean up as Ctrl-C does.
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return command.run(args)
+    # What the user can put right: our own errors are ValueErrors.
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"vllm-rsparse {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"vllm-rsparse {args.command}: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-rsparse prepare``: arguments in, table out."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from .options import DEFAULT_TOKENS, DEVICES, DTYPES, PrepareOptions
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments; their defaults are those of ``PrepareOptions``."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="dense base model: local directory or Hub name"
+    )
+    parser.add_argument(
+        "output", metavar="OUTPUT", type=Path, help="directory to write, then to serve"
+    )
+    parser.add_argument(
+        "--sparsity",
+        type=float,
+        required=True,
+        metavar="S",
+        help="fraction of the linears' bytes that decoding skips, e.g. 0.5",
+    )
+    parser.add_argument(
+        "--calibration-data",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="UTF-8 text files like what the model will read and write",
+    )
+    parser.add_argument(
+        "--recipe",
+        default=PrepareOptions.recipe,
+        metavar="NAME|FILE",
+        help="how the sparsity is shared out: uniform (the paper's), teal, wina,"
+        " greedy, best, or a JSON file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--save-recipe",
+        type=Path,
+        metavar="FILE",
+        help="write what every linear got, for --recipe FILE",
+    )
+    parser.add_argument(
+        "--rho",
+        type=float,
+        default=PrepareOptions.rho,
+        help="share of the kept bytes for exact channels, the rest goes to low-rank"
+        " factors; 1: no factors (default: 0.95 for the recipe uniform, else 1)",
+    )
+    parser.add_argument(
+        "--calibration-samples",
+        type=int,
+        default=PrepareOptions.samples,
+        metavar="N",
+        help="windows of text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=PrepareOptions.tokens,
+        metavar="N",
+        help=f"tokens per window (default: {DEFAULT_TOKENS}, or the model's length)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default=PrepareOptions.device,
+        help="where to calibrate (default: cuda where there is one)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=PrepareOptions.dtype,
+        help="compute dtype of calibration (default: float32 on CPU, the checkpoint's"
+        " on CUDA)",
+    )
+    parser.add_argument(
+        "--copy-weights",
+        action="store_true",
+        help="copy the base's files instead of linking to them",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=PrepareOptions.seed,
+        help="choice of windows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an OUTPUT that an earlier run wrote",
+    )
+    parser.add_argument(
+        "--revision", help="branch, tag or commit of a Hub model (default: main)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare, then print the table and the command that serves the result."""
+    options = PrepareOptions(
+        model=args.model,
+        output=args.output,
+        sparsity=args.sparsity,
+        calibration_data=tuple(args.calibration_data),
+        rho=args.rho,
+        recipe=args.recipe,
+        save_recipe=args.save_recipe,
+        samples=args.calibration_samples,
+        tokens=args.calibration_tokens,
+        device=args.device,
+        dtype=args.dtype,
+        copy_weights=args.copy_weights,
+        seed=args.seed,
+        overwrite=args.overwrite,
+        revision=args.revision,
+    )
+    # torch and transformers take seconds to import; bad options are told before.
+    from .pipeline import prepare
+    from .report import summary
+
+    info = prepare(options)
+    print(summary(info))
+    logger.info(
+        "achieved sparsity %.3f (target %.3f), factors counted, on the calibration"
+        " text; written to %s",
+        info.achieved_sparsity, info.sparsity, options.output,
+    )  # fmt: skip
+    print(f"serve it with: vllm serve {options.output} --quantization rsparse")
+    return 0

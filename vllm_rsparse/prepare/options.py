@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the user asks of ``prepare``, validated before any work is done."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import PrepareError
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Settings of one run.
+
+    Attributes:
+        model: local directory or Hub name of the dense base model.
+        output: directory to write; it must not exist, unless ``overwrite``.
+        sparsity: target s in [0, 1): fraction of the linears' bytes not read.
+        calibration_data: UTF-8 text files.
+        recipe: name of a recipe, or a JSON file (see ``recipes``).
+        save_recipe: where to write the recipe with what every linear got.
+        rho: share of the kept budget that goes to exact channels, in (0, 1];
+            1 means no low-rank factors. None takes the recipe's: 0.95 for "uniform",
+            else 1.
+        samples: number of calibration windows.
+        tokens: tokens per window; None takes 4096 or the model's length if shorter.
+        device: where calibration runs ("auto": CUDA where there is one).
+        dtype: compute dtype of calibration ("auto": float32 on CPU, the checkpoint's
+            on CUDA).
+        copy_weights: copy the base's files instead of linking to them.
+        seed: chooses the calibration windows and the randomised SVD's start.
+        overwrite: replace an output that an earlier run wrote.
+        revision: branch, tag or commit of a Hub model.
+    """
+
+    model: str
+    output: Path
+    sparsity: float
+    calibration_data: tuple[Path, ...]
+    rho: float | None = None
+    samples: int = 16
+    tokens: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    copy_weights: bool = False
+    seed: int = 0
+    overwrite: bool = False
+    revision: str | None = None
+    recipe: str = "uniform"
+    save_recipe: Path | None = None
+
+    def __post_init__(self) -> None:
+        # Written as `not (a <= x < b)` so that NaN is refused too.
+        if not 0.0 <= self.sparsity < 1.0:
+            raise PrepareError(
+                f"--sparsity must lie in [0, 1), got {self.sparsity}: 0.5 skips half of"
+                " the bytes of the linear layers"
+            )
+        if self.rho is not None and not 0.0 < self.rho <= 1.0:
+            raise PrepareError(
+                f"--rho must lie in (0, 1], got {self.rho}: 0.95 gives 5% of the kept"
+                " bytes to low-rank factors, 1 uses none"
+            )
+        if self.samples < 1:
+            raise PrepareError(
+                f"--calibration-samples must be at least 1, got {self.samples}"
+            )
+        if self.tokens is not None and self.tokens < 1:
+            raise PrepareError(
+                f"--calibration-tokens must be at least 1, got {self.tokens}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise PrepareError(f"--seed must lie in [0, 2**63), got {self.seed}")
+        if not self.calibration_data:
+            raise PrepareError("--calibration-data needs at least one text file")
+        for name, value, allowed in (
+            ("--device", self.device, DEVICES),
+            ("--dtype", self.dtype, DTYPES),
+        ):
+            if value not in allowed:
+                raise PrepareError(
+                    f"{name} must be one of {', '.join(allowed)}, got {value!r}"
+                )

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the sparsity is shared out: a recipe maps every linear to a plan."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vllm_rsparse.artifact import factor_rank
+
+from .linears import Linear
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What one linear gets.
+
+    Attributes:
+        sparsity: s, fraction of the dense bytes not read.
+        rho: share of the kept budget for exact channels; 1 means no factors.
+    """
+
+    sparsity: float
+    rho: float
+
+    @property
+    def keep(self) -> float:
+        """Fraction of the channels that the exact path keeps."""
+        return self.rho * (1.0 - self.sparsity)
+
+    def rank(self, shape: tuple[int, int]) -> int:
+        """Rank of the factors for a linear of shape (N, K)."""
+        return factor_rank(*shape, self.sparsity, self.rho)
+
+
+def uniform(
+    linears: Iterable[Linear], sparsity: float, rho: float
+) -> dict[str, LinearPlan]:
+    """The paper's uniform recipe: the same s and rho everywhere."""
+    plan = LinearPlan(sparsity, rho)
+    return {linear.name: plan for linear in linears}

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What dropping a channel costs in loss, for all linears on one scale.
+
+Dropping channel j changes a linear's output by -W[:, j] x_j, and the loss, to first
+order, by -x_j d_j with d_j = W[:, j] . (gradient of the loss by the output). With
+labels drawn from the model itself the mean of d_j is zero and its square is the
+diagonal of the Fisher matrix: half of x_j^2 E[d_j^2] is, to second order, the KL
+divergence to the dense model. At run time only x_j is known, so the score is
+|x_j| sqrt(E[d_j^2]): a threshold per channel as any other.
+
+A channel of a linear with N outputs costs N elements to read. Keeping those with
+
+    x_j^2 E[d_j^2] / N  >  one constant for the whole model
+
+is the cheapest way to lose little, if errors add up independently; this shares the
+sparsity out between layers and kinds without a search.
+
+Streamed as ``prepare`` is: the forward pass saves what enters each layer (in host
+memory), the backward pass loads one layer at a time again, last to first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .linears import Linear
+from .observers import INPUT_OF
+from .recipe import LinearPlan
+from .streaming import StreamedModel
+from .thresholds import row_chunks
+
+# Scores are counted by the upper 16 bits of their float32 pattern: 128 bins an octave.
+_BINS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of one linear.
+
+    Attributes:
+        scale: float32 [K], sqrt(E[d_j^2]); times |x_j| it is the score.
+        counts: int64 [65536], calibration scores / sqrt(N) by upper 16 bits.
+    """
+
+    scale: Tensor
+    counts: Tensor
+
+
+def sensitivities(
+    model: StreamedModel,
+    linears: Sequence[Linear],
+    windows: Tensor,
+    first: int,
+    seed: int,
+) -> dict[str, Sensitivity]:
+    """One forward and one backward pass of the dense model over the windows.
+
+    Args:
+        model: the streamed base model.
+        linears: all linears that take part, layer by layer.
+        windows: int64 [samples, tokens].
+        first: leading positions of each window that stay dense and do not count.
+        seed: draws the labels.
+    """
+    layers = [(i, list(group)) for i, group in groupby(linears, lambda one: one.layer)]
+    entering: list[Tensor] = []
+    result: dict[str, Sensitivity] = {}
+    with tqdm(total=2 * len(layers), desc="sensitivity", unit="layer") as progress:
+        hidden = model.embed(windows)
+        for index, _ in layers:
+            entering.append(hidden.cpu() if hidden.is_cuda else hidden.clone())
+            with model.layer(index):
+                model.run_layer(index, hidden)
+            progress.update()
+        gradient = _output_gradient(model, hidden, first, seed)
+        del hidden
+        for index, members in reversed(layers):
+            with model.layer(index) as layer:
+                taps = {linear.name: _Tap(linear, layer, first) for linear in members}
+                _backward(model, index, entering.pop(), gradient)
+                for linear in members:
+                    result[linear.name] = taps[linear.name].finish(
+                        taps[linear.name.replace(linear.kind, INPUT_OF[linear.kind])]
+                    )
+            progress.update()
+    return result
+
+
+def share_out(
+    linears: Sequence[Linear], found: dict[str, Sensitivity], sparsity: float
+) -> dict[str, LinearPlan]:
+    """Plans with one threshold on score / sqrt(N) for the whole model; no factors.
+
+    The fraction of the bin that the threshold falls into is chosen so that the plans
+    add up to ``sparsity`` exactly.
+    """
+    fractions = torch.stack(
+        [
+            found[one.name].counts.double() / found[one.name].counts.sum()
+            for one in linears
+        ]
+    )
+    elements = torch.tensor([float(n * k) for n, k in (one.shape for one in linears)])
+    weights = elements.double() / elements.sum()
+    dropped = (weights @ fractions).cumsum(0)
+    edge = min(int(torch.searchsorted(dropped, sparsity)), _BINS - 1)
+    inside = float(weights @ fractions[:, edge])
+    below = float(dropped[edge]) - inside
+    part = min(max((sparsity - below) / inside, 0.0), 1.0) if inside > 0 else 0.0
+    shares = fractions[:, :edge].sum(1) + part * fractions[:, edge]
+    return {
+        linear.name: LinearPlan(min(max(share, 0.0), 1.0), 1.0)
+        for linear, share in zip(linears, shares.tolist(), strict=True)
+    }
+
+
+class _Tap:
+    """Sums of d_j^2 of one linear, and its inputs where it is the group's source."""
+
+    def __init__(self, linear: Linear, layer: nn.Module, first: int) -> None:
+        self._outputs = linear.shape[0]
+        self._first = first
+        self._source = INPUT_OF[linear.kind] == linear.kind
+        module = layer.get_submodule(linear.kind)
+        self._weight: Tensor = module.weight  # type: ignore[assignment]
+        self._sums: Tensor | float = 0.0
+        self._tokens = 0
+        self._inputs: list[Tensor] = []
+        self._handle = module.register_forward_hook(self._hook)
+
+    def _hook(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if self._source:
+            x = args[0].detach()[:, self._first :]
+            self._inputs.append(x.reshape(-1, x.shape[-1]))
+        out.register_hook(self._add)
+
+    def _add(self, gradient: Tensor) -> None:
+        counted = gradient[:, self._first :].reshape(-1, gradient.shape[-1])
+        d = counted @ self._weight
+        self._sums = self._sums + d.float().square_().sum(0)
+        self._tokens += len(d)
+
+    def finish(self, source: "_Tap") -> Sensitivity:
+        """The result; ``source`` is the tap that holds this linear's inputs."""
+        self._handle.remove()
+        if not isinstance(self._sums, Tensor):
+            raise RuntimeError("backward did not reach the linear")
+        scale = (self._sums / self._tokens).sqrt_()
+        counts = torch.zeros(_BINS, dtype=torch.int64, device=scale.device)
+        for x in source._inputs:
+            for rows in row_chunks(x):
+                score = rows.float().abs_() * (scale / self._outputs**0.5)
+                bins = (score.view(torch.int32) >> 16).flatten()
+                counts += torch.bincount(bins, minlength=_BINS)
+        return Sensitivity(scale, counts.cpu())
+
+
+def _backward(
+    model: StreamedModel, index: int, entering: Tensor, gradient: Tensor
+) -> None:
+    """Replace the gradient by the layer's output with that by its input, in place."""
+    with torch.enable_grad():
+        for row in range(len(entering)):
+            h = entering[row : row + 1].to(model.device).requires_grad_()
+            out = model.call_layer(index, h)
+            (gradient[row : row + 1],) = torch.autograd.grad(
+                out, h, gradient[row : row + 1]
+            )
+
+
+def _output_gradient(
+    model: StreamedModel, hidden: Tensor, first: int, seed: int
+) -> Tensor:
+    """Gradient of the summed loss by the last layer's output, labels drawn from it."""
+    gradient = torch.zeros_like(hidden)
+    generator = torch.Generator(device=hidden.device).manual_seed(seed)
+    with model.head() as head, torch.enable_grad():
+        for row in range(len(hidden)):
+            h = hidden[row, first:].detach().clone().requires_grad_()
+            logs = head(h).float().log_softmax(-1)
+            labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
+            loss = -logs.gather(-1, labels).sum()
+            (gradient[row, first:],) = torch.autograd.grad(loss, h)
+    return gradient
