@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as dense_linear
 
 from vllm_rsparse.reference import kept_mask
 
@@ -68,37 +67,35 @@ def rsparse_linear(
 def _sparse_product(
     x: Tensor, weight_t: Tensor, kept: Tensor, shard_sizes: list[int]
 ) -> Tensor:
-    """W[:, kept] x[kept] for every token and shard: [M, N]."""
+    """W[:, kept] x[kept] for every token and shard: [M, N].
+
+    The number of torch calls does not depend on tokens or shards: on small layers each
+    costs as much as the work it does.
+    """
     tokens, k = x.shape
-    n = weight_t.shape[1]
     width = _chunk_width(tuple(shard_sizes), torch.get_num_threads())
-    chunks = n // width
-    dtype = torch.int32 if k * chunks < 2**31 else torch.int64
-    index_parts: list[Tensor] = []
-    value_parts: list[Tensor] = []
-    bag_sizes: list[int] = []
-    for token in range(tokens):
-        first_chunk = 0
-        for shard, size in enumerate(shard_sizes):
-            count = size // width
-            channels = kept[shard, token].nonzero().squeeze(1)
-            columns = torch.arange(first_chunk, first_chunk + count, dtype=dtype)
-            rows = channels.to(dtype) * chunks
-            index_parts.append((rows + columns.unsqueeze(1)).view(-1))
-            value_parts.append(x[token, channels].expand(count, -1).reshape(-1))
-            bag_sizes += [channels.numel()] * count
-            first_chunk += count
-    ends = torch.tensor([0, *bag_sizes[:-1]], dtype=torch.int64).cumsum(0)
-    bags = torch.embedding_bag(
+    chunk_shards = _chunk_shards(tuple(shard_sizes), width)
+    chunks = chunk_shards.numel()
+    # One bag per (token, chunk), with the mask of the chunk's shard: [M * C, K].
+    bags = kept[chunk_shards].transpose(0, 1).reshape(tokens * chunks, k)
+    bag, channel = bags.nonzero(as_tuple=True)
+    rows, source = channel * chunks, channel
+    if tokens == 1:
+        rows += bag
+    else:
+        rows += bag % chunks
+        source = channel + bag.div(chunks, rounding_mode="floor") * k
+    sums = torch.embedding_bag(
         weight_t.view(k * chunks, width),
-        torch.cat(index_parts),
-        ends.to(dtype),
+        rows,
+        # Bags start where the earlier ones end.
+        torch.constant_pad_nd(bags[:-1].sum(1).cumsum(0), (1, 0)),
         False,
         _SUM,
         False,
-        torch.cat(value_parts),
+        x.reshape(-1)[source],
     )[0]
-    return bags.view(tokens, n)
+    return sums.view(tokens, -1)
 
 
 def _add_low_rank(
@@ -115,10 +112,17 @@ def _add_low_rank(
     for shard, (size, rank) in enumerate(zip(shard_sizes, ranks, strict=True)):
         if rank > 0:
             dropped = x.masked_fill(kept[shard], 0)
-            z = dense_linear(dropped, v[rank_row : rank_row + rank])
-            out[:, row : row + size] += dense_linear(z, u[row : row + size, :rank])
+            z = dropped @ v[rank_row : rank_row + rank].t()
+            out[:, row : row + size].addmm_(z, u[row : row + size, :rank].t())
         row += size
         rank_row += rank
+
+
+@lru_cache(maxsize=256)
+def _chunk_shards(shard_sizes: tuple[int, ...], width: int) -> Tensor:
+    """The shard that each chunk of columns belongs to: int64 [C]."""
+    counts = torch.tensor([size // width for size in shard_sizes])
+    return torch.arange(len(shard_sizes)).repeat_interleave(counts)
 
 
 @lru_cache(maxsize=256)

@@ -17,6 +17,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from vllm_rsparse import ops
 from vllm_rsparse.artifact import ArtifactError, LinearTensors
+from vllm_rsparse.packing import pack_factors
 
 if TYPE_CHECKING:
     from vllm_rsparse.config import RSparseConfig
@@ -34,10 +35,6 @@ class ShardSlice:
     def row_count(self) -> int:
         return self.rows.stop - self.rows.start
 
-    @property
-    def column_count(self) -> int:
-        return self.columns.stop - self.columns.start
-
 
 @register_weight_loader_v2_supported_method
 class RSparseLinearMethod(LinearMethodBase):
@@ -46,8 +43,7 @@ class RSparseLinearMethod(LinearMethodBase):
     Tensors a layer holds once it is loaded (N, K of this rank; S fused shards):
         weight: [N, K] view of contiguous [K, N] storage: an input channel is one row.
         rsparse_thresholds: float32 [S, K].
-        rsparse_u: [N, max rank] view of [max rank, N] storage, zero padded.
-        rsparse_v: [sum of ranks, K].
+        rsparse_u, rsparse_v: the factors as ``packing.pack_factors`` lays them out.
         rsparse_correction: float32 [N], or None.
 
     Args:
@@ -110,18 +106,38 @@ class RSparseLinearMethod(LinearMethodBase):
         layer.weight = Parameter(weight, requires_grad=False)
         slices: list[ShardSlice] = layer.rsparse_slices
         artifact = self.config.open_artifact()
-        tensors = [artifact.read(s.name, s.rows, s.columns) for s in slices]
-        packed = pack_shards(tensors, slices, weight.dtype, weight.device)
-        if isinstance(layer, RowParallelLinear) and layer.tp_rank > 0:
-            # The all-reduce after this layer adds the ranks' outputs: like the bias,
-            # the correction must enter once.
-            packed.correction = None
-        for field in ("thresholds", "u", "v", "correction"):
-            value = getattr(packed, field)
-            parameter = None if value is None else Parameter(value, requires_grad=False)
-            layer.register_parameter(f"rsparse_{field}", parameter)
+        shards = [artifact.read(s.name, s.rows, s.columns) for s in slices]
         layer.rsparse_sizes = [s.row_count for s in slices]
-        layer.rsparse_ranks = packed.ranks
+        u, v, layer.rsparse_ranks = pack_factors(
+            [None if t.u is None or t.v is None else (t.u, t.v) for t in shards],
+            layer.rsparse_sizes,
+            weight.shape[1],
+            weight.dtype,
+            weight.device,
+        )
+        thresholds = torch.stack([t.thresholds for t in shards]).to(weight.device)
+        for name, tensor in (
+            ("thresholds", thresholds),
+            ("u", u),
+            ("v", v),
+            ("correction", self._correction(layer, shards)),
+        ):
+            frozen = None if tensor is None else Parameter(tensor, requires_grad=False)
+            layer.register_parameter(f"rsparse_{name}", frozen)
+
+    @staticmethod
+    def _correction(layer: LinearBase, shards: list[LinearTensors]) -> Tensor | None:
+        """The shards' constant corrections [N], or None where none has one."""
+        later_rank = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+        if later_rank or all(t.bias is None for t in shards):
+            # The all-reduce after a row-parallel layer adds up the ranks' outputs: like
+            # the bias, the correction enters on the first rank alone.
+            return None
+        parts = [
+            torch.zeros(size) if t.bias is None else t.bias
+            for size, t in zip(layer.rsparse_sizes, shards, strict=True)
+        ]
+        return torch.cat(parts).to(layer.weight.device)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., K] to [..., N]; the op decides between the sparse and dense route."""
@@ -139,17 +155,6 @@ class RSparseLinearMethod(LinearMethodBase):
             self.backend,
         )
         return out.reshape(*x.shape[:-1], out.shape[-1])
-
-
-@dataclass
-class PackedShards:
-    """Tensors of the fused shards as the op takes them."""
-
-    thresholds: Tensor
-    u: Tensor
-    v: Tensor
-    correction: Tensor | None
-    ranks: list[int]
 
 
 def shard_slices(
@@ -193,37 +198,3 @@ def shard_slices(
             )
         )
     return slices
-
-
-def pack_shards(
-    tensors: list[LinearTensors],
-    slices: list[ShardSlice],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> PackedShards:
-    """Stack the shards' tensors in the op's layout (``RSparseLinearMethod``)."""
-    ranks = [0 if t.v is None else t.v.shape[0] for t in tensors]
-    n, k = sum(s.row_count for s in slices), slices[0].column_count
-    u_t = torch.zeros(max(ranks), n, dtype=dtype)
-    row = 0
-    for shard, tensor in zip(slices, tensors, strict=True):
-        if tensor.u is not None:
-            rank = tensor.u.shape[1]
-            u_t[:rank, row : row + shard.row_count] = tensor.u.t().to(dtype)
-        row += shard.row_count
-    v = [t.v.to(dtype) for t in tensors if t.v is not None]
-    correction = None
-    if any(t.bias is not None for t in tensors):
-        correction = torch.cat(
-            [
-                torch.zeros(s.row_count) if t.bias is None else t.bias.float()
-                for s, t in zip(slices, tensors, strict=True)
-            ]
-        ).to(device)
-    return PackedShards(
-        thresholds=torch.stack([t.thresholds for t in tensors]).to(device),
-        u=u_t.to(device).t(),
-        v=(torch.cat(v) if v else torch.zeros(0, k, dtype=dtype)).to(device),
-        correction=correction,
-        ranks=ranks,
-    )

@@ -77,9 +77,9 @@ def sparse_linear(
     args = (x, weight, thresholds, u, v, correction, bias, shard_sizes, ranks)
     if backend == Backend.TRITON:
         # Imported here: on a machine without Triton the other backends still work.
-        from vllm_rsparse.kernels import rsparse_linear as triton_backend
+        from vllm_rsparse.kernels.rsparse_linear import rsparse_linear
 
-        return triton_backend.rsparse_linear(*args)
+        return rsparse_linear(*args)
     if backend == Backend.CPU:
         return cpu.rsparse_linear(*args)
     return reference.rsparse_linear(*args)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM decode and prefill: dense bf16, FP8 and rsparse in one run on one machine.
+
+    python benchmarks/bench_serve.py --shape llama-3-8b --batches 1 2 4 8 16 --fp8
+    python benchmarks/bench_serve.py --shape llama-1b --batches 1        (CPU)
+
+Weights are random (vLLM's dummy format, one seed for all engines). Thresholds are set
+on the sparse model's own decode steps and the kept fraction is counted there, not
+assumed. Each engine runs in its own process, one after another, with vLLM's defaults
+(CUDA graphs on a GPU). Correctness of the kernels is the gate of ``bench_ops.py`` and
+of the test suite; here the engine must produce every token that was asked for.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_model import SHAPES, write_config, write_sparse_model
+
+HERE = Path(__file__).resolve().parent
+
+
+def run_worker(
+    job: dict[str, Any], log: Path, max_sparse_tokens: int | None = None
+) -> dict[str, Any]:
+    """Run one engine; its output goes to ``log``, the result is its last line."""
+    command = [sys.executable, str(HERE / "serve_worker.py"), json.dumps(job)]
+    env = dict(os.environ)
+    if max_sparse_tokens is not None:
+        env["VLLM_RSPARSE_MAX_SPARSE_TOKENS"] = str(max_sparse_tokens)
+    with log.open("w") as stream:
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=env)
+    text = log.read_text()
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)}\nfailed; the end of {log}:\n{text[-3000:]}")
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            return json.loads(line)
+    sys.exit(f"no result in {log}")
+
+
+def device_name() -> str:
+    """The device that vLLM runs on, read from the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{line.split(':')[1].strip()}, {torch.get_num_threads()} threads"
+    return platform.processor()
+
+
+def commit() -> str:
+    """The checkout's commit, or "unknown" outside one."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--rho", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--fp8", action="store_true", help="also vLLM's online FP8")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--max-sparse-tokens",
+        type=int,
+        help="switch point of the route (default: the plug-in's)",
+    )
+    parser.add_argument("--out", type=Path, default=Path(".bench/serve"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    shape = SHAPES[args.shape]
+    job = {
+        "task": "measure",
+        "shape": args.shape,
+        "batches": args.batches,
+        "new_tokens": args.new_tokens,
+        "prefill": args.prefill,
+        "repeats": args.repeats,
+        "max_num_seqs": max([16, *args.batches]),
+        "max_model_len": max(512, args.prefill + 64, args.new_tokens + 64),
+    }
+    facts = {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "vllm": version("vllm"),
+        "vllm_rsparse": version("vllm-rsparse"),
+        "commit": commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "shape": args.shape,
+    }
+    rows = []
+
+    def record(label: str, values: dict[str, Any]) -> None:
+        rows.append({**facts, "engine": label, **values})
+        print(f"{label}: {json.dumps(values)}", flush=True)
+
+    dense = args.out / "dense"
+    write_config(dense, shape, None)
+    record("dense", run_worker({**job, "model": str(dense)}, args.out / "dense.log"))
+    if args.fp8:
+        fp8 = {**job, "model": str(dense), "engine": {"quantization": "fp8"}}
+        record("fp8", run_worker(fp8, args.out / "fp8.log"))
+    for rho in args.rho:
+        label = f"rsparse-s{args.sparsity:g}-rho{rho:g}"
+        model = args.out / label
+        write_sparse_model(model, shape, args.sparsity, rho)
+        sparse = {**job, "model": str(model), "sparsity": args.sparsity, "rho": rho}
+        # Calibration decodes four prompts at a time, all of them sparse.
+        kept = run_worker(
+            {**sparse, "task": "calibrate"}, args.out / f"{label}-calibrate.log", 4
+        )
+        values = run_worker(sparse, args.out / f"{label}.log", args.max_sparse_tokens)
+        record(label, {**kept, **values})
+    (args.out / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    print_table(rows)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Milliseconds a step, and the speed-up over the dense engine of the same run."""
+    base = rows[0]["decode_ms"]
+    print(f"\n{rows[0]['device']}, {rows[0]['shape']}, decode ms a step (x dense)")
+    print(f"{'engine':24}" + "".join(f"{'batch ' + b:>18}" for b in base))
+    for row in rows:
+        cells = ""
+        for batch, value in row["decode_ms"].items():
+            ratio = base[batch]["median"] / value["median"]
+            cells += f"{value['median']:10.2f} ({ratio:.2f}x)"
+        line = f"{row['engine']:24}{cells}"
+        if "prefill_ms" in row:
+            ratio = rows[0]["prefill_ms"]["median"] / row["prefill_ms"]["median"]
+            line += f"   prefill {row['prefill_ms']['median']:.1f} ms ({ratio:.2f}x)"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

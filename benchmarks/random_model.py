@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model directories with real shapes and no weights, for vLLM's dummy load format.
+
+vLLM fills the weights from a seed, so every engine of a run sees the same model. The
+artifact beside it starts with thresholds that keep everything; ``calibrate`` in
+``serve_worker.py`` sets those that give the kept fraction that is asked for.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from vllm_rsparse.artifact import (
+    ARTIFACT_DIR,
+    FORMAT_VERSION,
+    JSON_NAME,
+    TENSORS_NAME,
+    ArtifactInfo,
+    LinearEntry,
+    factor_rank,
+    file_sha256,
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-like decoder: sizes in features, heads and layers."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The seven linears of one decoder layer, name -> (N, K)."""
+        kv = self.hidden // self.heads * self.kv_heads
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (kv, self.hidden),
+            "self_attn.v_proj": (kv, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.intermediate, self.hidden),
+            "mlp.up_proj": (self.intermediate, self.hidden),
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }
+
+
+SHAPES = {
+    "llama-1b": Shape(2048, 8192, 16, 32, 8, 32768),
+    "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256),
+    "tiny": Shape(256, 512, 2, 4, 2, 512),
+}
+
+
+def write_config(directory: Path, shape: Shape, quantization: dict | None) -> None:
+    """Write ``config.json`` of a Llama of this shape."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.hidden // shape.heads,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def write_sparse_model(
+    directory: Path,
+    shape: Shape,
+    sparsity: float,
+    rho: float,
+    thresholds: dict[str, float] | None = None,
+    kept: dict[str, float] | None = None,
+) -> None:
+    """Write a model directory whose artifact has one threshold per linear.
+
+    Args:
+        directory: where to.
+        shape: the decoder's shape.
+        sparsity: target; with ``rho`` it sets the ranks.
+        rho: share of the budget for exact channels.
+        thresholds: name -> threshold of all its channels; None keeps everything.
+        kept: name -> fraction counted while decoding, for the artifact's JSON.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    entries: dict[str, LinearEntry] = {}
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(shape.layers):
+        for kind, (n, k) in shape.linears.items():
+            name = f"model.layers.{layer}.{kind}"
+            rank = factor_rank(n, k, sparsity, rho)
+            value = -1.0 if thresholds is None else thresholds[name]
+            tensors[f"{name}.thresholds"] = torch.full((k,), value)
+            if rank > 0:
+                # Small: the model's activations stay as they would be without.
+                for field, size in (("u", (n, rank)), ("v", (rank, k))):
+                    factor = torch.randn(*size, generator=generator) * 1e-3
+                    tensors[f"{name}.{field}"] = factor.bfloat16()
+            fraction = 1.0 if kept is None else kept[name]
+            entries[name] = LinearEntry((n, k), sparsity, rho, rank, fraction)
+    artifact = directory / ARTIFACT_DIR
+    artifact.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, artifact / TENSORS_NAME)
+    digest = file_sha256(artifact / TENSORS_NAME)
+    info = ArtifactInfo(sparsity, entries, "bfloat16", digest)
+    (artifact / JSON_NAME).write_text(info.to_json())
+    quantization = {
+        "quant_method": "rsparse",
+        "format_version": FORMAT_VERSION,
+        "artifact": ARTIFACT_DIR,
+        "artifact_sha256": digest,
+        "sparsity": sparsity,
+    }
+    write_config(directory, shape, quantization)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine of ``bench_serve.py``, in a process of its own (run by it, not by hand).
+
+Reads a JSON job on the command line, prints a JSON result on its last line.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# In-process engine: the calibration hooks reach the model, and no scheduler process
+# adds its own latency to a step.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+import torch
+from random_model import SHAPES, write_sparse_model
+from vllm import LLM, SamplingParams
+
+VOCABULARY_MARGIN = 16  # keep clear of special tokens
+
+
+def make_engine(job: dict[str, Any], **options: Any) -> LLM:
+    """The engine that the job describes."""
+    return LLM(
+        model=job["model"],
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=job["max_model_len"],
+        max_num_seqs=job["max_num_seqs"],
+        enable_prefix_caching=False,
+        seed=0,
+        **job.get("engine", {}),
+        **options,
+    )
+
+
+def prompts(job: dict[str, Any], batch: int, length: int) -> list[dict[str, list[int]]]:
+    """Random token prompts, the same for every engine of a run."""
+    generator = torch.Generator().manual_seed(batch * 10007 + length)
+    size = SHAPES[job["shape"]].vocabulary
+    ids = torch.randint(VOCABULARY_MARGIN, size, (batch, length), generator=generator)
+    return [{"prompt_token_ids": row.tolist()} for row in ids]
+
+
+def seconds(llm: LLM, inputs: list[Any], new_tokens: int) -> float:
+    """Wall-clock seconds of one generation of exactly ``new_tokens`` a prompt."""
+    sampling = SamplingParams(
+        temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
+    )
+    start = time.perf_counter()
+    outputs = llm.generate(inputs, sampling, use_tqdm=False)
+    elapsed = time.perf_counter() - start
+    made = {len(o.outputs[0].token_ids) for o in outputs}
+    if made != {new_tokens}:
+        raise RuntimeError(f"asked for {new_tokens} tokens a prompt, got {made}")
+    return elapsed
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Decode milliseconds a step per batch size, and prefill milliseconds.
+
+    A step's time is the difference between a long and a short generation, divided by
+    the difference in tokens: prefill and the engine's start drop out.
+    """
+    started = time.perf_counter()
+    llm = make_engine(job)
+    result: dict[str, Any] = {"start_s": time.perf_counter() - started}
+    if torch.cuda.is_available():
+        result["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    short, long = 8, 8 + job["new_tokens"]
+    result["decode_ms"] = {}
+    for batch in job["batches"]:
+        inputs = prompts(job, batch, 32)
+        seconds(llm, inputs, long)
+        steps = []
+        for _ in range(job["repeats"]):
+            difference = seconds(llm, inputs, long) - seconds(llm, inputs, short)
+            steps.append(1e3 * difference / (long - short))
+        result["decode_ms"][batch] = spread(steps)
+    if job["prefill"]:
+        inputs = prompts(job, 1, job["prefill"])
+        seconds(llm, inputs, 1)
+        times = [1e3 * seconds(llm, inputs, 1) for _ in range(job["repeats"])]
+        result["prefill_ms"] = spread(times)
+    return result
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest of a few runs."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def calibrate(job: dict[str, Any]) -> dict[str, Any]:
+    """Set thresholds that keep the wanted fraction, and count what decoding keeps.
+
+    Inputs change when the layers before become sparse, so quantiles are taken on the
+    sparse model's own decode steps, a few rounds, and the last round counts.
+    """
+    llm = make_engine(job, enforce_eager=True)
+    observed: dict[str, list[torch.Tensor]] = {}
+    layers: dict[str, torch.nn.Module] = {}
+
+    def observe(name: str) -> Any:
+        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if inputs[0].shape[0] <= len(batch):
+                observed[name].append(inputs[0].float().abs().cpu())
+
+        return hook
+
+    def attach(model: torch.nn.Module) -> None:
+        for name, module in model.named_modules():
+            if hasattr(module, "rsparse_thresholds"):
+                layers[name] = module
+                module.register_forward_pre_hook(observe(name))
+
+    llm.apply_model(attach)
+    batch = prompts(job, 4, 32)
+    kept_share = job["rho"] * (1 - job["sparsity"])
+    kept: dict[str, float] = {}
+    thresholds: dict[str, float] = {}
+    for last in (False, False, False, True):
+        observed.update({name: [] for name in layers})
+        seconds(llm, batch, 24)
+        for name, module in layers.items():
+            values = torch.cat(observed[name]).flatten()
+            for index, checkpoint in enumerate(module.quant_method.names):
+                if last:
+                    keep = (values > thresholds[checkpoint]).float().mean().item()
+                    kept[checkpoint] = keep
+                else:
+                    rank = max(1, round((1 - kept_share) * values.numel()))
+                    threshold = values.kthvalue(rank).values.item()
+                    thresholds[checkpoint] = threshold
+                    module.rsparse_thresholds[index] = threshold
+    write_sparse_model(
+        Path(job["model"]),
+        SHAPES[job["shape"]],
+        job["sparsity"],
+        job["rho"],
+        thresholds,
+        kept,
+    )
+    shapes = SHAPES[job["shape"]].linears
+    total = sum(n * k for n, k in shapes.values()) * SHAPES[job["shape"]].layers
+    read = sum(
+        kept[name] * n * k for name in kept for n, k in [shapes[name.split(".", 3)[3]]]
+    )
+    return {"kept_fraction": read / total}
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    result = {"measure": measure, "calibrate": calibrate}[job["task"]](job)
+    print("\n" + json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

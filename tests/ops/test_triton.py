@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton backend against the definition in ``vllm_rsparse.reference``.
+
+On a machine without CUDA the kernels run in Triton's interpreter, program after
+program; with CUDA they are compiled and the same tests run on the device.
+"""
+
+import os
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    # Read by triton.jit when the kernels are imported below.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton")
+
+from vllm_rsparse import reference
+from vllm_rsparse.kernels import rsparse_linear as backend
+from vllm_rsparse.packing import pack_factors
+from vllm_rsparse.tuning import LaunchConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Root mean square of the error over that of the expected output, which the inputs keep
+# near 1. float32: both sides round sums of up to a few thousand terms. The half types
+# round the output once, at 2^-9 and 2^-12 relative; Triton's interpreter truncates to
+# bfloat16 instead of rounding, which doubles the error.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 6e-3}
+
+VECTOR = LaunchConfig(32, 64, 1, 2, 1, use_dot=False)
+DOT = LaunchConfig(32, 32, 1, 2, 2, use_dot=True)
+
+
+@dataclass
+class Case:
+    """Arguments of one call."""
+
+    x: Tensor
+    weight: Tensor
+    thresholds: Tensor
+    u: Tensor
+    v: Tensor
+    correction: Tensor | None
+    bias: Tensor | None
+    shard_sizes: list[int]
+    ranks: list[int]
+
+    def args(self) -> tuple:
+        return tuple(vars(self).values())
+
+    def expected(self) -> Tensor:
+        return reference.rsparse_linear(*self.args())
+
+
+def make_case(
+    tokens: int = 1,
+    k: int = 77,
+    shard_sizes: tuple[int, ...] = (40, 17, 9),
+    ranks: tuple[int, ...] = (5, 0, 19),
+    dtype: torch.dtype = torch.float32,
+    constants: bool = True,
+    seed: int = 0,
+) -> Case:
+    """Random tensors scaled for outputs near 1, about half of the channels kept."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    n = sum(shard_sizes)
+    factors = [
+        (
+            randn(size, rank, scale=rank**-0.5).to(DEVICE),
+            randn(rank, k, scale=max(k, 1) ** -0.5).to(DEVICE),
+        )
+        if rank
+        else None
+        for size, rank in zip(shard_sizes, ranks, strict=True)
+    ]
+    u, v, padded = pack_factors(factors, list(shard_sizes), k, dtype, DEVICE)
+    return Case(
+        x=randn(tokens, k).to(DEVICE, dtype),
+        weight=randn(k, n, scale=max(k, 1) ** -0.5).to(DEVICE, dtype).t(),
+        thresholds=torch.rand(len(shard_sizes), k, generator=generator).to(DEVICE)
+        * 1.35,
+        u=u,
+        v=v,
+        correction=randn(n).to(DEVICE) if constants else None,
+        bias=randn(n).to(DEVICE, dtype) if constants else None,
+        shard_sizes=list(shard_sizes),
+        ranks=padded,
+    )
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.isnan(), expected.isnan())
+    error = (actual.float() - expected.float()).nan_to_num()
+    size = expected.float().nan_to_num().pow(2).mean().sqrt()
+    ratio = (error.pow(2).mean().sqrt() / size).item() if size > 0 else error.max()
+    assert ratio < TOLERANCE[expected.dtype], f"relative error {ratio:.2e}"
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory comes filled with NaN, so that what nobody writes shows."""
+    empty = torch.empty
+
+    def poisoned_empty(*args: object, **kwargs: object) -> Tensor:
+        return empty(*args, **kwargs).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+@pytest.mark.usefixtures("poisoned")
+class TestAgainstReference:
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).split(".")[1])
+    @pytest.mark.parametrize("tokens", [1, 3])
+    def test_dtypes(self, tokens: int, dtype: torch.dtype) -> None:
+        case = make_case(tokens, k=203, dtype=dtype)
+        assert_close(backend.rsparse_linear(*case.args()), case.expected())
+
+    @pytest.mark.parametrize("tokens", [0, 1, 2, 4, 5, 8, 15, 16, 17, 33])
+    def test_tokens(self, tokens: int) -> None:
+        case = make_case(tokens)
+        out = backend.rsparse_linear(*case.args())
+        assert out.shape == (tokens, 66)
+        if tokens:
+            assert_close(out, case.expected())
+
+    @pytest.mark.parametrize("k", [1, 31, 64, 65, 300])
+    @pytest.mark.parametrize("n", [1, 33, 64])
+    @pytest.mark.parametrize("tokens", [1, 2, 5])
+    def test_shapes(self, tokens: int, n: int, k: int) -> None:
+        config = VECTOR if tokens < 5 else DOT
+        case = make_case(tokens, k, (n,), (0,))
+        assert_close(backend.rsparse_linear(*case.args(), config), case.expected())
+
+    @pytest.mark.parametrize(
+        ("shard_sizes", "ranks"),
+        [
+            ((40,), (7,)),
+            ((48, 48), (0, 0)),
+            ((48, 48), (80, 3)),
+            ((33, 1, 1), (0, 1, 16)),
+            ((33, 17, 17), (17, 0, 0)),
+            ((5, 6, 7, 8), (1, 2, 3, 4)),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("tokens", [1, 4])
+    def test_shards(
+        self, tokens: int, shard_sizes: tuple[int, ...], ranks: tuple[int, ...]
+    ) -> None:
+        case = make_case(tokens, shard_sizes=shard_sizes, ranks=ranks)
+        assert_close(backend.rsparse_linear(*case.args()), case.expected())
+
+    @pytest.mark.parametrize("split_k", [1, 3, 7])
+    @pytest.mark.parametrize("ranks", [(0, 0, 0), (5, 0, 19)], ids=str)
+    @pytest.mark.parametrize("config", [VECTOR, DOT], ids=["vector", "dot"])
+    @pytest.mark.parametrize("tokens", [1, 2, 3])
+    def test_splits(
+        self, tokens: int, config: LaunchConfig, ranks: tuple[int, ...], split_k: int
+    ) -> None:
+        # 7 splits of 64 channels: more than the 150 channels fill.
+        case = make_case(tokens, 150, ranks=ranks)
+        out = backend.rsparse_linear(*case.args(), replace(config, split_k=split_k))
+        assert_close(out, case.expected())
+
+    @pytest.mark.parametrize("constants", [False, True])
+    def test_optional_constants(self, constants: bool) -> None:
+        case = make_case(ranks=(0, 0, 0), constants=constants)
+        assert_close(backend.rsparse_linear(*case.args()), case.expected())
+
+    @pytest.mark.parametrize("config", [VECTOR, DOT], ids=["vector", "dot"])
+    def test_every_count_of_kept_channels(self, config: LaunchConfig) -> None:
+        case = make_case(k=37, shard_sizes=(20,), ranks=(4,), constants=False)
+        for count in range(38):
+            case.thresholds = torch.full((1, 37), float("inf"), device=DEVICE)
+            case.thresholds[0, torch.randperm(37)[:count]] = -1.0
+            assert_close(backend.rsparse_linear(*case.args(), config), case.expected())
+
+
+class TestMask:
+    @pytest.mark.parametrize("config", [VECTOR, DOT], ids=["vector", "dot"])
+    def test_ties_are_dropped_and_zeros_follow_the_sign_free_magnitude(
+        self, config: LaunchConfig
+    ) -> None:
+        case = make_case(k=4, shard_sizes=(6,), ranks=(0,), constants=False)
+        case.x[0] = torch.tensor([1.5, -1.5, 0.0, -0.0])
+        case.thresholds[0] = torch.tensor([1.5, 1.5, 0.0, 0.0])
+        assert backend.rsparse_linear(*case.args(), config).count_nonzero() == 0
+        case.thresholds[0] = torch.tensor([1.25, 1.25, -1.0, -1.0])
+        out = backend.rsparse_linear(*case.args(), config)
+        assert_close(out, case.x @ case.weight.t())
+
+    @pytest.mark.parametrize("config", [VECTOR, DOT], ids=["vector", "dot"])
+    def test_nan_reaches_every_output_of_its_token_only(
+        self, config: LaunchConfig
+    ) -> None:
+        case = make_case(3)
+        case.thresholds[:, 11] = float("inf")
+        case.x[0, 11] = float("nan")
+        out = backend.rsparse_linear(*case.args(), config)
+        assert out[0].isnan().all()
+        assert not out[1:].isnan().any()
+
+    @pytest.mark.parametrize("config", [VECTOR, DOT], ids=["vector", "dot"])
+    def test_dropped_infinity_leaves_no_trace(self, config: LaunchConfig) -> None:
+        case = make_case(ranks=(0, 0, 0))
+        case.thresholds[:, 3] = float("inf")
+        case.x[0, 3] = float("inf")
+        assert_close(backend.rsparse_linear(*case.args(), config), case.expected())
+
+    @pytest.mark.parametrize("tokens", [1, 3])
+    def test_rows_that_nobody_keeps_are_not_read(self, tokens: int) -> None:
+        case = make_case(tokens, ranks=(0, 0, 0))
+        expected = case.expected()
+        unread = (
+            reference.kept_mask(case.x, case.thresholds).any(0).any(0).logical_not()
+        )
+        assert unread.any()
+        case.weight[:, unread] = float("nan")
+        assert_close(backend.rsparse_linear(*case.args()), expected)
+
+    def test_rows_of_v_that_nobody_drops_are_not_read(self) -> None:
+        case = make_case(shard_sizes=(30,), ranks=(6,))
+        expected = case.expected()
+        kept = reference.kept_mask(case.x, case.thresholds)[0, 0]
+        assert kept.any()
+        case.v[:, kept] = float("nan")
+        assert_close(backend.rsparse_linear(*case.args()), expected)
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("tokens", [1, 4])
+    def test_rows_of_x_may_lie_apart(self, tokens: int) -> None:
+        case = make_case(tokens)
+        expected = case.expected()
+        wide = torch.full((tokens, 100), float("nan"), device=DEVICE)
+        wide[:, 5:82] = case.x
+        case.x = wide[:, 5:82]
+        assert_close(backend.rsparse_linear(*case.args()), expected)
+
+    def test_channels_of_x_may_lie_apart(self) -> None:
+        case = make_case(2)
+        expected = case.expected()
+        case.x = case.x.t().contiguous().t()
+        assert_close(backend.rsparse_linear(*case.args()), expected)
+
+    def test_factors_in_any_layout(self) -> None:
+        case = make_case(2)
+        expected = case.expected()
+        case.u, case.v = case.u.contiguous(), case.v.contiguous()
+        assert_close(backend.rsparse_linear(*case.args()), expected)
+
+    def test_weight_rows_may_lie_apart(self) -> None:
+        case = make_case(2)
+        wide = torch.full((77, 80), float("nan"), device=DEVICE)
+        wide[:, :66] = case.weight.t()
+        expected = case.expected()
+        case.weight = wide[:, :66].t()
+        assert_close(backend.rsparse_linear(*case.args()), expected)
+
+    def test_unpadded_factors_are_the_defaults(self) -> None:
+        case = make_case(shard_sizes=(30,), ranks=(6,))
+        u, v = case.u[:, :6], case.v[:6]
+        out = backend.rsparse_linear(case.x, case.weight, case.thresholds, u, v)
+        expected = reference.rsparse_linear(case.x, case.weight, case.thresholds, u, v)
+        assert_close(out, expected)
+
+
+@pytest.mark.parametrize("config", [VECTOR, DOT], ids=["vector", "dot"])
+def test_bitwise_repeatable(config: LaunchConfig) -> None:
+    case = make_case(3 if config is VECTOR else 16, k=500, dtype=torch.bfloat16)
+    config = replace(config, split_k=3)
+    first = backend.rsparse_linear(*case.args(), config)
+    for _ in range(2 if DEVICE == "cpu" else 50):
+        assert torch.equal(backend.rsparse_linear(*case.args(), config), first)
+
+
+@pytest.mark.parametrize("tokens", [3, 9])
+def test_vector_units_in_groups_of_tokens(tokens: int) -> None:
+    case = make_case(tokens, k=150)
+    assert_close(backend.rsparse_linear(*case.args(), VECTOR), case.expected())
+
+
+def test_a_token_does_not_depend_on_its_batch() -> None:
+    case = make_case(7, k=300, dtype=torch.float16)
+    together = backend.rsparse_linear(*case.args(), DOT)
+    for token in range(7):
+        alone = replace(case, x=case.x[token : token + 1])
+        assert torch.equal(
+            backend.rsparse_linear(*alone.args(), DOT)[0], together[token]
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a CUDA device")
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+def test_replayed_graph_follows_its_inputs(tokens: int) -> None:
+    case = make_case(tokens, 1000, (512, 128, 128), (50, 20, 0), torch.bfloat16)
+    # Kernels compile before the capture, as an engine's warm-up makes them.
+    backend.rsparse_linear(*case.args())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [backend.rsparse_linear(*case.args()) for _ in range(3)]
+    for seed in range(5):
+        case.x.copy_(make_case(tokens, 1000, seed=seed + 1).x)
+        graph.replay()
+        expected = case.expected()
+        for out in outs:
+            assert_close(out, expected)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"x": torch.zeros(1, 76)}, r"x must be \[M, 77\]"),
+            ({"x": torch.zeros(1, 77, dtype=torch.int32)}, "x must be bfloat16"),
+            ({"weight": torch.zeros(66, 77)}, r"must be stored \[K, N\]"),
+            ({"thresholds": torch.zeros(2, 77)}, r"thresholds must be \[3, 77\]"),
+            (
+                {"thresholds": torch.zeros(3, 77, dtype=torch.bfloat16)},
+                "thresholds must be torch.float32",
+            ),
+            ({"v": torch.zeros(3, 77)}, r"v must be \[48, 77\]"),
+            ({"u": torch.zeros(66, 3)}, r"u must be \[66, 32\]"),
+            ({"correction": torch.zeros(65)}, r"correction must be \[66\]"),
+            ({"bias": torch.zeros(132, device=DEVICE)[::2]}, "bias must be contiguous"),
+            ({"shard_sizes": [40, 17, 8]}, "must add up to N = 66"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+    )
+    def test_names_the_parameter(self, change: dict, message: str) -> None:
+        change = {
+            name: value.to(DEVICE) if isinstance(value, Tensor) else value
+            for name, value in change.items()
+        }
+        case = replace(make_case(), **change)
+        with pytest.raises(ValueError, match=message):
+            backend.rsparse_linear(*case.args())

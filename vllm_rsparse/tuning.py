@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch configurations of the Triton kernels: tuned table first, heuristic otherwise.
+
+``configs/<device>.json`` holds what ``benchmarks/bench_ops.py --tune`` measured::
+
+    {"device": "NVIDIA H200", ...,
+     "entries": [{"n": 4096, "k": 4096, "dtype": "bfloat16", "tokens": 1,
+                  "config": {"block_n": 32, ...}, "sparse_us": 7.1, "dense_us": 13.5}]}
+
+Nothing is tuned while serving: a lookup is a dictionary access.
+"""
+
+import json
+import logging
+import re
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+CONFIG_DIR = Path(__file__).parent / "configs"
+
+# Up to this many tokens the vector units keep up with memory; beyond it the matrix
+# units win (H200, kernels/README.md).
+VECTOR_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one call of the kernel is cut up.
+
+    Attributes:
+        block_n: output columns of a program.
+        block_k: input channels of one loop iteration.
+        split_k: programs that take turns on the channels of a column tile. Above 1 the
+            partial sums go through a workspace and a second launch adds them.
+        num_warps: warps of a program.
+        num_stages: with ``use_dot``, loop iterations whose loads are in flight.
+        use_dot: multiply on the matrix units, 16 tokens at a time; otherwise on the
+            vector units, up to 4 at a time.
+    """
+
+    block_n: int
+    block_k: int
+    split_k: int
+    num_warps: int
+    num_stages: int
+    use_dot: bool
+
+    def __post_init__(self) -> None:
+        for name in ("block_n", "block_k", "num_warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, got {value}")
+        for name in ("split_k", "num_stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.use_dot and min(self.block_n, self.block_k) < 16:
+            raise ValueError(
+                "use_dot needs block_n and block_k >= 16, got"
+                f" {self.block_n} and {self.block_k}"
+            )
+
+
+@dataclass(frozen=True)
+class TunedEntry:
+    """One line of a device's table: the fastest configuration and what it measured.
+
+    ``sparse_us`` is at 50% of the channels kept a token, masks independent between
+    tokens; ``dense_us`` is the device's own dense kernel in the same run.
+    """
+
+    n: int
+    k: int
+    dtype: str
+    tokens: int
+    config: LaunchConfig
+    sparse_us: float
+    dense_us: float
+
+
+def config_path(device_name: str) -> Path:
+    """Where the table of a device lies, ``NVIDIA H200`` -> ``NVIDIA_H200.json``."""
+    return CONFIG_DIR / (re.sub(r"[^A-Za-z0-9.-]+", "_", device_name) + ".json")
+
+
+def read_table(path: Path) -> list[TunedEntry]:
+    """Read a device's table.
+
+    Raises:
+        ValueError: the file is not such a table; names the file and the fault.
+    """
+    try:
+        document = json.loads(path.read_text())
+        config_keys = {field.name for field in fields(LaunchConfig)}
+        entries = []
+        for raw in document["entries"]:
+            unknown = set(raw["config"]) ^ config_keys
+            if unknown:
+                raise ValueError(f"config keys missing or unknown: {sorted(unknown)}")
+            entries.append(
+                TunedEntry(**{**raw, "config": LaunchConfig(**raw["config"])})
+            )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a table of launch configurations: {error}. Write it anew"
+            " with benchmarks/bench_ops.py --tune"
+        ) from error
+    return entries
+
+
+def write_table(
+    path: Path, entries: list[TunedEntry], provenance: dict[str, Any]
+) -> None:
+    """Write a device's table, one entry a line, sorted, so that changes diff well."""
+    ordered = sorted(entries, key=lambda e: (e.dtype, e.n, e.k, e.tokens))
+    facts = "".join(
+        f"  {json.dumps(key)}: {json.dumps(value)},\n"
+        for key, value in provenance.items()
+    )
+    lines = ",\n".join("    " + json.dumps(asdict(entry)) for entry in ordered)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'{{\n{facts}  "entries": [\n{lines}\n  ]\n}}\n')
+
+
+@cache
+def device_table(device_name: str) -> tuple[TunedEntry, ...]:
+    """The table shipped for a device; empty when there is none."""
+    path = config_path(device_name)
+    return tuple(read_table(path)) if path.exists() else ()
+
+
+@cache
+def launch_config(
+    device_name: str, n: int, k: int, dtype: str, tokens: int
+) -> LaunchConfig:
+    """The configuration for a shape: the tuned one of the nearest number of tokens.
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name`` reports it.
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        dtype: of the weight, ``bfloat16``.
+        tokens: rows of the call.
+    """
+    candidates = [
+        entry
+        for entry in device_table(device_name)
+        if (entry.n, entry.k, entry.dtype) == (n, k, dtype)
+        and (entry.config.use_dot or tokens <= VECTOR_TOKENS)
+    ]
+    if candidates:
+        return min(candidates, key=lambda entry: abs(entry.tokens - tokens)).config
+    _log_untuned(device_name)
+    return default_config(n, k, tokens)
+
+
+def default_config(n: int, k: int, tokens: int) -> LaunchConfig:
+    """A configuration for any shape on any device, from what won on the H200.
+
+    Channels are split until there are enough programs to hide the latency of memory:
+    about ten warps for each of the H200's 132 multiprocessors.
+    """
+    use_dot = tokens > VECTOR_TOKENS
+    block_n, enough = (256, 256) if use_dot else (128, 1500)
+    block_k = 32
+    split_k = 1
+    while -(-n // block_n) * split_k < enough and k >= 2 * split_k * block_k:
+        split_k *= 2
+    if use_dot:
+        return LaunchConfig(block_n, block_k, split_k, 4, 3, use_dot=True)
+    return LaunchConfig(block_n, block_k, split_k, 1, 1, use_dot=False)
+
+
+@cache
+def _log_untuned(device_name: str) -> None:
+    logger.info(
+        "No tuned launch configuration of every shape for %s, using the default where"
+        " it is missing. Tune with: python benchmarks/bench_ops.py --tune",
+        device_name,
+    )
