@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-rsparse evaluate``: arguments in, table and JSON out."""
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_rsparse import __version__
+from vllm_rsparse.text_table import align
+
+if TYPE_CHECKING:
+    from .measure import Loss
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "directory", metavar="DIR", type=Path, help="directory written by `prepare`"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="UTF-8 text that was not used for calibration",
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="other preparations of the same base model, measured in the same run",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=512,
+        metavar="N",
+        help="positions per window (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dense-fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="leading part of each window that stays dense and is not counted, as the"
+        " prompt does when served (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-windows",
+        type=int,
+        metavar="N",
+        help="use N windows spread evenly over the text (default: all)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run (default: cuda where there is one)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="compute dtype (default: float32 on CPU, bfloat16 on CUDA)",
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write figures here")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, write JSON where asked to.
+
+    Raises:
+        ValueError: bad arguments, directories or text; the message says what to do.
+    """
+    for name, value in (("--window", args.window), ("--max-windows", args.max_windows)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    # torch and transformers take seconds to import; bad options are told before.
+    import torch
+    from transformers import AutoTokenizer
+
+    from .loading import PreparedModel, SwitchableModel
+    from .measure import dense_positions, measure
+    from .windows import read_windows
+
+    first = dense_positions(args.window, args.dense_fraction)
+    prepared = [PreparedModel.open(path) for path in (args.directory, *args.compare)]
+    for other in prepared[1:]:
+        if not prepared[0].same_base(other):
+            raise ValueError(
+                f"--compare {other.directory}: its weights are not those of"
+                f" {args.directory}; compare preparations of one base model"
+            )
+    device = _device(args.device)
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    tokenizer = AutoTokenizer.from_pretrained(args.directory)
+    text = read_windows(tokenizer, args.data, args.window, args.max_windows)
+    model = SwitchableModel(prepared[0], torch.device(device), getattr(torch, dtype))
+    model.check_window(args.window)
+    losses = measure(model, prepared, text.windows, first)
+    print(table(losses))
+    if args.json is not None:
+        document: dict[str, Any] = {
+            "results": [asdict(loss) for loss in losses],
+            "protocol": {
+                "window": args.window,
+                "windows": len(text.windows),
+                "windows_available": text.available,
+                "dense_positions": first,
+                "device": device,
+                "dtype": dtype,
+            },
+            "data": text.files,
+            "versions": {
+                "vllm_rsparse": __version__,
+                "torch": torch.__version__,
+                "transformers": version("transformers"),
+            },
+        }
+        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def table(losses: Sequence["Loss"]) -> str:
+    """One column per artifact, one row per figure."""
+    head = losses[0]
+    rows: list[list[str]] = [
+        ["", *(Path(loss.directory).name for loss in losses)],
+        ["perplexity, dense", *(f"{x.perplexity_dense:.3f}" for x in losses)],
+        ["perplexity, sparse", *(f"{x.perplexity_sparse:.3f}" for x in losses)],
+        ["ratio", *(f"{x.ratio:.3f}" for x in losses)],
+        ["KL(dense || sparse), nats", *(f"{x.kl_divergence:.4f}" for x in losses)],
+        ["top-1 agreement", *(f"{x.top1_agreement:.3f}" for x in losses)],
+        ["target sparsity", *(f"{x.target_sparsity:.3f}" for x in losses)],
+        ["achieved sparsity", *(f"{x.achieved_sparsity:.3f}" for x in losses)],
+    ]
+    for kind in head.by_kind:
+        shown = (x.by_kind.get(kind) for x in losses)
+        rows.append([f"  {kind}", *("-" if s is None else f"{s:.3f}" for s in shown)])
+    rows.append(["tokens counted", *(str(x.tokens) for x in losses)])
+    return align(rows)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError(
+            "--device cuda: this torch sees no CUDA device; use --device cpu"
+        )
+    return ("cuda" if available else "cpu") if name == "auto" else name
