@@ -19,8 +19,8 @@ from vllm_rsparse.artifact import (
     file_sha256,
 )
 
-# Without a GPU the kernels run in Triton's interpreter. Triton reads this when it is first
-# imported, and vLLM imports it: it must be set before any test module is.
+# Without a GPU the kernels run in Triton's interpreter. Triton reads this when it is
+# first imported, and vLLM imports it: it must be set before any test module is.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -21,6 +21,6 @@ def register() -> None:
 
     register_quantization_config("rsparse")(RSparseConfig)
     vllm.envs.environment_variables.update(envs.VLLM_ENVIRONMENT)
-    # Only the "vllm" logger gets handlers, and releases differ in when. As its child, ours
-    # uses them whenever they come; otherwise our INFO lines would vanish.
+    # Only the "vllm" logger gets handlers, and releases differ in when. As its child,
+    # ours uses them whenever they come; otherwise our INFO lines would vanish.
     logging.getLogger("vllm_rsparse").parent = logging.getLogger("vllm")

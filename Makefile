@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything runs from .venv, which each target makes or renews when it needs to.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+bin := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test serve-test lint format wheel clean
+
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.installed ## Create .venv with vLLM for CPU and all tools (PYTHON=python3.12)
+
+$(VENV)/.installed: pyproject.toml $(wildcard deploy/cpu/*.lock) deploy/cpu/install.sh \
+		deploy/cpu/vllm-shim/pyproject.toml
+	@PYTHON=$(PYTHON) deploy/cpu/install.sh $(VENV)
+
+demo: venv ## Prepare the bundled model, serve it, ask it, measure it (minutes)
+	@$(bin)/python deploy/demo.py
+
+# `pytest` and not `python -m pytest`, which would put the repository root, and with it
+# the source folder `kernels/`, on sys.path.
+test: venv ## Run all tests (PYTEST_ARGS="-k artifact" for some)
+	@$(bin)/pytest $(PYTEST_ARGS)
+
+serve-test: venv ## Run only the tests that start `vllm serve`
+	@$(bin)/pytest -m serve $(PYTEST_ARGS)
+
+lint: venv ## Check style (ruff) and types (mypy)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+
+format: venv ## Rewrite the sources in the project's style
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+wheel: venv ## Build the wheel and the source distribution into dist/
+	$(bin)/python -m build --no-isolation
+
+clean: ## Remove what builds, tests, the demo and benchmarks wrote (keeps .venv)
+	rm -rf build dist deploy/cpu/vllm-shim/build .demo .bench .pytest_cache \
+		.mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '*.egg-info' \) \
+		-type d -prune -exec rm -rf {} +
