@@ -2,8 +2,7 @@
 """The user's path: ``vllm-rsparse prepare``, ``vllm serve``, the openai client.
 
 Tokens are compared with a plain PyTorch model that applies the formula to the same
-artifact, written out here and sharing no code with the package. float32 keeps greedy
-choices from hanging on rounding.
+artifact (``conftest.py``). float32 keeps greedy choices from hanging on rounding.
 """
 
 import json
@@ -15,12 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("vllm")
 from openai import OpenAI
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_rsparse.serving import ServerError, ServerProcess
 
@@ -103,57 +99,6 @@ def complete(server, prompt, **options):
     return choice.token_ids, choice.logprobs.token_logprobs
 
 
-class SparseLinear(torch.nn.Module):
-    """y = W s(x) + U V (x - s(x)), dense for more than ``limit`` tokens."""
-
-    def __init__(self, linear, name, tensors, limit):
-        super().__init__()
-        self.weight, self.limit = linear.weight, limit
-        keys = tensors.keys()
-        self.threshold = tensors.get_tensor(f"{name}.thresholds")
-        if f"{name}.u" in keys:
-            u = tensors.get_tensor(f"{name}.u").float()
-            self.low_rank = u @ tensors.get_tensor(f"{name}.v").float()
-        else:
-            self.low_rank = torch.zeros_like(self.weight)
-
-    def forward(self, x):
-        if x.numel() // x.shape[-1] > self.limit:
-            return x @ self.weight.T
-        kept = x * (x.abs() > self.threshold)
-        return kept @ self.weight.T + (x - kept) @ self.low_rank.T
-
-
-class PlainPyTorch:
-    """The model with the formula in its linears, one prompt at a time, greedy."""
-
-    def __init__(self, model_dir, limit):
-        config = AutoConfig.from_pretrained(model_dir)
-        del config.quantization_config
-        self.model = AutoModelForCausalLM.from_pretrained(
-            model_dir, config=config, dtype=torch.float32
-        )
-        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        with safe_open(model_dir / "rsparse/rsparse.safetensors", "pt") as tensors:
-            for name, linear in list(self.model.named_modules()):
-                if isinstance(linear, torch.nn.Linear) and ".layers." in name:
-                    sparse = SparseLinear(linear, name, tensors, limit)
-                    self.model.set_submodule(name, sparse)
-
-    def generate(self, prompt):
-        """Token ids, and for each the logits it was chosen from."""
-        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
-        out = self.model.generate(
-            ids,
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        return out.sequences[0, ids.shape[1] :].tolist(), torch.cat(out.logits)
-
-
 def assert_same_tokens(served, reference, prompts=PROMPTS):
     """Greedy tokens are the reference's, but for choices that hang on rounding.
 
@@ -163,7 +108,7 @@ def assert_same_tokens(served, reference, prompts=PROMPTS):
     """
     equal = 0
     for prompt, tokens in zip(prompts, served, strict=True):
-        expected, logits = reference.generate(prompt)
+        expected, logits = reference.generate(prompt, NEW_TOKENS)
         pairs = zip(tokens, expected, strict=True)
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         equal += first is None
@@ -183,8 +128,8 @@ def server(serve, prepared):
 
 
 @pytest.fixture(scope="module")
-def reference(prepared):
-    return PlainPyTorch(prepared, limit=int(ALWAYS))
+def reference(plain_pytorch, prepared):
+    return plain_pytorch(prepared, limit=int(ALWAYS))
 
 
 def test_log_says_what_runs(server):
@@ -241,15 +186,17 @@ def test_chat_streamed_and_not(server):
     assert whole == plain.choices[0].text
 
 
-def test_two_tensor_parallel_ranks_give_the_same_tokens(serve, prepared):
+def test_two_tensor_parallel_ranks_give_the_same_tokens(serve, prepared, reference):
     options = ("--tensor-parallel-size", "2")
     env = {"VLLM_RSPARSE_MAX_SPARSE_TOKENS": ALWAYS, "OMP_NUM_THREADS": "1"}
     with serve(prepared, *options, **env) as server:
         tokens = [complete(server, p)[0] for p in PROMPTS]
-    assert_same_tokens(tokens, PlainPyTorch(prepared, limit=int(ALWAYS)))
+    assert_same_tokens(tokens, reference)
 
 
-def test_plain_checkpoint_with_artifact_and_default_route(serve, pyllama, prepared):
+def test_plain_checkpoint_with_artifact_and_default_route(
+    serve, pyllama, prepared, plain_pytorch
+):
     # One request at a time: the prompt goes dense in one step, each new token sparse.
     overrides = {"quant_method": "rsparse", "artifact": str(prepared / "rsparse")}
     options = ("--hf-overrides", json.dumps({"quantization_config": overrides}))
@@ -257,9 +204,9 @@ def test_plain_checkpoint_with_artifact_and_default_route(serve, pyllama, prepar
         tokens = [complete(server, p)[0] for p in PROMPTS]
         log = server.log_path.read_text()
     assert "sparse up to 1 tokens a step" in log
-    assert_same_tokens(tokens, PlainPyTorch(prepared, limit=1))
-    dense = PlainPyTorch(prepared, limit=0)
-    assert tokens != [dense.generate(p)[0] for p in PROMPTS]
+    assert_same_tokens(tokens, plain_pytorch(prepared, limit=1))
+    dense = plain_pytorch(prepared, limit=0)
+    assert tokens != [dense.generate(p, NEW_TOKENS)[0] for p in PROMPTS]
 
 
 def test_zero_sparse_tokens_is_the_base_model(serve, pyllama, prepared):
