@@ -3,6 +3,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from vllm_rsparse.artifact import (
 # first imported, and vLLM imports it: it must be set before any test module is.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell that runs the suite in the background ignores SIGINT, children inherit that,
+# and the tests of Ctrl-C would wait for ever. A handler here is the default there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 
