@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vllm_rsparse import ops
+from vllm_rsparse.cpu import _chunk_width
 from vllm_rsparse.ops import Backend, resolve_backend
 from vllm_rsparse.reference import kept_mask, rsparse_linear
 
@@ -150,6 +151,15 @@ def test_cpu_refuses_another_storage():
     inputs["weight"] = inputs["weight"].contiguous()
     with pytest.raises(ValueError, match=r"needs \[K, N\] storage"):
         ops.linear(*inputs.values(), 16, Backend.CPU)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(8192, 8192), (2048, 512, 512), (7919,), (33,), (5, 10), (1, 1)], ids=str
+)
+@pytest.mark.parametrize("threads", [1, 2, 3, 64])
+def test_chunks_cover_every_shard_exactly(sizes, threads):
+    width = _chunk_width(sizes, threads)
+    assert all(size % width == 0 for size in sizes)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3])
