@@ -13,7 +13,6 @@ plain [N, K] layout. Kept fractions are counted. Needs a CUDA device.
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import triton
+from checkout import commit
 from ops_cases import (
     LAYERS,
     Inputs,
@@ -214,20 +214,13 @@ def tune(models: list[str], tokens: list[int], dtype: torch.dtype, dump: Path) -
 
 def provenance() -> dict[str, Any]:
     """What ran where: device, versions, commit, command."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "commit": git.stdout.strip() if git.returncode == 0 else "unknown",
+        "commit": commit(),
         "command": "python " + " ".join(sys.argv),
     }
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkout import commit
 from random_model import SHAPES, write_config, write_sparse_model
 
 HERE = Path(__file__).resolve().parent
@@ -55,13 +56,6 @@ def device_name() -> str:
         if line.startswith("model name"):
             return f"{line.split(':')[1].strip()}, {torch.get_num_threads()} threads"
     return platform.processor()
-
-
-def commit() -> str:
-    """The checkout's commit, or "unknown" outside one."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:

@@ -55,7 +55,6 @@ class RSparseConfig(QuantizationConfig):
             path, or a Hub repository. None (``--quantization rsparse`` on a plain
             checkpoint) is refused with directions as soon as the model is known.
         artifact_sha256: digest the tensor file must have, or None.
-        sparsity: model-level target, for log lines.
         max_sparse_tokens: switch point of the routing; None takes the environment's
             value, then the device's measured default. 0 serves dense.
         backend: ``auto`` or a backend by name; None takes the environment's.
@@ -65,14 +64,12 @@ class RSparseConfig(QuantizationConfig):
         self,
         artifact: str | None = None,
         artifact_sha256: str | None = None,
-        sparsity: float | None = None,
         max_sparse_tokens: int | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self.artifact_source = artifact
         self.artifact_sha256 = artifact_sha256
-        self.sparsity = sparsity
         self.requested_max_sparse_tokens = max_sparse_tokens
         self.requested_backend = backend
         self.model_name: str | None = None
@@ -138,7 +135,6 @@ class RSparseConfig(QuantizationConfig):
         return cls(
             artifact=config.get("artifact"),
             artifact_sha256=config.get("artifact_sha256"),
-            sparsity=config.get("sparsity"),
             max_sparse_tokens=limit,
             backend=config.get("backend"),
         )
