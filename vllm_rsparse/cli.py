@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare": ("vllm_rsparse.prepare.command", "make a sparse model from a dense one"),
     "evaluate": ("vllm_rsparse.evaluate", "measure what the sparse model loses"),
     "inspect": ("vllm_rsparse.inspect_artifact", "show what a prepared model holds"),
+    "doctor": ("vllm_rsparse.doctor", "check the installation, and a prepared model"),
 }
 
 

@@ -9,15 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .artifact import (
-    ARTIFACT_DIR,
-    JSON_NAME,
-    Artifact,
-    ArtifactError,
-    ArtifactInfo,
-    LinearEntry,
-)
-from .locate import locate_artifact
+from .artifact import Artifact, ArtifactInfo, LinearEntry
+from .locate import find_artifact
 from .text_table import align
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -62,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         ArtifactError: there is no artifact, or it is damaged.
         ValueError: --plot without matplotlib, or a picture format that it cannot write.
     """
-    artifact = Artifact(_find(args.directory))
+    artifact = Artifact(find_artifact(args.directory))
     artifact.verify_digest()
     if args.plot is not None:
         draw(artifact.info, args.plot)
@@ -185,23 +178,3 @@ def _compact(value: Any) -> str:
 
 def _sparsity(entry: LinearEntry) -> float:
     return 1.0 - entry.read_elements / entry.dense_elements
-
-
-def _find(directory: Path) -> Path:
-    """The artifact of a prepared directory, or the directory that is one."""
-    if (directory / JSON_NAME).is_file():
-        return directory
-    config = directory / "config.json"
-    if not config.is_file():
-        raise ArtifactError(
-            f"{directory}: neither a prepared directory (no config.json) nor an"
-            f" artifact (no {JSON_NAME}); give what `vllm-rsparse prepare` wrote"
-        )
-    try:
-        raw = json.loads(config.read_text(encoding="utf-8"))
-        source = raw.get("quantization_config", {}).get("artifact", ARTIFACT_DIR)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ArtifactError(
-            f"{config}: cannot be read as a model's config ({error})"
-        ) from error
-    return locate_artifact(str(source), str(directory))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where an artifact is: inside the model directory, at a path, or on the Hub."""
 
+import json
 from pathlib import Path
 
 from vllm_rsparse.artifact import (
@@ -43,6 +44,30 @@ def locate_artifact(source: str, model: str, revision: str | None = None) -> Pat
     if source.count("/") == 1 and source != model:
         return _download(source, None, ["", ARTIFACT_DIR])
     return _download(model, revision, [source])
+
+
+def find_artifact(directory: Path) -> Path:
+    """The artifact of a prepared directory, or the directory itself when it is one.
+
+    Raises:
+        ArtifactError: it is neither, or its config cannot be read.
+    """
+    if (directory / JSON_NAME).is_file():
+        return directory
+    config = directory / "config.json"
+    if not config.is_file():
+        raise ArtifactError(
+            f"{directory}: neither a prepared directory (no config.json) nor an"
+            f" artifact (no {JSON_NAME}); give what `vllm-rsparse prepare` wrote"
+        )
+    try:
+        raw = json.loads(config.read_text(encoding="utf-8"))
+        source = raw.get("quantization_config", {}).get("artifact", ARTIFACT_DIR)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ArtifactError(
+            f"{config}: cannot be read as a model's config ({error})"
+        ) from error
+    return locate_artifact(str(source), str(directory))
 
 
 def _first_with_json(candidates: list[Path], what: str) -> Path:

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: runs the checks in order, prints a line for each, sets the status."""
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from . import installation, model
+from .finding import Finding, Level
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "directory",
+        metavar="DIR",
+        type=Path,
+        nargs="?",
+        help="check this too: what `prepare` wrote, or the artifact inside it",
+    )
+    parser.epilog = (
+        "Exit status: 0 when nothing failed (warnings allowed), 1 otherwise."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings, one line each; 1 when one of them failed."""
+    # vLLM logs while it is imported; the findings should fit on one screen.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    failed = warned = 0
+    for finding in check(args.directory):
+        print(finding.line(), flush=True)
+        failed += finding.level is Level.FAIL
+        warned += finding.level is Level.WARN
+    print(
+        f"{failed} failed, {warned} warnings"
+        if failed or warned
+        else "all checks passed"
+    )
+    return 1 if failed else 0
+
+
+def check(directory: Path | None) -> Iterator[Finding]:
+    """All findings; what a check raises is its finding, the others still run."""
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("versions", installation.versions),
+        ("plug-in", installation.plugin),
+        ("device", installation.device),
+        ("backend", installation.backend),
+    ]
+    if directory is None:
+        checks += [
+            ("tuned shapes", installation.tuned_shapes),
+            ("one layer", model.synthetic_layer),
+        ]
+    else:
+        checks += [
+            ("artifact", partial(model.artifact, directory)),
+            ("tuned shapes", partial(model.tuned_shapes, directory)),
+            ("one layer", partial(model.first_layer, directory)),
+        ]
+    for name, function in checks:
+        try:
+            yield from function()
+        # Whatever is wrong with the installation must become a line, not a traceback.
+        except Exception as error:
+            # Ours are ValueErrors and say what to do.
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            yield Finding(Level.FAIL, name, f"{kind}{error}")

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks that need no model: versions, plug-in, device, backend, launch table."""
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import (
+    PackageNotFoundError,
+    entry_points,
+    requires,
+    version,
+)
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from vllm_rsparse import __version__
+
+from .finding import Finding, Level
+
+_GIB = 1 << 30
+
+
+def versions() -> Iterator[Finding]:
+    """Python, ours, vLLM's and torch's versions."""
+    others = [f"{name} {v}" for name in ("transformers", "triton") if (v := _of(name))]
+    yield Finding(
+        Level.OK,
+        "versions",
+        f"python {platform.python_version()}, vllm-rsparse {__version__}, torch"
+        f" {_of('torch')}, {', '.join(others)}",
+    )
+    found = _of("vllm")
+    if found is None:
+        yield Finding(
+            Level.FAIL,
+            "vllm",
+            "not installed in this environment; install it beside this package with"
+            " `pip install 'vllm-rsparse[vllm]'`, or deploy/cpu/install.sh for CPU",
+        )
+        return
+    allowed = _allowed_vllm()
+    # A build for CPU, 0.32.0+cpu, is a local version: specifiers ignore that part.
+    inside = allowed is None or allowed.contains(found, prereleases=True)
+    yield Finding(
+        Level.OK if inside else Level.WARN,
+        "vllm",
+        found if inside else f"{found}; this release was written for {allowed}",
+    )
+
+
+def plugin() -> Iterator[Finding]:
+    """That vLLM itself finds the entry point and resolves the method."""
+    if not entry_points(group="vllm.general_plugins", name="rsparse"):
+        yield Finding(
+            Level.FAIL,
+            "plug-in",
+            "no entry point `rsparse` in group vllm.general_plugins: vllm-rsparse is on"
+            " the path without being installed; pip install it in this environment",
+        )
+        return
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "rsparse" not in allowed.split(","):
+        yield Finding(
+            Level.FAIL,
+            "plug-in",
+            f"VLLM_PLUGINS={allowed!r} excludes it; add `rsparse` or unset it",
+        )
+        return
+    from vllm.model_executor.layers.quantization import get_quantization_config
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    method = get_quantization_config("rsparse")
+    yield Finding(
+        Level.OK,
+        "plug-in",
+        f"vLLM resolves quantization method `rsparse` to {method.__module__}."
+        f"{method.__qualname__}",
+    )
+
+
+def device() -> Iterator[Finding]:
+    """The device that vLLM would run on."""
+    from vllm.platforms import current_platform
+
+    kind = current_platform.device_type
+    if kind == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
+        yield Finding(
+            Level.OK,
+            "device",
+            f"cpu, {platform.machine()}, {len(os.sched_getaffinity(0))} cores for this"
+            f" process, {memory:.1f} GiB",
+        )
+        return
+    if not kind:
+        yield Finding(
+            Level.FAIL,
+            "device",
+            "vLLM recognises no device; is the driver installed, and this vLLM built"
+            " for it?",
+        )
+        return
+    capability = current_platform.get_device_capability()
+    memory = current_platform.get_device_total_memory() / _GIB
+    detail = f"{current_platform.get_device_name()}, {memory:.1f} GiB"
+    if capability is not None:
+        detail += f", compute capability {capability.as_version_str()}"
+    if capability is not None and capability.to_int() < 80:
+        yield Finding(
+            Level.FAIL, "device", f"{detail}; 8.0 (Ampere) or later is needed"
+        )
+        return
+    yield Finding(Level.OK, "device", detail)
+
+
+def backend() -> Iterator[Finding]:
+    """The backend and switch point that a model without settings of its own gets."""
+    from vllm.platforms import current_platform
+
+    from vllm_rsparse import envs
+    from vllm_rsparse.ops import resolve_backend
+    from vllm_rsparse.routing import default_max_sparse_tokens
+
+    asked = envs.backend()
+    chosen = resolve_backend(asked, current_platform.device_type)
+    limit = envs.max_sparse_tokens()
+    if limit is None:
+        limit = default_max_sparse_tokens(chosen)
+    yield Finding(
+        Level.WARN if limit == 0 else Level.OK,
+        "backend",
+        f"{chosen.name.lower()} ({envs.BACKEND}={asked}), sparse up to {limit} tokens a"
+        " step" + (": everything is served dense" if limit == 0 else ""),
+    )
+
+
+def tuned_shapes() -> Iterator[Finding]:
+    """Whether launch configurations are shipped for this GPU."""
+    from vllm.platforms import current_platform
+
+    from vllm_rsparse.tuning import device_table
+
+    if current_platform.device_type != "cuda":
+        yield Finding(Level.OK, "tuned shapes", "only the triton backend uses them")
+        return
+    name = current_platform.get_device_name()
+    shapes = {(entry.n, entry.k) for entry in device_table(name)}
+    yield Finding(
+        Level.OK if shapes else Level.WARN,
+        "tuned shapes",
+        f"{len(shapes)} shapes (N, K) tuned for {name}"
+        if shapes
+        else f"none for {name}, defaults are used; tune with"
+        " `python benchmarks/bench_ops.py --tune`",
+    )
+
+
+def _of(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _allowed_vllm() -> SpecifierSet | None:
+    """The releases that our own metadata (pyproject.toml, extra `vllm`) allows."""
+    for line in requires("vllm-rsparse") or []:
+        requirement = Requirement(line)
+        if requirement.name == "vllm":
+            return requirement.specifier
+    return None

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of a prepared directory, and a layer run against the definition of the op."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_rsparse.artifact import JSON_NAME, Artifact, ArtifactError, LinearTensors
+from vllm_rsparse.locate import find_artifact
+from vllm_rsparse.ops import resolve_backend
+
+from .finding import Finding, Level
+from .layer import TOLERANCE, FusedLayer, compare
+
+# Linears that the engine fuses, because they share an input.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"))
+
+
+def artifact(directory: Path) -> Iterator[Finding]:
+    """Both files, their digests, and every tensor in them."""
+    opened = Artifact(find_artifact(directory))
+    opened.verify_digest(_digest_of_config(directory))
+    for name in opened.info.linears:
+        opened.read(name)
+    info = opened.info
+    size = opened.tensors_path.stat().st_size / (1 << 20)
+    yield Finding(
+        Level.OK,
+        "artifact",
+        f"{opened.directory}: {len(info.linears)} linears, sparsity"
+        f" {info.achieved_sparsity:.3f} on the calibration text, {info.dtype},"
+        f" {size:.1f} MiB; digest and all values checked",
+    )
+
+
+def tuned_shapes(directory: Path) -> Iterator[Finding]:
+    """Which of the model's fused layers have a launch configuration for this GPU."""
+    from vllm.platforms import current_platform
+
+    from vllm_rsparse.tuning import device_table
+
+    if current_platform.device_type != "cuda":
+        yield Finding(Level.OK, "tuned shapes", "only the triton backend uses them")
+        return
+    info = Artifact(find_artifact(directory)).info
+    needed = set()
+    for names in _groups(list(info.linears)):
+        entries = [info.linears[name] for name in names]
+        needed.add((sum(e.shape[0] for e in entries), entries[0].shape[1], info.dtype))
+    device = current_platform.get_device_name()
+    tuned = {(entry.n, entry.k, entry.dtype) for entry in device_table(device)}
+    missing = sorted(needed - tuned)
+    yield Finding(
+        Level.WARN if missing else Level.OK,
+        "tuned shapes",
+        f"{len(needed) - len(missing)} of {len(needed)} at tensor-parallel size 1 on"
+        f" {device}"
+        + (
+            "; defaults are used for "
+            + ", ".join(f"{n}x{k} {dtype}" for n, k, dtype in missing)
+            if missing
+            else ""
+        ),
+    )
+
+
+def first_layer(directory: Path) -> Iterator[Finding]:
+    """The first decoder layer, with the checkpoint's weights where they lie here.
+
+    Raises:
+        ArtifactError: the checkpoint beside the artifact does not fit it.
+    """
+    opened = Artifact(find_artifact(directory))
+    first = next(iter(opened.info.linears)).rpartition(".")[0].rpartition(".")[0]
+    names = [n for n in opened.info.linears if n.startswith(f"{first}.")]
+    weights = _weights(directory, opened, names)
+    layers = [
+        FusedLayer(group, [weights[n] for n in group], [opened.read(n) for n in group])
+        for group in _groups(names)
+    ]
+    origin = "checkpoint's" if (directory / "config.json").is_file() else "random"
+    yield _run(layers, f"{first}, {origin} weights")
+
+
+def synthetic_layer() -> Iterator[Finding]:
+    """Random fused layers with factors: enough to see the backend work."""
+    torch.manual_seed(0)
+    k = 256
+    shards = []
+    for n, rank in ((256, 16), (64, 0), (64, 8)):
+        u = torch.randn(n, rank) / rank**0.5 if rank else None
+        v = torch.randn(rank, k) / k**0.5 if rank else None
+        shards.append(LinearTensors(torch.rand(k) * 1.4, u, v, bias=None))
+    weights = [(torch.randn(n, k) / k**0.5).to(torch.bfloat16) for n in (256, 64, 64)]
+    yield _run([FusedLayer(["q", "k", "v"], weights, shards)], "random weights")
+
+
+def _run(layers: list[FusedLayer], what: str) -> Finding:
+    from vllm.platforms import current_platform
+
+    from vllm_rsparse import envs
+
+    device = torch.device(current_platform.device_type)
+    backend = resolve_backend(envs.backend(), device.type)
+    results = [compare(layer, backend, device) for layer in layers]
+    name = backend.name.lower()
+    for layer, result in zip(layers, results, strict=True):
+        if not result.equal:
+            return Finding(
+                Level.FAIL,
+                "one layer",
+                f"{what}: backend {name} differs from the definition by"
+                f" {result.error:.2g} (relative, {', '.join(layer.names)}), rounding"
+                f" explains {result.tolerance:g}; serve with"
+                " VLLM_RSPARSE_BACKEND=reference and report this",
+            )
+    return Finding(
+        Level.OK,
+        "one layer",
+        f"{what}: backend {name} equals the definition, relative error"
+        f" {max(r.error for r in results):.1g},"
+        f" {sum(r.kept for r in results) / len(results):.2f} of the channels kept",
+    )
+
+
+def _weights(directory: Path, opened: Artifact, names: list[str]) -> dict[str, Tensor]:
+    """The checkpoint's weights; random ones of the same shapes for a bare artifact."""
+    if (directory / JSON_NAME).is_file():
+        dtype = getattr(torch, opened.info.dtype)
+        shapes = {name: opened.entry(name).shape for name in names}
+        return {n: (torch.randn(s) / s[1] ** 0.5).to(dtype) for n, s in shapes.items()}
+    from vllm_rsparse.prepare.checkpoint import Checkpoint
+
+    read = Checkpoint(directory).read(f"{name}.weight" for name in names)
+    weights = {name.removesuffix(".weight"): tensor for name, tensor in read.items()}
+    for name, weight in weights.items():
+        shape = opened.entry(name).shape
+        if tuple(weight.shape) != shape or weight.dtype not in TOLERANCE:
+            raise ArtifactError(
+                f"{directory}: {name}.weight is {weight.dtype} {list(weight.shape)},"
+                f" the artifact expects floats {list(shape)}; it was prepared from"
+                " another model: prepare this one"
+            )
+    return weights
+
+
+def _groups(names: list[str]) -> list[list[str]]:
+    """Linears by fused layer, in the engine's order."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name in names:
+        parent, _, kind = name.rpartition(".")
+        fused = next((kinds for kinds in _FUSED if kind in kinds), (kind,))
+        groups.setdefault((parent, fused), []).append(name)
+    return list(groups.values())
+
+
+def _digest_of_config(directory: Path) -> str | None:
+    """The digest that config.json promises; None for a bare artifact."""
+    if (directory / JSON_NAME).is_file():
+        return None
+    from vllm_rsparse.prepare.checkpoint import read_json
+
+    digest = read_json(directory / "config.json")["quantization_config"].get(
+        "artifact_sha256"
+    )
+    return None if digest is None else str(digest)
