@@ -20,7 +20,9 @@ from vllm.platforms import current_platform
 from vllm_rsparse import envs
 from vllm_rsparse.artifact import FORMAT_VERSION, Artifact, ArtifactError
 from vllm_rsparse.locate import locate_artifact
-from vllm_rsparse.ops import Backend, resolve_backend
+from vllm_rsparse.metrics import exporter
+from vllm_rsparse.metrics.counters import Counters, Settings, open_counters
+from vllm_rsparse.ops import Backend, resolve_backend, set_observer
 from vllm_rsparse.routing import default_max_sparse_tokens
 
 logger = logging.getLogger(__name__)
@@ -76,12 +78,19 @@ class RSparseConfig(QuantizationConfig):
         self.revision: str | None = None
         self.backend: Backend | None = None
         self.max_sparse_tokens = 0
+        self.metrics: Settings | None = None
+        self._counters: Counters | None = None
+        self._counting = False
         self._artifact: Artifact | None = None
         self._claimed: set[str] = set()
+        self._loaded: set[str] = set()
+        self._bytes = [0, 0]
         self._checked = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_artifact": None, "_claimed": set()}
+        # What belongs to this process.
+        mine: dict[str, Any] = {"_artifact": None, "_claimed": set(), "_loaded": set()}
+        return {**self.__dict__, **mine, "_counters": None, "_counting": False}
 
     @classmethod
     def get_name(cls) -> str:
@@ -175,10 +184,14 @@ class RSparseConfig(QuantizationConfig):
                 "max_sparse_tokens": self.max_sparse_tokens,
                 "backend": self.backend.name.lower(),
             }
+        backend = self.backend.name.lower()
+        self.metrics = exporter.start(
+            envs.metrics_interval(), exporter.facts(artifact.info, backend, limit)
+        )
         logger.info(
             "rsparse: backend %s, sparse up to %d tokens a step, dense above;"
             " target sparsity %.3f, %.3f on the calibration text; artifact %s",
-            self.backend.name.lower(),
+            backend,
             self.max_sparse_tokens,
             artifact.info.sparsity,
             artifact.info.achieved_sparsity,
@@ -204,6 +217,41 @@ class RSparseConfig(QuantizationConfig):
             artifact.verify_digest(self.artifact_sha256)
             self._artifact = artifact
         return self._artifact
+
+    def open_counters(self) -> Counters | None:
+        """This worker's counters, once they see the op's calls; None: metrics are off.
+
+        Called once every layer exists, like ``check_all_claimed``.
+        """
+        if not self._counting:
+            self._counting = True
+            distributed = torch.distributed.is_initialized()
+            rank = torch.distributed.get_rank() if distributed else 0
+            self._counters = open_counters(self.metrics, rank)
+            observe = None if self._counters is None else self._counters.observe
+            set_observer(observe)
+        return self._counters
+
+    def note_loaded(
+        self, names: list[str], weight_bytes: int, artifact_bytes: int
+    ) -> None:
+        """Log what this worker's layers hold, when the last of them is loaded.
+
+        Args:
+            names: checkpoint names of the layer's shards.
+            weight_bytes: of the layer's weight on this rank.
+            artifact_bytes: of its thresholds, factors and correction.
+        """
+        self._loaded.update(names)
+        self._bytes[0] += weight_bytes
+        self._bytes[1] += artifact_bytes
+        if self._loaded == self._claimed:
+            logger.info(
+                "rsparse: %d linears loaded: %.1f MiB of weights, %.1f MiB of"
+                " thresholds and factors beside them",
+                len(self._loaded),
+                *(size / (1 << 20) for size in self._bytes),
+            )
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str

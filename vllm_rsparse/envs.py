@@ -11,6 +11,7 @@ from typing import Any
 
 BACKEND = "VLLM_RSPARSE_BACKEND"
 MAX_SPARSE_TOKENS = "VLLM_RSPARSE_MAX_SPARSE_TOKENS"
+METRICS_INTERVAL = "VLLM_RSPARSE_METRICS_INTERVAL"
 
 
 def backend() -> str:
@@ -27,7 +28,21 @@ def max_sparse_tokens() -> int | None:
     Raises:
         ValueError: not an integer, or negative.
     """
-    raw = os.environ.get(MAX_SPARSE_TOKENS, "").strip()
+    return _count(MAX_SPARSE_TOKENS, "0 serves dense")
+
+
+def metrics_interval() -> int:
+    """Every so many sparse steps the masks are counted (100); 0 turns metrics off.
+
+    Raises:
+        ValueError: not an integer, or negative.
+    """
+    interval = _count(METRICS_INTERVAL, "0 turns metrics off")
+    return 100 if interval is None else interval
+
+
+def _count(name: str, zero: str) -> int | None:
+    raw = os.environ.get(name, "").strip()
     if not raw:
         return None
     try:
@@ -35,9 +50,7 @@ def max_sparse_tokens() -> int | None:
     except ValueError:
         value = -1
     if value < 0:
-        raise ValueError(
-            f"{MAX_SPARSE_TOKENS} must be an integer >= 0 (0 serves dense), got {raw!r}"
-        )
+        raise ValueError(f"{name} must be an integer >= 0 ({zero}), got {raw!r}")
     return value
 
 
@@ -45,4 +58,5 @@ def max_sparse_tokens() -> int | None:
 VLLM_ENVIRONMENT: dict[str, Callable[[], Any]] = {
     BACKEND: backend,
     MAX_SPARSE_TOKENS: max_sparse_tokens,
+    METRICS_INTERVAL: metrics_interval,
 }

@@ -116,14 +116,26 @@ class RSparseLinearMethod(LinearMethodBase):
             weight.device,
         )
         thresholds = torch.stack([t.thresholds for t in shards]).to(weight.device)
-        for name, tensor in (
-            ("thresholds", thresholds),
-            ("u", u),
-            ("v", v),
-            ("correction", self._correction(layer, shards)),
-        ):
+        tensors = {
+            "thresholds": thresholds,
+            "u": u,
+            "v": v,
+            "correction": self._correction(layer, shards),
+        }
+        for name, tensor in tensors.items():
             frozen = None if tensor is None else Parameter(tensor, requires_grad=False)
             layer.register_parameter(f"rsparse_{name}", frozen)
+        extra = sum(t.nbytes for t in tensors.values() if t is not None)
+        self.config.note_loaded(self.names, weight.nbytes, extra)
+        counters = self.config.open_counters()
+        if counters is not None:
+            counters.register(
+                self.names,
+                layer.rsparse_thresholds,
+                layer.rsparse_sizes,
+                layer.rsparse_ranks,
+                weight.itemsize,
+            )
 
     @staticmethod
     def _correction(layer: LinearBase, shards: list[LinearTensors]) -> Tensor | None:

@@ -7,6 +7,7 @@ captured, in eager mode for every call. Nothing here imports vLLM.
 """
 
 import os
+from collections.abc import Callable
 from enum import IntEnum
 
 import torch
@@ -85,6 +86,16 @@ def sparse_linear(
     return reference.rsparse_linear(*args)
 
 
+# Called with (x, thresholds, whether the call goes dense) before each call.
+_observer: Callable[[Tensor, Tensor, bool], None] | None = None
+
+
+def set_observer(observer: Callable[[Tensor, Tensor, bool], None] | None) -> None:
+    """Let the metrics see every call whose Python body runs; None stops that."""
+    global _observer
+    _observer = observer
+
+
 def _linear(
     x: Tensor,
     weight: Tensor,
@@ -98,7 +109,10 @@ def _linear(
     max_sparse_tokens: int,
     backend: int,
 ) -> Tensor:
-    if x.shape[0] > max_sparse_tokens:
+    dense = x.shape[0] > max_sparse_tokens
+    if _observer is not None:
+        _observer(x, thresholds, dense)
+    if dense:
         return dense_linear(x, weight, bias)
     return sparse_linear(
         x, weight, thresholds, u, v, correction, bias, shard_sizes, ranks, backend

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -135,7 +136,27 @@ def reference(plain_pytorch, prepared):
 def test_log_says_what_runs(server):
     log = server.log_path.read_text()
     assert "rsparse: backend cpu, sparse up to 100000 tokens a step" in log
+    # 28 linears of 6.3 million weights in float32.
+    assert "rsparse: 28 linears loaded: 24.0 MiB of weights" in log
     assert "Unknown vLLM environment variable" not in log
+
+
+def test_metrics_beside_vllms_own(server):
+    def scrape():
+        with urllib.request.urlopen(f"{server.base_url}/metrics") as page:
+            lines = [line.rsplit(" ", 1) for line in page.read().decode().splitlines()]
+        return {line[0]: float(line[1]) for line in lines if line[0][0] != "#"}
+
+    before = scrape()
+    complete(server, PROMPTS[0])
+    after = scrape()
+    steps = 'vllm_rsparse_step_tokens_count{route="sparse"}'
+    # One step for the prompt, then one for each token but the first.
+    assert after[steps] - before[steps] == NEW_TOKENS
+    assert any(name.startswith("vllm:generation_tokens_total") for name in after)
+    kept = 'vllm_rsparse_sampled_channels_kept_total{kind="down_proj"}'
+    seen = 'vllm_rsparse_sampled_channels_total{kind="down_proj"}'
+    assert 0.1 < after[kept] / after[seen] < 0.9
 
 
 def test_tokens_equal_plain_pytorch(server, reference):

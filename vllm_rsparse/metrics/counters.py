@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counting in a worker: steps by route, and, now and then, what the masks keep.
+
+``ops.linear`` calls :meth:`Counters.observe` where its Python body runs: at every call
+on a CPU and in eager mode, at capture only under CUDA graphs. On a GPU the steps are
+therefore counted by the device: the add is captured with the first linear's kernel and
+replayed with it. It goes straight to the mapped file, so nobody has to copy or to wait.
+The masks are not counted inside a graph: an own launch for every linear costs more than
+the 0.5% of a step that metrics may take.
+"""
+
+import ctypes
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_rsparse.metrics import layout
+from vllm_rsparse.reference import kept_mask
+
+logger = logging.getLogger(__name__)
+
+_HOST_REGISTER_MAPPED = 2  # cudaHostRegisterMapped
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Decided in the API server, pickled to every worker inside the model's config.
+
+    Attributes:
+        directory: where the ranks of this engine count.
+        interval: the masks of every so many sparse steps are counted.
+    """
+
+    directory: Path
+    interval: int
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A fused layer: [S] rows of its kinds, bytes of a column, bytes besides."""
+
+    rows: Tensor
+    column_bytes: Tensor
+    other_bytes: Tensor
+
+
+class Counters:
+    """The counters of one rank.
+
+    Args:
+        settings: where to count, how often to sample.
+        rank: of this process among the engine's workers.
+    """
+
+    def __init__(self, settings: Settings, rank: int) -> None:
+        self._directory = settings.directory
+        self._interval = settings.interval
+        self._rank = rank
+        self._kinds: dict[str, int] = {}
+        self._linears: dict[int, _Linear] = {}
+        self._first: int | None = None
+        self._sparse_steps = 0
+        self._sampling = False
+        self._slots: Tensor | None = None
+        self._add: Callable[[int, int], None]
+
+    def register(
+        self,
+        names: list[str],
+        thresholds: Tensor,
+        shard_sizes: list[int],
+        ranks: list[int],
+        itemsize: int,
+    ) -> None:
+        """Note a loaded layer; the first one is called once a step and counts steps.
+
+        Args:
+            names: checkpoint names of its S shards.
+            thresholds: [S, K], the tensor that the op will be called with. Ops take no
+                names, so its address tells the layers apart.
+            shard_sizes: output features of each shard on this rank.
+            ranks: rank of each shard's factors.
+            itemsize: bytes of a weight element.
+        """
+        k = thresholds.shape[1]
+        rows = []
+        for name, n in zip(names, shard_sizes, strict=True):
+            kind = name.rpartition(".")[2]
+            self._kinds[kind] = self._kinds.get(kind, 0) + n * k * itemsize
+            rows.append(list(self._kinds).index(kind))
+        device = thresholds.device
+        others = [
+            rank * (n + k) * itemsize + 4 * k
+            for n, rank in zip(shard_sizes, ranks, strict=True)
+        ]
+        address = thresholds.data_ptr()
+        self._first = address if self._first is None else self._first
+        self._linears[address] = _Linear(
+            torch.tensor(rows, device=device),
+            torch.tensor(shard_sizes, device=device) * itemsize,
+            torch.tensor(others, device=device),
+        )
+
+    def observe(self, x: Tensor, thresholds: Tensor, dense: bool) -> None:
+        """Count one call of the op; never synchronises with the device."""
+        address = thresholds.data_ptr()
+        linear = self._linears.get(address)
+        if linear is None or x.shape[0] == 0:
+            return
+        if address == self._first:
+            self._count_step(x, dense)
+        if self._sampling and not dense:
+            self._count_channels(linear, x, thresholds)
+
+    def _count_step(self, x: Tensor, dense: bool) -> None:
+        tokens = x.shape[0]
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._slots is None:
+            if capturing:
+                return  # mapping memory would break it; a dummy run comes before
+            try:
+                self._open(x.device)
+            except (OSError, RuntimeError) as error:
+                logger.warning("rsparse: rank %d does not count: %s", self._rank, error)
+                self._linears.clear()
+                return
+        self._add(layout.step_slot(int(dense), tokens), 1)
+        self._add(layout.token_slot(int(dense)), tokens)
+        # A sampled step stays sampled until the next one begins.
+        self._sampling = (
+            not dense and not capturing and self._sparse_steps % self._interval == 0
+        )
+        self._sparse_steps += not dense
+        if self._sampling:
+            self._add(layout.SAMPLED_TOKENS, tokens)
+
+    def _count_channels(self, linear: _Linear, x: Tensor, thresholds: Tensor) -> None:
+        assert self._slots is not None  # a step was counted before
+        mask = kept_mask(x, thresholds)
+        kept = mask.sum(dim=(1, 2))
+        # Tokens of a step share what they both keep.
+        distinct = kept if x.shape[0] == 1 else mask.any(dim=1).sum(dim=1)
+        read = distinct * linear.column_bytes + linear.other_bytes
+        seen = torch.full_like(kept, mask.shape[1] * mask.shape[2])
+        table = self._slots[layout.FIRST_KIND :].view(-1, layout.KIND_SLOTS)
+        table.index_add_(0, linear.rows, torch.stack([seen, kept, read], dim=1))
+
+    def _open(self, device: torch.device) -> None:
+        header = layout.Header(self._rank, self._kinds)
+        path = layout.counts_path(self._directory, self._rank)
+        slots = torch.from_file(
+            str(path), shared=True, size=header.slots, dtype=torch.int64
+        )
+        self._slots = _on_device(slots, device)
+        if device.type == "cpu":
+            # Ten times as fast as adding to an element of a tensor.
+            array = slots.numpy()
+
+            def add(slot: int, amount: int) -> None:
+                array[slot] += amount
+
+        else:
+            view = self._slots
+
+            def add(slot: int, amount: int) -> None:
+                view[slot].add_(amount)
+
+        self._add = add
+        layout.write_header(self._directory, header)
+
+
+def open_counters(settings: Settings | None, rank: int) -> Counters | None:
+    """The counters of this process, or None where metrics are off or out of reach."""
+    if settings is None:
+        return None
+    if not settings.directory.is_dir():
+        logger.info(
+            "rsparse: rank %d runs on another machine than the API server, its counts"
+            " do not appear on /metrics",
+            rank,
+        )
+        return None
+    return Counters(settings, rank)
+
+
+def _on_device(slots: Tensor, device: torch.device) -> Tensor:
+    """The same memory as the device sees it: page-locked, and mapped for a GPU."""
+    if device.type == "cpu":
+        return slots
+    torch.cuda.check_error(
+        torch.cuda.cudart().cudaHostRegister(
+            slots.data_ptr(), slots.nbytes, _HOST_REGISTER_MAPPED
+        )
+    )
+    return torch.as_tensor(_MappedMemory(slots), device=device)
+
+
+class _MappedMemory:
+    """Page-locked host memory, at the address by which the GPU reaches it.
+
+    Raises:
+        RuntimeError: the GPU cannot reach it.
+    """
+
+    def __init__(self, slots: Tensor) -> None:
+        self.slots = slots  # must outlive the view
+        pointer = ctypes.c_uint64()
+        # torch's binding of the runtime lacks this call; the driver is loaded already.
+        status = ctypes.CDLL("libcuda.so.1").cuMemHostGetDevicePointer_v2(
+            ctypes.byref(pointer), ctypes.c_void_p(slots.data_ptr()), ctypes.c_uint(0)
+        )
+        if status != 0:
+            raise RuntimeError(f"cuMemHostGetDevicePointer failed with error {status}")
+        self.__cuda_array_interface__ = {
+            "shape": tuple(slots.shape),
+            "typestr": "<i8",
+            "data": (pointer.value, False),
+            "version": 3,
+        }
