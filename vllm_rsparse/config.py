@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.distributed import parallel_state
 from vllm.model_executor.layers.linear import (
     LinearBase,
     UnquantizedLinearMethod,
@@ -18,6 +19,12 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.platforms import current_platform
 
 from vllm_rsparse import envs
+from vllm_rsparse.agreement import (
+    Report,
+    gather_reports,
+    local_report,
+    require_agreement,
+)
 from vllm_rsparse.artifact import FORMAT_VERSION, Artifact, ArtifactError
 from vllm_rsparse.locate import locate_artifact
 from vllm_rsparse.metrics import exporter
@@ -50,7 +57,8 @@ class RSparseConfig(QuantizationConfig):
     It is built in the API server, resolved against the model directory there
     (``maybe_update_config``), and pickled to every worker, so that all ranks see one
     routing decision. The opened artifact does not travel: each process opens and
-    verifies its own copy, which finds a node whose files differ.
+    verifies its own copy. A node whose versions or files differ is found before weights
+    are loaded (``agreement``).
 
     Args:
         artifact: where the artifact is: a path inside the model directory, an absolute
@@ -81,7 +89,9 @@ class RSparseConfig(QuantizationConfig):
         self.metrics: Settings | None = None
         self._counters: Counters | None = None
         self._counting = False
+        self._resolved_on: Report | None = None
         self._artifact: Artifact | None = None
+        self._ranks_agree = False
         self._claimed: set[str] = set()
         self._loaded: set[str] = set()
         self._bytes = [0, 0]
@@ -90,7 +100,19 @@ class RSparseConfig(QuantizationConfig):
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to this process.
         mine: dict[str, Any] = {"_artifact": None, "_claimed": set(), "_loaded": set()}
-        return {**self.__dict__, **mine, "_counters": None, "_counting": False}
+        mine |= {"_counters": None, "_counting": False, "_ranks_agree": False}
+        return {**self.__dict__, **mine}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in another process, perhaps on a node with other versions.
+
+        Raises:
+            NodesDisagreeError: names the node and the versions. Here and not later, as
+                what else arrives would already be read by the wrong release.
+        """
+        self.__dict__.update(state)
+        if self._resolved_on is not None:
+            require_agreement([self._resolved_on, local_report()])
 
     @classmethod
     def get_name(cls) -> str:
@@ -161,6 +183,7 @@ class RSparseConfig(QuantizationConfig):
         cannot be served by a stale graph.
         """
         self.model_name, self.revision = model_name, revision
+        self._resolved_on = local_report()
         name = envs.backend()
         if name == "auto" and self.requested_backend is not None:
             name = self.requested_backend
@@ -253,6 +276,26 @@ class RSparseConfig(QuantizationConfig):
                 *(size / (1 << 20) for size in self._bytes),
             )
 
+    def _require_agreement(self) -> None:
+        """Compare this rank's artifact and routing with those of all others, once.
+
+        A rank that cannot open its artifact takes part too: raising alone, it would
+        leave the others waiting.
+        """
+        if self._ranks_agree:
+            return
+        try:
+            artifact = self.open_artifact().sha256
+        except ArtifactError as error:
+            artifact = f"none ({error})"
+        mine = local_report(
+            artifact=artifact,
+            backend=str(self.backend and self.backend.name.lower()),
+            max_sparse_tokens=str(self.max_sparse_tokens),
+        )
+        require_agreement(gather_reports(mine, _world_group()))
+        self._ranks_agree = True
+
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:
@@ -261,9 +304,11 @@ class RSparseConfig(QuantizationConfig):
         Raises:
             ArtifactError: the artifact lists some shards of a fused layer and not
                 others, or lists such a linear in other decoder layers but not here.
+            NodesDisagreeError: a rank has another artifact, route or version.
         """
         if not isinstance(layer, LinearBase):
             return None
+        self._require_agreement()
         artifact = self.open_artifact()
         names = self._checkpoint_names(prefix)
         listed = [name for name in names if name in artifact.info.linears]
@@ -325,6 +370,22 @@ class RSparseConfig(QuantizationConfig):
                     " listed; the artifact is incomplete or was prepared from another"
                     " model: prepare this one"
                 )
+
+
+def _world_group() -> torch.distributed.ProcessGroup | None:
+    """The CPU group of all ranks that load the served model now; None where alone.
+
+    A draft model is left out: only the last pipeline stage loads it, and what it
+    proposes is checked by the served model.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        return None
+    config = get_current_vllm_config()
+    draft = getattr(config.speculative_config, "draft_model_config", None)
+    if draft is not None and draft is config.model_config:
+        return None
+    group = parallel_state.get_world_group()
+    return group.cpu_group if group.world_size > 1 else None
 
 
 def _layer_index(name: str) -> int | None:
