@@ -5,15 +5,16 @@
 Programmatic dependent launch (PDL): a program signals that the next launch may start
 once its own reads are done (earlier, and waiting programs crowd out working ones:
 kernels/README.md), and waits for the previous launch before it uses anything that it
-reads or writes (``sum_channels``, ``dot_channels``). Every program waits, so a launch
-never completes before all earlier ones have.
+reads or writes (``list_channels``, ``sum_masked``, ``dot_masked``). Every program
+waits, so a launch never completes before all earlier ones have.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .tiles import dot_channels, locate_tile, sum_channels
+from .sums import sum_channels
+from .tiles import locate_tile
 
 
 @triton.jit
@@ -26,6 +27,8 @@ def sums_kernel(
     bias_ptr,
     out_ptr,
     partial_ptr,
+    list_ptr,
+    value_ptr,
     tokens,
     n,
     k,
@@ -40,72 +43,68 @@ def sums_kernel(
     FACTORS: tl.constexpr,
     DIRECT: tl.constexpr,
     USE_DOT: tl.constexpr,
+    LISTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PASSES: tl.constexpr,
     ROWS: tl.constexpr,
+    RANK_BLOCK_N: tl.constexpr,
+    RANK_ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    EVEN_N: tl.constexpr,
     STAGES: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One column tile of W (or V^T) over one part of the channels."""
     tile = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
-    offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    group_m = tl.program_id(2)
+    offs_m = group_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    if LISTED:
+        # This program's part of the workspace.
+        program = (group_m * splits + split).to(tl.int64) * tl.num_programs(0) + tile
+        list_ptr += program * (CHANNELS + BLOCK_K)
+        value_ptr += program * (CHANNELS + BLOCK_K) * BLOCK_M
     factor_tiles = 0
     if FACTORS:
         for index in tl.static_range(SHARDS):
-            factor_tiles += tl.cdiv(ranks[index], BLOCK_N)
+            factor_tiles += tl.cdiv(ranks[index], RANK_BLOCK_N)
         if tile < factor_tiles:
-            shard, begin_n, end_n = locate_tile(tile, 0, ranks, SHARDS, BLOCK_N)
-            offs_n = begin_n + tl.arange(0, BLOCK_N)
-            if USE_DOT:
-                z = dot_channels(
-                    x_ptr,
-                    threshold_ptr + shard.to(tl.int64) * k,
-                    v_ptr,
-                    stride_xm,
-                    stride_vk,
-                    stride_vr,
-                    offs_m,
-                    tokens,
-                    offs_n,
-                    end_n,
-                    k,
-                    split,
-                    splits,
-                    DROPPED=True,
-                    BLOCK_M=BLOCK_M,
-                    BLOCK_N=BLOCK_N,
-                    BLOCK_K=BLOCK_K,
-                    STAGES=STAGES,
-                    DOT_DTYPE=DOT_DTYPE,
-                    PDL=PDL,
-                )
-            else:
-                z = sum_channels(
-                    x_ptr,
-                    threshold_ptr + shard.to(tl.int64) * k,
-                    v_ptr,
-                    stride_xm,
-                    stride_vk,
-                    stride_vr,
-                    offs_m,
-                    tokens,
-                    offs_n,
-                    end_n,
-                    k,
-                    split,
-                    splits,
-                    DROPPED=True,
-                    BLOCK_M=BLOCK_M,
-                    BLOCK_N=BLOCK_N,
-                    PASSES=PASSES,
-                    ROWS=ROWS,
-                    PDL=PDL,
-                )
+            shard, begin_n, end_n = locate_tile(tile, 0, ranks, SHARDS, RANK_BLOCK_N)
+            offs_n = begin_n + tl.arange(0, RANK_BLOCK_N)
+            z = sum_channels(
+                x_ptr,
+                threshold_ptr + shard.to(tl.int64) * k,
+                v_ptr,
+                list_ptr,
+                value_ptr,
+                stride_xm,
+                stride_vk,
+                stride_vr,
+                offs_m,
+                tokens,
+                offs_n,
+                end_n,
+                k,
+                split,
+                splits,
+                DROPPED=True,
+                USE_DOT=USE_DOT,
+                LISTED=LISTED,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=RANK_BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                ROWS=RANK_ROWS,
+                CHANNELS=CHANNELS,
+                EVEN_N=False,
+                STAGES=STAGES,
+                DOT_DTYPE=DOT_DTYPE,
+                WIDE=WIDE,
+                PDL=PDL,
+            )
             if PDL:
                 gdc_launch_dependents()
             row = (split * tokens + offs_m[:, None]).to(tl.int64)
@@ -119,51 +118,36 @@ def sums_kernel(
         tile - factor_tiles, 0, shard_sizes, SHARDS, BLOCK_N
     )
     offs_n = begin_n + tl.arange(0, BLOCK_N)
-    if USE_DOT:
-        y = dot_channels(
-            x_ptr,
-            threshold_ptr + shard.to(tl.int64) * k,
-            weight_ptr,
-            stride_xm,
-            stride_wk,
-            1,
-            offs_m,
-            tokens,
-            offs_n,
-            end_n,
-            k,
-            split,
-            splits,
-            DROPPED=False,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            STAGES=STAGES,
-            DOT_DTYPE=DOT_DTYPE,
-            PDL=PDL,
-        )
-    else:
-        y = sum_channels(
-            x_ptr,
-            threshold_ptr + shard.to(tl.int64) * k,
-            weight_ptr,
-            stride_xm,
-            stride_wk,
-            1,
-            offs_m,
-            tokens,
-            offs_n,
-            end_n,
-            k,
-            split,
-            splits,
-            DROPPED=False,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            PASSES=PASSES,
-            ROWS=ROWS,
-            PDL=PDL,
-        )
+    y = sum_channels(
+        x_ptr,
+        threshold_ptr + shard.to(tl.int64) * k,
+        weight_ptr,
+        list_ptr,
+        value_ptr,
+        stride_xm,
+        stride_wk,
+        1,
+        offs_m,
+        tokens,
+        offs_n,
+        end_n,
+        k,
+        split,
+        splits,
+        DROPPED=False,
+        USE_DOT=USE_DOT,
+        LISTED=LISTED,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        ROWS=ROWS,
+        CHANNELS=CHANNELS,
+        EVEN_N=EVEN_N,
+        STAGES=STAGES,
+        DOT_DTYPE=DOT_DTYPE,
+        WIDE=WIDE,
+        PDL=PDL,
+    )
     if PDL:
         gdc_launch_dependents()
     mask_n = offs_n < end_n

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vllm_rsparse.tuning import LaunchConfig, launch_config
 
+from .channels import GROUP
 from .programs import finish_kernel, sums_kernel
 
 # Tokens a program takes: the smallest tile of the matrix units.
@@ -22,6 +23,8 @@ DOT_TOKENS = 16
 # The second launch: columns a program finishes, and most rows of U it holds at a time.
 FINISH_BLOCK_N = 64
 FINISH_MAX_BLOCK_R = 128
+# Most channels a program lists, for its registers: more splits are made where needed.
+MOST_LISTED = 1024
 
 
 def rsparse_linear(
@@ -79,23 +82,33 @@ def rsparse_linear(
     shards = len(shard_sizes)
     rank_columns = sum(ranks)
     factors = rank_columns > 0
-    direct = config.split_k == 1 and not factors
+    split_k = config.split_k
+    if config.listed:
+        split_k = max(split_k, triton.cdiv(k, MOST_LISTED))
+    direct = split_k == 1 and not factors
     partial = None
     if not direct:
         partial = torch.empty(
-            config.split_k,
+            split_k,
             tokens,
             rank_columns + n,
             dtype=torch.float32,
             device=x.device,
         )
     block_m = DOT_TOKENS if config.use_dot else min(4, triton.next_power_of_2(tokens))
-    threads_n = max(1, config.block_n * x.element_size() // 16)
-    rows = min(config.block_k, max(1, config.num_warps * 32 // threads_n))
-    tiles = _tiles(shard_sizes, config.block_n) + _tiles(ranks, config.block_n)
+    groups_m = triton.cdiv(tokens, block_m)
+    # A few ranks in a tile of the weight's width would leave most threads idle.
+    rank_block_n = min(config.block_n, triton.next_power_of_2(max(16, *ranks)))
+    tiles = _tiles(shard_sizes, config.block_n) + _tiles(ranks, rank_block_n)
+    channels = channel_list = channel_values = None
+    if config.listed:
+        channels = _listed_channels(k, split_k)
+        length = tiles * split_k * groups_m * (channels + config.block_k)
+        channel_list = torch.empty(length, dtype=torch.int32, device=x.device)
+        channel_values = torch.empty(length * block_m, dtype=x.dtype, device=x.device)
     pdl = _has_dependent_launch(x.device)
     options = {"launch_pdl": True} if pdl else {}
-    sums_kernel[(tiles, config.split_k, triton.cdiv(tokens, block_m))](
+    sums_kernel[(tiles, split_k, groups_m)](
         x,
         weight,
         thresholds,
@@ -104,6 +117,8 @@ def rsparse_linear(
         bias,
         out,
         partial,
+        channel_list,
+        channel_values,
         tokens,
         n,
         k,
@@ -118,13 +133,18 @@ def rsparse_linear(
         FACTORS=factors,
         DIRECT=direct,
         USE_DOT=config.use_dot,
+        LISTED=config.listed,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        PASSES=config.block_k // rows,
-        ROWS=rows,
+        ROWS=_rows_at_once(config, config.block_n, x.element_size()),
+        RANK_BLOCK_N=rank_block_n,
+        RANK_ROWS=_rows_at_once(config, rank_block_n, x.element_size()),
+        CHANNELS=channels,
+        EVEN_N=all(size % config.block_n == 0 for size in shard_sizes),
         STAGES=config.num_stages,
         DOT_DTYPE=_dot_dtype(x.dtype),
+        WIDE=max(_extent(weight), _extent(v)) >= 2**31,
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -147,8 +167,8 @@ def rsparse_linear(
         tuple(ranks),
         SHARDS=shards,
         FACTORS=factors,
-        SPLITS=config.split_k,
-        SPLITS_BLOCK=triton.next_power_of_2(config.split_k),
+        SPLITS=split_k,
+        SPLITS_BLOCK=triton.next_power_of_2(split_k),
         BLOCK_N=FINISH_BLOCK_N,
         BLOCK_R=min(FINISH_MAX_BLOCK_R, triton.next_power_of_2(max(1, *ranks))),
         PDL=pdl,
@@ -160,6 +180,26 @@ def rsparse_linear(
 
 def _tiles(sizes: list[int], block_n: int) -> int:
     return sum(triton.cdiv(size, block_n) for size in sizes)
+
+
+def _rows_at_once(config: LaunchConfig, block_n: int, element_size: int) -> int:
+    """Rows of a tile that a program's threads read with one 16-byte load each."""
+    threads_of_row = max(1, block_n * element_size // 16)
+    return min(config.block_k, max(1, config.num_warps * 32 // threads_of_row))
+
+
+def _listed_channels(k: int, split_k: int) -> int:
+    """Most channels that one program lists, as a power of two."""
+    groups = triton.cdiv(triton.cdiv(k, GROUP.value), split_k)
+    return triton.next_power_of_2(max(1, groups) * GROUP.value)
+
+
+def _extent(matrix: Tensor) -> int:
+    """Elements from a matrix's first to its last one: whether 32-bit offsets do."""
+    return sum(
+        (size - 1) * stride
+        for size, stride in zip(matrix.shape, matrix.stride(), strict=True)
+    )
 
 
 def _dot_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 
-# Up to this many tokens the vector units keep up with memory; beyond it the matrix
-# units win (H200, kernels/README.md).
-VECTOR_TOKENS = 2
+# Up to this many tokens share a program of the vector units, which keep up with memory;
+# beyond it the matrix units win (H200, kernels/README.md).
+VECTOR_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class LaunchConfig:
         num_stages: with ``use_dot``, loop iterations whose loads are in flight.
         use_dot: multiply on the matrix units, 16 tokens at a time; otherwise on the
             vector units, up to 4 at a time.
+        listed: on the vector units, list the wanted channels first instead of masking
+            the others in place.
     """
 
     block_n: int
@@ -48,6 +50,7 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     use_dot: bool
+    listed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_n", "block_k", "num_warps"):
@@ -57,6 +60,8 @@ class LaunchConfig:
         for name in ("split_k", "num_stages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.use_dot and self.listed:
+            raise ValueError("use_dot masks channels in place, listed must be false")
         if self.use_dot and min(self.block_n, self.block_k) < 16:
             raise ValueError(
                 "use_dot needs block_n and block_k >= 16, got"

@@ -32,7 +32,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 6e-3}
 
 VECTOR = LaunchConfig(32, 64, 1, 2, 1, use_dot=False)
+# Lists of up to 128 channels at K = 77, steps of 16: whole steps and a remainder.
+LISTED = LaunchConfig(32, 16, 1, 1, 1, use_dot=False, listed=True)
 DOT = LaunchConfig(32, 32, 1, 2, 2, use_dot=True)
+CONFIGS = [VECTOR, LISTED, DOT]
+CONFIG_IDS = ["masked", "listed", "dot"]
 
 
 @dataclass
@@ -112,7 +116,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
 
     def poisoned_empty(*args: object, **kwargs: object) -> Tensor:
-        return empty(*args, **kwargs).fill_(float("nan"))
+        made = empty(*args, **kwargs)
+        # A channel that nobody listed: far outside every matrix.
+        return made.fill_(float("nan") if made.is_floating_point() else 2**30)
 
     monkeypatch.setattr(torch, "empty", poisoned_empty)
 
@@ -137,9 +143,9 @@ class TestAgainstReference:
     @pytest.mark.parametrize("n", [1, 33, 64])
     @pytest.mark.parametrize("tokens", [1, 2, 5])
     def test_shapes(self, tokens: int, n: int, k: int) -> None:
-        config = VECTOR if tokens < 5 else DOT
         case = make_case(tokens, k, (n,), (0,))
-        assert_close(backend.rsparse_linear(*case.args(), config), case.expected())
+        for config in [VECTOR, LISTED] if tokens < 5 else [DOT]:
+            assert_close(backend.rsparse_linear(*case.args(), config), case.expected())
 
     @pytest.mark.parametrize(
         ("shard_sizes", "ranks"),
@@ -162,7 +168,7 @@ class TestAgainstReference:
 
     @pytest.mark.parametrize("split_k", [1, 3, 7])
     @pytest.mark.parametrize("ranks", [(0, 0, 0), (5, 0, 19)], ids=str)
-    @pytest.mark.parametrize("config", [VECTOR, DOT], ids=["vector", "dot"])
+    @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
     @pytest.mark.parametrize("tokens", [1, 2, 3])
     def test_splits(
         self, tokens: int, config: LaunchConfig, ranks: tuple[int, ...], split_k: int
@@ -177,7 +183,7 @@ class TestAgainstReference:
         case = make_case(ranks=(0, 0, 0), constants=constants)
         assert_close(backend.rsparse_linear(*case.args()), case.expected())
 
-    @pytest.mark.parametrize("config", [VECTOR, DOT], ids=["vector", "dot"])
+    @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
     def test_every_count_of_kept_channels(self, config: LaunchConfig) -> None:
         case = make_case(k=37, shard_sizes=(20,), ranks=(4,), constants=False)
         for count in range(38):
@@ -187,7 +193,7 @@ class TestAgainstReference:
 
 
 class TestMask:
-    @pytest.mark.parametrize("config", [VECTOR, DOT], ids=["vector", "dot"])
+    @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
     def test_ties_are_dropped_and_zeros_follow_the_sign_free_magnitude(
         self, config: LaunchConfig
     ) -> None:
@@ -199,7 +205,7 @@ class TestMask:
         out = backend.rsparse_linear(*case.args(), config)
         assert_close(out, case.x @ case.weight.t())
 
-    @pytest.mark.parametrize("config", [VECTOR, DOT], ids=["vector", "dot"])
+    @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
     def test_nan_reaches_every_output_of_its_token_only(
         self, config: LaunchConfig
     ) -> None:
@@ -210,15 +216,18 @@ class TestMask:
         assert out[0].isnan().all()
         assert not out[1:].isnan().any()
 
-    @pytest.mark.parametrize("config", [VECTOR, DOT], ids=["vector", "dot"])
+    @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
     def test_dropped_infinity_leaves_no_trace(self, config: LaunchConfig) -> None:
         case = make_case(ranks=(0, 0, 0))
         case.thresholds[:, 3] = float("inf")
         case.x[0, 3] = float("inf")
         assert_close(backend.rsparse_linear(*case.args(), config), case.expected())
 
+    @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
     @pytest.mark.parametrize("tokens", [1, 3])
-    def test_rows_that_nobody_keeps_are_not_read(self, tokens: int) -> None:
+    def test_rows_that_nobody_keeps_are_not_read(
+        self, tokens: int, config: LaunchConfig
+    ) -> None:
         case = make_case(tokens, ranks=(0, 0, 0))
         expected = case.expected()
         unread = (
@@ -226,15 +235,18 @@ class TestMask:
         )
         assert unread.any()
         case.weight[:, unread] = float("nan")
-        assert_close(backend.rsparse_linear(*case.args()), expected)
+        assert_close(backend.rsparse_linear(*case.args(), config), expected)
 
-    def test_rows_of_v_that_nobody_drops_are_not_read(self) -> None:
+    @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
+    def test_rows_of_v_that_nobody_drops_are_not_read(
+        self, config: LaunchConfig
+    ) -> None:
         case = make_case(shard_sizes=(30,), ranks=(6,))
         expected = case.expected()
         kept = reference.kept_mask(case.x, case.thresholds)[0, 0]
         assert kept.any()
         case.v[:, kept] = float("nan")
-        assert_close(backend.rsparse_linear(*case.args()), expected)
+        assert_close(backend.rsparse_linear(*case.args(), config), expected)
 
 
 class TestLayouts:
@@ -275,9 +287,9 @@ class TestLayouts:
         assert_close(out, expected)
 
 
-@pytest.mark.parametrize("config", [VECTOR, DOT], ids=["vector", "dot"])
+@pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
 def test_bitwise_repeatable(config: LaunchConfig) -> None:
-    case = make_case(3 if config is VECTOR else 16, k=500, dtype=torch.bfloat16)
+    case = make_case(16 if config is DOT else 3, k=500, dtype=torch.bfloat16)
     config = replace(config, split_k=3)
     first = backend.rsparse_linear(*case.args(), config)
     for _ in range(2 if DEVICE == "cpu" else 50):
@@ -287,7 +299,26 @@ def test_bitwise_repeatable(config: LaunchConfig) -> None:
 @pytest.mark.parametrize("tokens", [3, 9])
 def test_vector_units_in_groups_of_tokens(tokens: int) -> None:
     case = make_case(tokens, k=150)
-    assert_close(backend.rsparse_linear(*case.args(), VECTOR), case.expected())
+    for config in (VECTOR, LISTED):
+        assert_close(backend.rsparse_linear(*case.args(), config), case.expected())
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
+def test_wide_offsets_change_nothing(
+    config: LaunchConfig, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(2)
+    monkeypatch.setattr(backend, "_extent", lambda matrix: 2**31 if wide else 1)
+    assert_close(backend.rsparse_linear(*case.args(), config), case.expected())
+
+
+def test_long_inputs_are_split_until_the_lists_are_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backend, "MOST_LISTED", 32)
+    case = make_case(2, k=300)
+    assert_close(backend.rsparse_linear(*case.args(), LISTED), case.expected())
 
 
 def test_a_token_does_not_depend_on_its_batch() -> None:

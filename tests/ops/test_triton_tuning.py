@@ -30,7 +30,7 @@ def config_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 def entry(tokens: int, split_k: int) -> TunedEntry:
-    config = replace(CONFIG, split_k=split_k, use_dot=tokens > 2)
+    config = replace(CONFIG, split_k=split_k, use_dot=tokens > 4)
     return TunedEntry(64, 256, "bfloat16", tokens, config, 5.0, 9.0)
 
 
@@ -42,7 +42,9 @@ def test_written_tables_read_back(config_dir: Path) -> None:
     assert json.loads(path.read_text())["device"] == "Some GPU"
 
 
-@pytest.mark.parametrize(("tokens", "split_k"), [(1, 4), (2, 4), (3, 2), (16, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "split_k"), [(1, 4), (2, 4), (4, 4), (5, 2), (16, 2)]
+)
 def test_nearest_number_of_tokens(config_dir: Path, tokens: int, split_k: int) -> None:
     tuning.write_table(tuning.config_path("GPU"), [entry(1, 4), entry(8, 2)], {})
     found = tuning.launch_config("GPU", 64, 256, "bfloat16", tokens)
@@ -97,6 +99,11 @@ def test_broken_tables_are_named(config_dir: Path, text: str, message: str) -> N
 def test_impossible_configurations_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         replace(CONFIG, **change)
+
+
+def test_the_matrix_units_do_not_list() -> None:
+    with pytest.raises(ValueError, match="listed must be false"):
+        LaunchConfig(16, 16, 1, 4, 1, use_dot=True, listed=True)
 
 
 def test_dot_needs_tiles_of_the_matrix_units() -> None:

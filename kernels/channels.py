@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""Device code of the kernels: which channels a program reads."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+# Channels of a listing program that lie together: 16 bytes of x. The splits of a column
+# tile take turns on such groups, so that all of them sweep memory from front to back.
+GROUP = tl.constexpr(8)
+
+
+@triton.jit
+def wanted_channels(x, threshold, DROPPED: tl.constexpr):
+    """Kept is strictly above the threshold, or NaN; DROPPED asks for the rest."""
+    dropped = tl.abs(x.to(tl.float32)) <= threshold
+    return dropped if DROPPED else ~dropped
+
+
+@triton.jit
+def list_channels(
+    x_ptr,
+    threshold_ptr,
+    list_ptr,
+    value_ptr,
+    stride_xm,
+    offs_m,
+    end_m,
+    k,
+    split,
+    splits,
+    DROPPED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDING: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """List the channels of this split that any token wants; returns how many.
+
+    Writes, in the program's own part of the workspace:
+        list_ptr: int32 [CHANNELS + PADDING], the wanted channels in ascending order.
+        value_ptr: x's dtype [BLOCK_M, CHANNELS + PADDING], each token's x of these
+            channels, zero where the token does not want it.
+    What lies beyond the count is not written.
+    """
+    place = tl.arange(0, CHANNELS)
+    offs_k = (place // GROUP * splits + split) * GROUP + place % GROUP
+    mask_k = offs_k < k
+    # Before the wait: no kernel writes thresholds.
+    threshold = tl.load(threshold_ptr + offs_k, mask=mask_k, other=0.0)
+    if PDL:
+        gdc_wait()
+    mask = (offs_m < end_m)[:, None] & mask_k[None, :]
+    x = tl.load(
+        x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :],
+        mask=mask,
+        other=0.0,
+    )
+    wanted = wanted_channels(x, threshold[None, :], DROPPED) & mask
+    read = tl.max(wanted.to(tl.int32), axis=0)
+    slot = tl.cumsum(read, axis=0) - 1
+    tl.store(list_ptr + slot, offs_k, mask=read > 0)
+    row = tl.arange(0, BLOCK_M)[:, None] * (CHANNELS + PADDING)
+    # An unwanted x may be infinite, and infinity times a weight of zero is NaN.
+    values = tl.where(wanted, x, 0.0)
+    tl.store(value_ptr + row + slot[None, :], values, mask=(read > 0)[None, :])
+    # Other threads of the program read what this one wrote.
+    tl.debug_barrier()
+    return tl.sum(read, axis=0)
