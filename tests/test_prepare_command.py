@@ -22,7 +22,8 @@ TEXT = Path(sysconfig.get_path("stdlib")) / "argparse.py"
 def _command(model: Path, output: Path, *more: str) -> list[str]:
     return [
         sys.executable, "-m", "vllm_rsparse.cli", "prepare", str(model), str(output),
-        "--sparsity", "0.5", "--calibration-data", str(TEXT), "--device", "cpu", *more,
+        "--sparsity", "0.5", "--calibration-data", str(TEXT), "--device", "cpu",
+        "--recipe", "uniform", *more,
     ]  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def _options(model: Path, output: Path, **changes: Any) -> PrepareOptions:
         "output": output,
         "sparsity": SPARSITY,
         "calibration_data": TEXTS,
+        "recipe": "uniform",
         "rho": RHO,
         "samples": SAMPLES,
         "tokens": TOKENS,

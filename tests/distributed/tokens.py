@@ -95,8 +95,9 @@ def prepare(folder: Path) -> Path:
         Path(sysconfig.get_path("stdlib")) / f"{n}.py" for n in ("argparse", "typing")
     ]
     command = [BIN / "vllm-rsparse", "prepare", base, output, "--sparsity", "0.5"]
-    command += ["--rho", "0.9", "--calibration-samples", "4"]
-    command += ["--calibration-tokens", "512", "--calibration-data", *texts]
+    command += ["--recipe", "uniform", "--rho", "0.9"]
+    command += ["--calibration-samples", "4", "--calibration-tokens", "512"]
+    command += ["--calibration-data", *texts]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return output
 

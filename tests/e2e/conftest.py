@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 class SparseLinear(torch.nn.Module):
-    """y = W s(x) + U V (x - s(x)), dense for more than ``limit`` tokens."""
+    """y = W s(x) + U V (x - s(x)) + correction, dense above ``limit`` tokens."""
 
     def __init__(self, linear, name, tensors, limit):
         super().__init__()
@@ -20,13 +20,17 @@ class SparseLinear(torch.nn.Module):
             self.low_rank = u @ tensors.get_tensor(f"{name}.v").float()
         else:
             self.low_rank = torch.zeros_like(self.weight)
+        self.correction = 0
+        if f"{name}.bias" in keys:
+            self.correction = tensors.get_tensor(f"{name}.bias")
 
     def forward(self, x):
         bias = 0 if self.bias is None else self.bias
         if x.numel() // x.shape[-1] > self.limit:
             return x @ self.weight.T + bias
         kept = x * (x.abs() > self.threshold)
-        return kept @ self.weight.T + (x - kept) @ self.low_rank.T + bias
+        y = kept @ self.weight.T + (x - kept) @ self.low_rank.T
+        return y + self.correction + bias
 
 
 class PlainPyTorch:

@@ -60,8 +60,9 @@ def test_log_probabilities_equal_plain_pytorch(base, tmp_path, plain_pytorch):
     text = Path(sysconfig.get_path("stdlib")) / "argparse.py"
     prepared = tmp_path / "prepared"
     command = [Path(sys.executable).parent / "vllm-rsparse", "prepare", base, prepared]
-    command += ["--sparsity", "0.5", "--rho", "0.8", "--calibration-samples", "4"]
-    command += ["--calibration-tokens", "256", "--calibration-data", text]
+    command += ["--sparsity", "0.5", "--recipe", "uniform", "--rho", "0.8"]
+    command += ["--calibration-samples", "4", "--calibration-tokens", "256"]
+    command += ["--calibration-data", text]
     subprocess.run(command, check=True)
 
     tokens = torch.randint(2, SIZES["vocab_size"], (192,)).tolist()

@@ -49,7 +49,7 @@ class PrepareOptions:
     seed: int = 0
     overwrite: bool = False
     revision: str | None = None
-    recipe: str = "uniform"
+    recipe: str = "best"
     save_recipe: Path | None = None
 
     def __post_init__(self) -> None:
