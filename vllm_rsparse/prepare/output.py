@@ -44,8 +44,12 @@ class StagedOutput:
         self._old = self.output.parent / f".{self.output.name}.{token}.old"
 
     def __enter__(self) -> Self:
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        (self.path / ARTIFACT_DIR).mkdir(parents=True)
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            (self.path / ARTIFACT_DIR).mkdir(parents=True)
+        except BaseException:  # Ctrl-C here would not reach __exit__
+            self._remove()
+            raise
         return self
 
     def __exit__(
@@ -54,6 +58,9 @@ class StagedOutput:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
         if self.path.exists():
             shutil.rmtree(self.path)
 
