@@ -169,6 +169,7 @@ def finish_kernel(
     correction_ptr,
     bias_ptr,
     out_ptr,
+    splits,
     tokens,
     n,
     rank_columns,
@@ -178,7 +179,6 @@ def finish_kernel(
     ranks,
     SHARDS: tl.constexpr,
     FACTORS: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLITS_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -207,7 +207,7 @@ def finish_kernel(
         gdc_wait()
     # [SPLITS_BLOCK, 1]: where each split's sums of this token begin.
     offs_s = tl.arange(0, SPLITS_BLOCK)[:, None]
-    mask_s = offs_s < SPLITS
+    mask_s = offs_s < splits
     row_ptr = partial_ptr + (offs_s * tokens + token) * (rank_columns + n)
     y = _column_constants(correction_ptr, bias_ptr, offs_n, mask_n)
     parts = tl.load(

@@ -102,7 +102,7 @@ def rsparse_linear(
     tiles = _tiles(shard_sizes, config.block_n) + _tiles(ranks, rank_block_n)
     channels = channel_list = channel_values = None
     if config.listed:
-        channels = _listed_channels(k, split_k)
+        channels = listed_channels(k, split_k)
         length = tiles * split_k * groups_m * (channels + config.block_k)
         channel_list = torch.empty(length, dtype=torch.int32, device=x.device)
         channel_values = torch.empty(length * block_m, dtype=x.dtype, device=x.device)
@@ -158,6 +158,7 @@ def rsparse_linear(
         correction,
         bias,
         out,
+        split_k,
         tokens,
         n,
         rank_columns,
@@ -167,7 +168,6 @@ def rsparse_linear(
         tuple(ranks),
         SHARDS=shards,
         FACTORS=factors,
-        SPLITS=split_k,
         SPLITS_BLOCK=triton.next_power_of_2(split_k),
         BLOCK_N=FINISH_BLOCK_N,
         BLOCK_R=min(FINISH_MAX_BLOCK_R, triton.next_power_of_2(max(1, *ranks))),
@@ -188,7 +188,7 @@ def _rows_at_once(config: LaunchConfig, block_n: int, element_size: int) -> int:
     return min(config.block_k, max(1, config.num_warps * 32 // threads_of_row))
 
 
-def _listed_channels(k: int, split_k: int) -> int:
+def listed_channels(k: int, split_k: int) -> int:
     """Most channels that one program lists, as a power of two."""
     groups = triton.cdiv(triton.cdiv(k, GROUP.value), split_k)
     return triton.next_power_of_2(max(1, groups) * GROUP.value)

@@ -19,6 +19,7 @@ from . import __version__
 COMMANDS = {
     "prepare": ("vllm_rsparse.prepare.command", "make a sparse model from a dense one"),
     "evaluate": ("vllm_rsparse.evaluate", "measure what the sparse model loses"),
+    "bench": ("vllm_rsparse.bench.command", "measure what the kernels gain here"),
     "inspect": ("vllm_rsparse.inspect_artifact", "show what a prepared model holds"),
     "doctor": ("vllm_rsparse.doctor", "check the installation, and a prepared model"),
 }

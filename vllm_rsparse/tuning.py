@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch configurations of the Triton kernels: tuned table first, heuristic otherwise.
 
-``configs/<device>.json`` holds what ``benchmarks/bench_ops.py --tune`` measured::
+``configs/<device>.json`` holds what ``vllm-rsparse bench --tune`` measured::
 
     {"device": "NVIDIA H200", ...,
      "entries": [{"n": 4096, "k": 4096, "dtype": "bfloat16", "tokens": 1,
@@ -111,7 +111,7 @@ def read_table(path: Path) -> list[TunedEntry]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a table of launch configurations: {error}. Write it anew"
-            " with benchmarks/bench_ops.py --tune"
+            " with `vllm-rsparse bench --tune`"
         ) from error
     return entries
 
@@ -179,10 +179,16 @@ def default_config(n: int, k: int, tokens: int) -> LaunchConfig:
     return LaunchConfig(block_n, block_k, split_k, 1, 1, use_dot=False)
 
 
+def forget_tables() -> None:
+    """Read the tables anew at the next look-up, for whoever has just written one."""
+    device_table.cache_clear()
+    launch_config.cache_clear()
+
+
 @cache
 def _log_untuned(device_name: str) -> None:
     logger.info(
         "No tuned launch configuration of every shape for %s, using the default where"
-        " it is missing. Tune with: python benchmarks/bench_ops.py --tune",
+        " it is missing. Tune with: vllm-rsparse bench MODEL --tune",
         device_name,
     )

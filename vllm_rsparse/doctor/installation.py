@@ -153,7 +153,7 @@ def tuned_shapes() -> Iterator[Finding]:
         f"{len(shapes)} shapes (N, K) tuned for {name}"
         if shapes
         else f"none for {name}, defaults are used; tune with"
-        " `python benchmarks/bench_ops.py --tune`",
+        " `vllm-rsparse bench MODEL --tune`",
     )
 
 

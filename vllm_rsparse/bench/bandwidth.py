@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast the device reads memory: what a kernel's bandwidth is a share of."""
+
+import torch
+
+from .timing import time_calls
+
+_BYTES = 2**31
+
+
+def read_bandwidth(device: str) -> float:
+    """Bytes a second of something that only reads: 2 GiB once through.
+
+    On a GPU a kernel that does nothing else, on a CPU torch's sum.
+
+    Raises:
+        RuntimeError: not every element was read.
+    """
+    source = torch.ones(_BYTES // 4, dtype=torch.float32, device=device)
+    if device == "cpu":
+        timing = time_calls([source.sum], replays=5)
+    else:
+        # Imported here: on a machine without Triton the CPU can still be measured.
+        from .read_kernel import read_all
+
+        sums = read_all(source)
+        if sums.sum().item() != source.numel():
+            raise RuntimeError("the read kernel did not read every element")
+        calls = [lambda: read_all(source)]
+        timing = time_calls(calls, calls_per_graph=1, replays=10)
+    return _BYTES / (timing.median * 1e-6)

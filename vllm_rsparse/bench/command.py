@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-rsparse bench``: time of every distinct layer, dense beside sparse."""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_rsparse import __version__, tuning
+from vllm_rsparse.artifact import Artifact
+from vllm_rsparse.locate import find_artifact
+from vllm_rsparse.ops import resolve_backend
+from vllm_rsparse.text_table import align
+
+from .bandwidth import read_bandwidth
+from .layers import SHAPES, Layer, layers_of
+from .measure import measure_layer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("directory", nargs="?", type=Path, help="a prepared model")
+    what.add_argument("--shapes", nargs="+", choices=SHAPES, help="models by shape")
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, default=[1, 2], help="rows of a call"
+    )
+    parser.add_argument(
+        "--sparsity", type=float, default=0.5, help="with --shapes (default: 0.5)"
+    )
+    parser.add_argument(
+        "--rho",
+        type=float,
+        default=1.0,
+        help="with --shapes: share of the budget for exact channels (default: 1)",
+    )
+    parser.add_argument(
+        "--tensor-parallel-size", "-tp", type=int, default=1, help="of DIRECTORY"
+    )
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--output", type=Path, help="write the rows as JSON")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="search the launch configurations of these shapes for this GPU first",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, and write the rows where that is asked for."""
+    layers = _layers(args)
+    dtype = getattr(torch, args.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = resolve_backend("auto", device)
+    if args.tune:
+        if device == "cpu":
+            raise ValueError("--tune searches GPU kernels and found no CUDA device")
+        from .tuner import tune
+
+        path = tune(layers, args.tokens, dtype, provenance())
+        print(f"wrote {path}", file=sys.stderr)
+        tuning.forget_tables()
+    bandwidth = read_bandwidth(device)
+    print(f"{device_name(device)}: reads {bandwidth / 1e12:.2f} TB/s", file=sys.stderr)
+    rows = [
+        row
+        for tokens in args.tokens
+        for layer in layers
+        for row in measure_layer(layer, tokens, dtype, device, backend, bandwidth)
+    ]
+    print(table(rows))
+    if args.output:
+        document = {**provenance(), "read_gbps": round(bandwidth / 1e9), "rows": rows}
+        args.output.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+def _layers(args: argparse.Namespace) -> list[Layer]:
+    if min(args.tokens) < 1:
+        raise ValueError(f"--tokens must be at least 1, got {min(args.tokens)}")
+    if args.directory is not None:
+        artifact = Artifact(find_artifact(args.directory))
+        return layers_of(artifact.info, args.tensor_parallel_size)
+    if not 0.0 <= args.sparsity < 1.0 or not 0.0 < args.rho <= 1.0:
+        raise ValueError(
+            "--sparsity must lie in [0, 1) and --rho in (0, 1], got"
+            f" {args.sparsity} and {args.rho}"
+        )
+    layers = [
+        layer.with_budget(args.sparsity, args.rho)
+        for name in args.shapes
+        for layer in SHAPES[name]
+    ]
+    return list(dict.fromkeys(layers))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows for people: each layer, then the sum over the model's layers."""
+    lines = [["tokens", "layer", "N x K", "read", "dense us", "sparse us", "", "GB/s"]]
+    for tokens in dict.fromkeys(row["tokens"] for row in rows):
+        chosen = [row for row in rows if row["tokens"] == tokens]
+        pairs = list(zip(chosen[::2], chosen[1::2], strict=True))
+        for dense, sparse in pairs:
+            lines.append(
+                [
+                    str(tokens),
+                    f"{dense['count']} x {dense['layer']}",
+                    f"{dense['n']} x {dense['k']}",
+                    f"{sparse['kept']:.3f}",
+                    f"{dense['us']:.1f}",
+                    f"{sparse['us']:.1f}",
+                    f"{dense['us'] / sparse['us']:.2f}x",
+                    f"{sparse['gbps']} ({sparse['share']:.0%})",
+                ]
+            )
+        sums = [
+            sum(row["us"] * row["count"] for row in side)
+            for side in zip(*pairs, strict=True)
+        ]
+        lines.append(
+            [
+                str(tokens),
+                "all",
+                "",
+                "",
+                f"{sums[0]:.1f}",
+                f"{sums[1]:.1f}",
+                f"{sums[0] / sums[1]:.2f}x",
+                "",
+            ]
+        )
+    return align(lines)
+
+
+def device_name(device: str) -> str:
+    """What the measurement ran on."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thr."
+    )
+
+
+def provenance() -> dict[str, Any]:
+    """What ran where: device, versions, command."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "device": device_name(device),
+        "vllm_rsparse": __version__,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers to measure: of well-known models by shape, or of a prepared model."""
+
+import re
+from dataclasses import dataclass, replace
+
+from vllm_rsparse.artifact import ArtifactInfo, LinearEntry, factor_rank
+
+# Linears of one input, which the engine fuses into one layer, in its order.
+_FUSED = {
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "gate_proj": "gate_up",
+    "up_proj": "gate_up",
+}
+_ROW_PARALLEL = ("o_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer as one rank of the engine sees it.
+
+    Attributes:
+        name: of the kind, ``qkv``.
+        shard_sizes: output features N_s of the fused shards.
+        k: input features.
+        kept: fraction of the channels that one token keeps.
+        ranks: rank of each shard's factors.
+        count: how many of it a model has.
+    """
+
+    name: str
+    shard_sizes: tuple[int, ...]
+    k: int
+    kept: float = 0.5
+    ranks: tuple[int, ...] = ()
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            object.__setattr__(self, "ranks", (0,) * len(self.shard_sizes))
+
+    @property
+    def n(self) -> int:
+        """Output features of all shards."""
+        return sum(self.shard_sizes)
+
+    def with_budget(self, sparsity: float, rho: float) -> "Layer":
+        """The layer at a target sparsity, a share rho of the budget for channels."""
+        ranks = [factor_rank(n, self.k, sparsity, rho) for n in self.shard_sizes]
+        return replace(self, kept=rho * (1 - sparsity), ranks=tuple(ranks))
+
+
+_LLAMA_3_8B = (
+    Layer("qkv", (4096, 1024, 1024), 4096),
+    Layer("o", (4096,), 4096),
+    Layer("gate_up", (14336, 14336), 4096),
+    Layer("down", (4096,), 14336),
+)
+# Mistral-7B has the shapes of Llama-3-8B.
+SHAPES: dict[str, tuple[Layer, ...]] = {
+    "llama-3-8b": _LLAMA_3_8B,
+    "llama-3-70b-tp4": (
+        Layer("qkv", (2048, 256, 256), 8192),
+        Layer("o", (8192,), 2048),
+        Layer("gate_up", (7168, 7168), 8192),
+        Layer("down", (8192,), 7168),
+    ),
+    "qwen3-8b": (
+        Layer("qkv", (4096, 1024, 1024), 4096),
+        Layer("o", (4096,), 4096),
+        Layer("gate_up", (12288, 12288), 4096),
+        Layer("down", (4096,), 12288),
+    ),
+    "qwen3-32b": (
+        Layer("qkv", (8192, 1024, 1024), 5120),
+        Layer("o", (5120,), 8192),
+        Layer("gate_up", (25600, 25600), 5120),
+        Layer("down", (5120,), 25600),
+    ),
+}
+
+
+def layers_of(info: ArtifactInfo, tensor_parallel: int) -> list[Layer]:
+    """The distinct layers of a prepared model, one for each shape.
+
+    Kept fractions and ranks of a shape are the means over its layers, so that the sum
+    of ``count`` times each layer's time stands for the model.
+
+    Raises:
+        ValueError: a shape does not divide by the tensor-parallel size.
+    """
+    fused: dict[str, list[tuple[str, LinearEntry]]] = {}
+    for name, entry in info.linears.items():
+        prefix, kind = re.fullmatch(r"(.*?)\.?([^.]+)", name).groups()  # type: ignore[union-attr]
+        key = f"{prefix}.{_FUSED.get(kind, kind.removesuffix('_proj'))}"
+        fused.setdefault(key, []).append((kind, entry))
+    alike: dict[tuple[str, tuple[int, ...], int], list[list[LinearEntry]]] = {}
+    for key, members in fused.items():
+        rows = 1 if members[0][0] in _ROW_PARALLEL else tensor_parallel
+        columns = tensor_parallel if members[0][0] in _ROW_PARALLEL else 1
+        for kind, entry in members:
+            if entry.shape[0] % rows or entry.shape[1] % columns:
+                raise ValueError(
+                    f"--tensor-parallel-size {tensor_parallel} does not divide {kind},"
+                    f" which is {list(entry.shape)}"
+                )
+        sizes = tuple(entry.shape[0] // rows for _, entry in members)
+        shape = (key.rsplit(".", 1)[1], sizes, members[0][1].shape[1] // columns)
+        alike.setdefault(shape, []).append([entry for _, entry in members])
+    return [_mean_layer(*shape, groups) for shape, groups in alike.items()]
+
+
+def _mean_layer(
+    name: str, sizes: tuple[int, ...], k: int, groups: list[list[LinearEntry]]
+) -> Layer:
+    elements = sum(e.dense_elements for group in groups for e in group)
+    kept = sum(e.kept_fraction * e.dense_elements for g in groups for e in g) / elements
+    ranks = [
+        round(sum(group[shard].rank for group in groups) / len(groups))
+        for shard in range(len(sizes))
+    ]
+    return Layer(name, sizes, k, kept, tuple(ranks), len(groups))

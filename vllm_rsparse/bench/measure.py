@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of measurement: the op beside the dense layer, after a correctness gate."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+from vllm_rsparse import reference
+from vllm_rsparse.ops import Backend, sparse_linear
+
+from .inputs import Inputs, bytes_read, kept_fraction, rotation
+from .layers import Layer
+from .timing import Timing, time_calls
+
+# The output is rounded once to a half type; see tests/ops/test_triton.py.
+GATE = 4e-3
+
+
+def check(actual: Tensor, expected: Tensor, what: str) -> None:
+    """The gate: no timing of a wrong result.
+
+    Raises:
+        RuntimeError: the relative error is over ``GATE``.
+    """
+    error = (actual.float() - expected.float()).pow(2).mean().sqrt()
+    ratio = (error / expected.float().pow(2).mean().sqrt()).item()
+    if not ratio < GATE:
+        raise RuntimeError(
+            f"{what}: relative error {ratio:.2e} is over {GATE:.0e}, not timed"
+        )
+
+
+def time_dense(inputs: list[Inputs]) -> Timing:
+    """torch's linear on the plain [N, K] weight: cuBLAS on a GPU."""
+    calls = [partial(dense_linear, one.x, one.dense_weight) for one in inputs]
+    return time_calls(calls)
+
+
+def time_sparse(inputs: list[Inputs], backend: Backend) -> Timing:
+    """The op's sparse route on a backend, as it is served."""
+    expected = inputs[0].call(reference.rsparse_linear)
+    calls = [partial(one.call, sparse_linear, backend=backend) for one in inputs]
+    check(calls[0](), expected, backend.name)
+    return time_calls(calls)
+
+
+def row(
+    layer: Layer,
+    tokens: int,
+    method: str,
+    timing: Timing,
+    moved: float,
+    bandwidth: float,
+    **extra: Any,
+) -> dict[str, Any]:
+    """One line of results.
+
+    Args:
+        layer: what was timed.
+        tokens: rows of the call.
+        method: ``dense``, ``rsparse`` or a peer.
+        timing: microseconds.
+        moved: bytes that a call must read.
+        bandwidth: bytes a second that the device reads.
+        extra: further keys.
+    """
+    rate = moved / (timing.median * 1e-6)
+    return {
+        "layer": layer.name,
+        "n": layer.n,
+        "k": layer.k,
+        "count": layer.count,
+        "tokens": tokens,
+        "method": method,
+        "us": round(timing.median, 2),
+        "p20": round(timing.p20, 2),
+        "p80": round(timing.p80, 2),
+        "gbps": round(rate / 1e9),
+        "share": round(rate / bandwidth, 3),
+        **extra,
+    }
+
+
+def measure_layer(
+    layer: Layer,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
+    backend: Backend,
+    bandwidth: float,
+) -> list[dict[str, Any]]:
+    """A row of the dense layer and one of the op, on the same inputs."""
+    inputs = rotation(layer, tokens, dtype, device)
+    kept = kept_fraction(inputs)
+    dense_bytes = layer.n * layer.k * dtype.itemsize
+    facts = {"dtype": str(dtype).removeprefix("torch.")}
+    dense = time_dense(inputs)
+    sparse = time_sparse(inputs, backend)
+    return [
+        row(layer, tokens, "dense", dense, dense_bytes, bandwidth, kept=1.0, **facts),
+        row(
+            layer,
+            tokens,
+            "rsparse",
+            sparse,
+            bytes_read(layer, inputs, kept),
+            bandwidth,
+            kept=round(kept, 4),
+            ranks=inputs[0].ranks,
+            speedup=round(dense.median / sparse.median, 2),
+            **facts,
+        ),
+    ]
