@@ -68,7 +68,32 @@ def test_the_wanted_fraction_lies_strictly_above(
     score = score_threshold(x, norms, keep)
     scores = x.abs() * norms
     assert (scores > score).sum() == round(keep * scores.numel())
-    assert score in scores
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, 1 << 20])
+def test_no_score_is_met_by_its_own_threshold(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding would decide about it, each time that the token comes."""
+    monkeypatch.setattr(thresholds, "CHUNK_ELEMENTS", chunk)
+    tokens = torch.randn(7, 61)
+    x, norms = tokens[torch.randint(0, 7, (400,))], torch.rand(61)
+    scores = (x.abs() * norms).flatten().sort().values
+    below = scores[scores.numel() // 2 - 1].item()
+    above = scores[scores > below][0].item()
+    score = score_threshold(x, norms, 0.5)
+    assert score == pytest.approx((below + above) / 2, rel=1e-6)
+    assert (scores > below * (1 + 1e-6)).sum() == (scores > score).sum()
+
+
+@pytest.mark.parametrize(
+    ("below", "above"),
+    [(1.0, 1.0 + 2**-23), (1.0 + 2**-23, 1.0 + 2**-22), (0.0, 1e-45), (3e38, 3.4e38)],
+)
+def test_neighbouring_numbers_are_told_apart(below: float, above: float) -> None:
+    x = torch.tensor([[below, above]])
+    score = score_threshold(x, torch.ones(2), 0.5)
+    assert (x > score).tolist() == [[False, True]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -90,7 +115,8 @@ def test_half_precision_inputs_are_scored_in_float32() -> None:
     x = torch.randn(200, 33).bfloat16()
     norms = torch.rand(33) + 0.1
     scores = (x.float().abs() * norms).flatten().sort().values
-    assert score_threshold(x, norms, 0.25) == scores[scores.numel() * 3 // 4 - 1].item()
+    below, above = scores[scores.numel() * 3 // 4 - 1 :][:2].tolist()
+    assert below <= score_threshold(x, norms, 0.25) < above
 
 
 def test_column_norms_match_float64() -> None:

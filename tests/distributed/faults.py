@@ -134,7 +134,7 @@ class Scene:
             if cluster is not None:
                 environment |= cluster.environment()
             log = (self.keep or self.folder) / f"server{self.count}.log"
-            argv = [BIN / "vllm", "serve", self.model, *options, "--enforce-eager"]
+            argv = [BIN / "vllm", "serve", self.model, *options]
             process = ServerProcess(
                 [str(a) for a in argv],
                 log,

@@ -40,7 +40,11 @@ class PlainPyTorch:
         config = AutoConfig.from_pretrained(model_dir)
         del config.quantization_config
         self.model = AutoModelForCausalLM.from_pretrained(
-            model_dir, config=config, dtype=torch.float32
+            model_dir,
+            config=config,
+            dtype=torch.float32,
+            # transformers' fused attention leaves out the soft cap of Gemma 2.
+            attn_implementation="eager",
         )
         self.model_dir = model_dir
         with safe_open(model_dir / "rsparse/rsparse.safetensors", "pt") as tensors:

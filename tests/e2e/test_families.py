@@ -2,7 +2,8 @@
 """Each supported architecture through prepare and vLLM, on small random models.
 
 The reference model is a Llama; here are the families whose decoder differs: sliding
-windows (Mistral), biases on q, k, v (Qwen2), norms on q and k (Qwen3).
+windows (Mistral), biases on q, k, v (Qwen2), norms on q and k (Qwen3), capped logits
+and windows in every other layer (Gemma).
 """
 
 import json
@@ -36,6 +37,8 @@ FAMILIES = {
     "Mistral": {"sliding_window": 64},
     "Qwen2": {},
     "Qwen3": {},
+    "Gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 64},
+    "Gemma3": {"sliding_window": 64, "query_pre_attn_scalar": 64},
 }
 
 
@@ -43,7 +46,8 @@ FAMILIES = {
 def base(request, tmp_path, pyllama):
     """A random model of the family, with the reference model's tokenizer."""
     family = request.param
-    config = getattr(transformers, f"{family}Config")(**SIZES, **FAMILIES[family])
+    kind = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
+    config = getattr(transformers, kind)(**SIZES, **FAMILIES[family])
     model = getattr(transformers, f"{family}ForCausalLM")(config).bfloat16()
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):

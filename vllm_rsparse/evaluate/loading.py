@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vllm_rsparse.artifact import Artifact, ArtifactError, LinearEntry, file_sha256
+from vllm_rsparse.attention import attention_implementation
 from vllm_rsparse.locate import locate_artifact
 from vllm_rsparse.reference import kept_mask
 
@@ -211,7 +212,10 @@ def _load_base(directory: Path, dtype: torch.dtype) -> Any:
         # transformers would look for a quantizer of this name.
         del config.quantization_config
         model = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention_implementation(config),
         )
     # Unknown architectures, remote code, broken weights: each its own exception.
     except Exception as error:

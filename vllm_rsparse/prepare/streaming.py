@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vllm_rsparse.attention import attention_implementation
+
 from .checkpoint import Checkpoint
 from .errors import PrepareError
 from .linears import LAYER_PREFIX
@@ -213,7 +215,11 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     try:
         config = AutoConfig.from_pretrained(checkpoint.directory)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=attention_implementation(config),
+            )
     # Unknown architectures, remote code, broken configs: each its own exception.
     except Exception as error:
         raise PrepareError(
