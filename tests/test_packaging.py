@@ -123,7 +123,9 @@ def _kernel_sources() -> list[Path]:
 def test_wheel_holds_the_data_files(wheel: zipfile.ZipFile) -> None:
     configs = (ROOT / "vllm_rsparse/configs").glob("*.json")
     expected = {f"vllm_rsparse/configs/{path.name}" for path in configs}
-    assert expected | {"vllm_rsparse/py.typed"} <= set(wheel.namelist())
+    # Compiled where it runs: without its source a wheel has no CPU kernel.
+    expected |= {"vllm_rsparse/py.typed", "vllm_rsparse/kernels/rsparse_linear.cpp"}
+    assert expected <= set(wheel.namelist())
 
 
 def test_wheel_has_one_top_level_name(wheel: zipfile.ZipFile) -> None:

@@ -205,9 +205,9 @@ class RSparseConfig(QuantizationConfig):
                 "artifact_sha256": self.artifact_sha256,
                 "sparsity": artifact.info.sparsity,
                 "max_sparse_tokens": self.max_sparse_tokens,
-                "backend": self.backend.name.lower(),
+                "backend": self.backend.label,
             }
-        backend = self.backend.name.lower()
+        backend = self.backend.label
         self.metrics = exporter.start(
             envs.metrics_interval(), exporter.facts(artifact.info, backend, limit)
         )

@@ -15,7 +15,7 @@ METRICS_INTERVAL = "VLLM_RSPARSE_METRICS_INTERVAL"
 
 
 def backend() -> str:
-    """``auto`` (default), ``triton``, ``cpu`` or ``reference``."""
+    """``auto`` (default), ``triton``, ``cpu``, ``cpu-torch`` or ``reference``."""
     return os.environ.get(BACKEND, "").strip().lower() or "auto"
 
 

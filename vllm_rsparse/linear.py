@@ -61,6 +61,8 @@ class RSparseLinearMethod(LinearMethodBase):
         # Plain ints: they become constants of the traced graph.
         self.backend = int(config.backend)
         self.max_sparse_tokens = config.max_sparse_tokens
+        # The config was resolved in another process, on another machine perhaps.
+        ops.load_backend(self.backend)
 
     def create_weights(
         self,

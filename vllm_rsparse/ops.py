@@ -6,6 +6,7 @@ on the number of tokens lives inside an opaque op: at capture it is taken for th
 captured, in eager mode for every call. Nothing here imports vLLM.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from enum import IntEnum
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from vllm_rsparse import cpu, reference
+from vllm_rsparse import cpu, cpu_torch, reference
+from vllm_rsparse.cpu_build import BuildError
+
+logger = logging.getLogger(__name__)
 
 
 class Backend(IntEnum):
@@ -23,6 +27,12 @@ class Backend(IntEnum):
     REFERENCE = 0
     CPU = 1
     TRITON = 2
+    CPU_TORCH = 3
+
+    @property
+    def label(self) -> str:
+        """The name that users write."""
+        return self.name.lower().replace("_", "-")
 
 
 def resolve_backend(name: str, device_type: str) -> Backend:
@@ -32,12 +42,17 @@ def resolve_backend(name: str, device_type: str) -> Backend:
         name: ``auto``, or a backend by name. A named backend is used or refused.
         device_type: ``cuda`` or ``cpu``, where the model runs.
 
+    The ``cpu`` backend is compiled here, so that no request waits for it.
+
     Raises:
         ValueError: unknown name, or a named backend that cannot run here.
+        BuildError: ``cpu`` by name, and its kernel cannot be compiled.
     """
-    names = {backend.name.lower(): backend for backend in Backend}
+    names = {backend.label: backend for backend in Backend}
+    if name == "auto" and device_type == "cpu":
+        return _best_on_cpu()
     if name == "auto":
-        name = {"cuda": "triton", "cpu": "cpu"}.get(device_type, device_type)
+        name = {"cuda": "triton"}.get(device_type, device_type)
         if name not in names:
             raise ValueError(
                 f"vllm-rsparse has no kernels for device {device_type!r}; it runs on"
@@ -48,11 +63,12 @@ def resolve_backend(name: str, device_type: str) -> Backend:
             f"VLLM_RSPARSE_BACKEND is {name!r}; allowed are auto, {', '.join(names)}"
         )
     backend = names[name]
-    if backend is Backend.CPU and device_type != "cpu":
+    if backend in (Backend.CPU, Backend.CPU_TORCH) and device_type != "cpu":
         raise ValueError(
-            f"VLLM_RSPARSE_BACKEND=cpu, but the model runs on {device_type}; use auto"
-            " or triton"
+            f"VLLM_RSPARSE_BACKEND={name}, but the model runs on {device_type}; use"
+            " auto or triton"
         )
+    load_backend(backend)
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if backend is Backend.TRITON and device_type != "cuda" and not interpreted:
         raise ValueError(
@@ -60,6 +76,29 @@ def resolve_backend(name: str, device_type: str) -> Backend:
             " auto, or TRITON_INTERPRET=1 to interpret the kernels (tests only)"
         )
     return backend
+
+
+def load_backend(backend: int) -> None:
+    """Make a backend ready in this process, so that its first call is like any other.
+
+    Raises:
+        BuildError: the kernel of ``cpu`` cannot be compiled or loaded here.
+    """
+    if backend == Backend.CPU:
+        cpu.build()
+
+
+def _best_on_cpu() -> Backend:
+    try:
+        load_backend(Backend.CPU)
+    except BuildError as error:
+        logger.warning(
+            "rsparse: backend cpu-torch, half as fast as cpu or less, because the"
+            " kernel of cpu cannot be built: %s",
+            error,
+        )
+        return Backend.CPU_TORCH
+    return Backend.CPU
 
 
 def sparse_linear(
@@ -83,6 +122,8 @@ def sparse_linear(
         return rsparse_linear(*args)
     if backend == Backend.CPU:
         return cpu.rsparse_linear(*args)
+    if backend == Backend.CPU_TORCH:
+        return cpu_torch.rsparse_linear(*args)
     return reference.rsparse_linear(*args)
 
 

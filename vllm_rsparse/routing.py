@@ -9,6 +9,7 @@ from vllm_rsparse.ops import Backend
 # vLLM captures a CUDA graph.
 _DEFAULTS = {
     Backend.CPU: 1,
+    Backend.CPU_TORCH: 1,
     Backend.TRITON: 2,
     # The definition is never fast; it covers what the kernels cover.
     Backend.REFERENCE: 16,

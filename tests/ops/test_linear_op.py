@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every backend that runs here against the definition, and the op's routing.
 
-The Triton backend has its own file, which also covers launch details; what is common to
-all backends is here for ``reference`` and ``cpu``.
+The Triton backend and the kernel of ``cpu`` have their own files, which also cover
+details of theirs; what is common to all backends is here for those that run on a CPU.
 """
 
 import pytest
 import torch
 
 from vllm_rsparse import ops
-from vllm_rsparse.cpu import _chunk_width
+from vllm_rsparse.cpu_torch import _chunk_width
 from vllm_rsparse.ops import Backend, resolve_backend
 from vllm_rsparse.reference import kept_mask, rsparse_linear
 
@@ -18,7 +18,7 @@ from vllm_rsparse.reference import kept_mask, rsparse_linear
 # and z = V x is rounded once more before U.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 DTYPES = list(TOLERANCE)
-BACKENDS = [Backend.REFERENCE, Backend.CPU]
+BACKENDS = [Backend.REFERENCE, Backend.CPU, Backend.CPU_TORCH]
 
 CASES = [
     pytest.param(1, 384, [384, 128, 128], [4, 2, 2], id="qkv"),
@@ -80,7 +80,7 @@ def test_reference_is_the_formula(tokens, k, sizes, ranks):
     assert rms_error(rsparse_linear(**inputs), naive(**inputs)) < 1e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name.lower())
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.label)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "k", "sizes", "ranks"), CASES)
 def test_backend_matches_reference(tokens, k, sizes, ranks, dtype, backend):
@@ -92,7 +92,7 @@ def test_backend_matches_reference(tokens, k, sizes, ranks, dtype, backend):
     assert rms_error(out, rsparse_linear(**wide)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name.lower())
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.label)
 @pytest.mark.parametrize("kept", [0, 1, 2, 15, 31, 32])
 def test_every_count_of_kept_channels(backend, kept):
     inputs = make_inputs(1, 32, [24, 8], [3, 2], torch.float32)
@@ -103,7 +103,7 @@ def test_every_count_of_kept_channels(backend, kept):
     assert rms_error(out, naive(**inputs)) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name.lower())
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.label)
 def test_all_kept_is_the_dense_layer(backend):
     inputs = make_inputs(2, 64, [32], [4], torch.float32)
     inputs["thresholds"].fill_(-1.0)
@@ -118,7 +118,7 @@ def test_ties_and_zeros_are_dropped():
     assert kept_mask(x, thresholds).tolist() == [[[False] * 4 + [True]]]
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name.lower())
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.label)
 def test_nan_reaches_the_output(backend):
     inputs = make_inputs(2, 32, [8], [0], torch.float32)
     inputs["x"][0, 3] = float("nan")
@@ -128,7 +128,7 @@ def test_nan_reaches_the_output(backend):
     assert out[1].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name.lower())
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.label)
 def test_strided_tokens(backend):
     inputs = make_inputs(3, 40, [16], [2], torch.float32)
     wide = torch.randn(3, 100)
@@ -138,7 +138,7 @@ def test_strided_tokens(backend):
     assert rms_error(ops.linear(*inputs.values(), 16, backend), expected) < 1e-5
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name.lower())
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.label)
 def test_without_bias_and_correction(backend):
     inputs = make_inputs(2, 32, [8], [2], torch.float32)
     inputs["bias"] = inputs["correction"] = None
@@ -146,11 +146,12 @@ def test_without_bias_and_correction(backend):
     assert rms_error(ops.linear(*inputs.values(), 16, backend), expected) < 1e-5
 
 
-def test_cpu_refuses_another_storage():
+@pytest.mark.parametrize("backend", BACKENDS[1:], ids=lambda b: b.label)
+def test_cpu_refuses_another_storage(backend):
     inputs = make_inputs(1, 32, [8], [0], torch.float32)
     inputs["weight"] = inputs["weight"].contiguous()
     with pytest.raises(ValueError, match=r"needs \[K, N\] storage"):
-        ops.linear(*inputs.values(), 16, Backend.CPU)
+        ops.linear(*inputs.values(), 16, backend)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +196,7 @@ def test_compiled_equals_eager():
         ("reference", "cuda", Backend.REFERENCE),
         ("triton", "cuda", Backend.TRITON),
         ("cpu", "cpu", Backend.CPU),
+        ("cpu-torch", "cpu", Backend.CPU_TORCH),
     ],
 )
 def test_backend_choice(name, device, expected):
@@ -204,9 +206,10 @@ def test_backend_choice(name, device, expected):
 @pytest.mark.parametrize(
     ("name", "device", "message"),
     [
-        ("cpu", "cuda", "model runs on cuda"),
+        ("cpu", "cuda", "BACKEND=cpu, but the model runs on cuda"),
+        ("cpu-torch", "cuda", "BACKEND=cpu-torch, but the model runs on cuda"),
         ("triton", "cpu", "model runs on cpu"),
-        ("fast", "cpu", "allowed are auto, reference, cpu, triton"),
+        ("fast", "cpu", "allowed are auto, reference, cpu, triton, cpu-torch"),
         ("auto", "xpu", "no kernels for device 'xpu'"),
     ],
 )

@@ -131,7 +131,7 @@ def backend() -> Iterator[Finding]:
     yield Finding(
         Level.WARN if limit == 0 else Level.OK,
         "backend",
-        f"{chosen.name.lower()} ({envs.BACKEND}={asked}), sparse up to {limit} tokens a"
+        f"{chosen.label} ({envs.BACKEND}={asked}), sparse up to {limit} tokens a"
         " step" + (": everything is served dense" if limit == 0 else ""),
     )
 

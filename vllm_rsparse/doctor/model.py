@@ -105,7 +105,7 @@ def _run(layers: list[FusedLayer], what: str) -> Finding:
     device = torch.device(current_platform.device_type)
     backend = resolve_backend(envs.backend(), device.type)
     results = [compare(layer, backend, device) for layer in layers]
-    name = backend.name.lower()
+    name = backend.label
     for layer, result in zip(layers, results, strict=True):
         if not result.equal:
             return Finding(
