@@ -19,10 +19,12 @@ def load_tile(tile_ptr, offs_k, offs_n, stride_k, stride_n, mask, WIDE: tl.const
     else:
         offsets = offs_k * stride_k + offs_n * stride_n
     if mask is None:
-        return tl.load(tile_ptr + offsets, eviction_policy="evict_first")
-    return tl.load(
-        tile_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first"
-    )
+        tile = tl.load(tile_ptr + offsets, eviction_policy="evict_first")
+    else:
+        tile = tl.load(
+            tile_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first"
+        )
+    return tile
 
 
 @triton.jit

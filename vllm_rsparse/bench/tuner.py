@@ -121,8 +121,8 @@ def candidates(
     found = []
     for block_n, block_k, warps, stages, use_dot, listed in kinds:
         tiles = sum(-(-size // block_n) for size in layer.shard_sizes)
-        even = {waves * processors // tiles for waves in (1, 2, 3, 4, 6, 8, 12, 16)}
-        for split_k in sorted({4, 8, 16, 32, 64} | even):
+        even = {waves * processors // tiles for waves in (1, 2, 3, 4, 6, 8, 12)}
+        for split_k in sorted({8, 16, 32, 64} | even):
             warps_each = tiles * split_k * warps / processors
             if not 1 <= split_k <= _MOST_SPLITS or not 4 <= warps_each <= 48:
                 continue
