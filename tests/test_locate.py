@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where an artifact may be, and that no config reaches outside the model directory."""
 
+import json
+
 import pytest
 
 from vllm_rsparse import locate
@@ -65,6 +67,23 @@ def test_hub_repositories(monkeypatch, tmp_path, source, model, repo, revision):
     assert (name, asked) == (repo, revision)
     assert "rsparse/rsparse.safetensors" in patterns
     assert not any("model" in p or p == "*" for p in patterns)
+
+
+def test_repository_may_not_name_a_path_of_this_machine(
+    monkeypatch, tmp_path, model_dir
+):
+    artifact = str(tmp_path / "elsewhere")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"quantization_config": {"artifact": artifact}}))
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda *a, **k: str(config)
+    )
+    with pytest.raises(ArtifactError, match="--hf-overrides"):
+        locate_artifact(artifact, "org/model")
+    # The user names it for a repository whose config does not, or owns the directory.
+    config.write_text("{}")
+    assert locate_artifact(artifact, "org/model") == tmp_path / "elsewhere"
+    assert locate_artifact(artifact, str(model_dir)) == tmp_path / "elsewhere"
 
 
 def test_hub_failure_says_what_to_do(monkeypatch, tmp_path):

@@ -29,6 +29,9 @@ ARTIFACT_DIR = "rsparse"
 JSON_NAME = "rsparse.json"
 TENSORS_NAME = "rsparse.safetensors"
 _FLOAT_DTYPES = ("F32", "F16", "BF16")
+# Beyond any model: features of a linear, and bytes of the JSON (400 bytes a linear).
+_MAX_SIZE = 1 << 24
+_MAX_JSON_BYTES = 1 << 26
 
 
 class ArtifactError(ValueError):
@@ -59,14 +62,25 @@ class LinearEntry:
 
     def __post_init__(self) -> None:
         n, k = self.shape
-        if not (isinstance(n, int) and isinstance(k, int) and n > 0 and k > 0):
-            raise ValueError(f"shape must be two positive integers, got {self.shape}")
+        if not (
+            _is_int(n) and _is_int(k) and 0 < n <= _MAX_SIZE and 0 < k <= _MAX_SIZE
+        ):
+            raise ValueError(
+                f"shape must be two positive integers up to {_MAX_SIZE},"
+                f" got {self.shape}"
+            )
         for name in ("sparsity", "rho", "kept_fraction"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+            if not _is_number(value) or not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
-        if not isinstance(self.rank, int) or not 0 <= self.rank <= min(n, k):
+        if not _is_int(self.rank) or not 0 <= self.rank <= min(n, k):
             raise ValueError(f"rank must lie in [0, {min(n, k)}], got {self.rank!r}")
+        if self.relative_error is not None and not _is_number(self.relative_error):
+            raise ValueError(
+                f"relative_error must be a number or null, got {self.relative_error!r}"
+            )
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"bias must be true or false, got {self.bias!r}")
 
     @property
     def read_elements(self) -> float:
@@ -122,7 +136,8 @@ class ArtifactInfo:
         """
         try:
             raw = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        # ValueError: also an integer of thousands of digits.
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{where}: not valid JSON ({error})") from error
         if not isinstance(raw, dict):
             raise ArtifactError(f"{where}: expected a JSON object, got {_kind(raw)}")
@@ -144,7 +159,7 @@ class ArtifactInfo:
                 f"{where}: dtype {raw['dtype']!r} is none of bfloat16, float16, float32"
             )
         sparsity = raw["sparsity"]
-        if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
+        if not _is_number(sparsity) or not 0 <= sparsity <= 1:
             raise ArtifactError(
                 f"{where}: sparsity must lie in [0, 1], got {sparsity!r}"
             )
@@ -153,6 +168,9 @@ class ArtifactInfo:
         entries: dict[str, LinearEntry] = {}
         for name, values in linears.items():
             here = f"{where}: linears[{name!r}]"
+            # Names are printed: no control characters for somebody's terminal.
+            if not name.isprintable() or not name or " " in name:
+                raise ArtifactError(f"{here}: not a name of a linear")
             if not isinstance(values, dict):
                 raise ArtifactError(f"{here}: expected an object, got {_kind(values)}")
             _check_keys(values, LinearEntry, here)
@@ -198,7 +216,7 @@ class Artifact:
         self.json_path = self.directory / JSON_NAME
         self.tensors_path = self.directory / TENSORS_NAME
         try:
-            text = self.json_path.read_text(encoding="utf-8")
+            text = _read_text(self.json_path)
         except (OSError, UnicodeDecodeError) as error:
             raise ArtifactError(
                 f"{self.json_path}: cannot be read ({error}); an artifact is a"
@@ -293,7 +311,8 @@ class Artifact:
                 }
         except (OSError, SafetensorError) as error:
             raise ArtifactError(
-                f"{self.tensors_path}: cannot be read as safetensors ({error}); copy it"
+                f"{self.tensors_path}: cannot be read as safetensors"
+                f" ({_printable(error)}); copy it"
                 " again or prepare the model again"
             ) from error
         expected: dict[str, tuple[list[int], tuple[str, ...]]] = {}
@@ -342,6 +361,30 @@ def file_sha256(path: Path) -> str:
     """Hex sha256 of a file, read in chunks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_text(path: Path) -> str:
+    size = path.stat().st_size
+    if size > _MAX_JSON_BYTES:
+        raise ArtifactError(
+            f"{path}: {size} bytes, no artifact's has more than {_MAX_JSON_BYTES};"
+            " prepare the model again"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _printable(error: Exception) -> str:
+    """A library's message; what it quotes of the file must not steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(error))
+
+
+def _is_int(value: object) -> bool:
+    """A bool, which JSON tells apart and Python counts as an int, is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or _is_int(value)
 
 
 def _kind(value: object) -> str:

@@ -168,12 +168,15 @@ def _provenance(info: ArtifactInfo) -> str:
         "tensors_sha256": info.tensors_sha256,
     }
     lines = [f"{key}: {_compact(value)}" for key, value in header.items()]
-    lines += [f"{key}: {_compact(value)}" for key, value in info.provenance.items()]
+    lines += [
+        f"{_compact(key)}: {_compact(value)}" for key, value in info.provenance.items()
+    ]
     return "\n".join(lines)
 
 
 def _compact(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    plain = isinstance(value, str) and value.isprintable()
+    return str(value) if plain else json.dumps(value)
 
 
 def _sparsity(entry: LinearEntry) -> float:

@@ -29,6 +29,13 @@ def locate_artifact(source: str, model: str, revision: str | None = None) -> Pat
     """
     path = Path(source)
     if path.is_absolute():
+        if _named_by_repository(source, model, revision):
+            raise ArtifactError(
+                f"the config.json of the Hub repository {model!r} names the artifact"
+                f" {source!r}, an absolute path of this machine; a repository may name"
+                " a path inside it or another repository. If you want that path, name"
+                " it yourself with --hf-overrides"
+            )
         return _first_with_json([path, path / ARTIFACT_DIR], source)
     if ".." in path.parts:
         raise ArtifactError(
@@ -38,7 +45,7 @@ def locate_artifact(source: str, model: str, revision: str | None = None) -> Pat
     root = Path(model)
     if root.is_dir():
         inside = root / path
-        if (inside / JSON_NAME).is_file() or source.count("/") != 1:
+        if _is_file(inside / JSON_NAME) or source.count("/") != 1:
             return _first_with_json([inside], f"{source!r} in {model}")
         return _download(source, None, ["", ARTIFACT_DIR])
     if source.count("/") == 1 and source != model:
@@ -52,7 +59,7 @@ def find_artifact(directory: Path) -> Path:
     Raises:
         ArtifactError: it is neither, or its config cannot be read.
     """
-    if (directory / JSON_NAME).is_file():
+    if _is_file(directory / JSON_NAME):
         return directory
     config = directory / "config.json"
     if not config.is_file():
@@ -70,9 +77,34 @@ def find_artifact(directory: Path) -> Path:
     return locate_artifact(str(source), str(directory))
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        return False
+
+
+def _named_by_repository(source: str, model: str, revision: str | None) -> bool:
+    """Whether the Hub repository's own config, and not the user, names the artifact."""
+    if Path(model).is_dir():
+        return False
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        # The engine has read this file before it asks for the artifact.
+        config = try_to_load_from_cache(model, "config.json", revision=revision)
+        if not isinstance(config, str):
+            return False
+        raw = json.loads(Path(config).read_text(encoding="utf-8"))
+        return bool(raw["quantization_config"]["artifact"] == source)
+    except (OSError, ValueError, LookupError, TypeError, HFValidationError):
+        return False
+
+
 def _first_with_json(candidates: list[Path], what: str) -> Path:
     for candidate in candidates:
-        if (candidate / JSON_NAME).is_file():
+        if _is_file(candidate / JSON_NAME):
             return candidate
     raise ArtifactError(
         f"no artifact at {what}: {candidates[0] / JSON_NAME} does not exist; write one"

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged and hostile artifacts: an ArtifactError, or an artifact that can be used.
+
+Deterministic, so that a run of CI means something; for a longer hunt::
+
+    FUZZ_FACTOR=50 pytest tests/test_fuzz.py
+"""
+
+import copy
+import json
+import os
+import resource
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_rsparse import locate
+from vllm_rsparse.artifact import (
+    JSON_NAME,
+    TENSORS_NAME,
+    Artifact,
+    ArtifactError,
+    ArtifactInfo,
+)
+from vllm_rsparse.inspect_artifact import describe
+
+FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
+LINEARS = {
+    "model.layers.0.self_attn.q_proj": (8, 6, 2, False),
+    "model.layers.0.mlp.down_proj": (6, 8, 0, True),
+}
+
+
+def examples(count: int) -> settings:
+    return settings(
+        max_examples=count * FACTOR,
+        derandomize=FACTOR == 1,
+        deadline=None,  # other programs share the machine
+        database=None,
+    )
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 20)
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([10**400, 1 << 63, "bfloat16", "F32", "rsparse", "..", "/etc"]),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@st.composite
+def mutated(draw: st.DrawFn, document: Any) -> Any:
+    """The document with up to three of its values replaced, removed or added to."""
+    document = copy.deepcopy(document)
+    for _ in range(draw(st.integers(1, 3))):
+        node = document
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys))
+            child = node[key]
+            if isinstance(child, dict | list) and child and draw(st.booleans()):
+                node = child
+                continue
+            action = draw(st.sampled_from(["replace", "remove", "add"]))
+            if action == "replace":
+                node[key] = draw(json_values)
+            elif action == "remove":
+                del node[key]
+            elif isinstance(node, dict):
+                node[draw(st.text(max_size=8))] = draw(json_values)
+            else:
+                node.append(draw(json_values))
+            break
+    return document
+
+
+@pytest.fixture(scope="module")
+def artifact(write_artifact: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound artifact; the tests write their variants over it."""
+    directory: Path = tmp_path_factory.mktemp("fuzz")
+    write_artifact(directory, LINEARS, provenance={"base": "x", "seed": 0})
+    use(directory)  # what is imported and allocated once
+    return directory
+
+
+@pytest.fixture(scope="module")
+def sound(artifact: Path) -> tuple[bytes, bytes]:
+    json_bytes = (artifact / JSON_NAME).read_bytes()
+    return json_bytes, (artifact / TENSORS_NAME).read_bytes()
+
+
+@pytest.fixture
+def bounded_memory(artifact: Path) -> Iterator[None]:
+    """Sizes are checked before anything is allocated: no size in a file is believed."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < (200 << 10), f"peak memory grew by {grown >> 10} MiB"
+
+
+def use(directory: Path) -> None:
+    """What a server does with an artifact; only ArtifactError may come out."""
+    try:
+        opened = Artifact(directory)
+        for name in opened.info.linears:
+            opened.read(name)
+            opened.read(name, slice(0, 2), slice(1, 3))
+        text = describe(opened.info)
+        opened.verify_digest()
+    except ArtifactError as error:
+        text = str(error)
+    # Nothing in the files steers the terminal.
+    assert not [line for line in text.split("\n") if not line.isprintable()]
+
+
+@pytest.mark.usefixtures("bounded_memory")
+def test_rsparse_json_with_changed_values(
+    artifact: Path, sound: tuple[bytes, bytes]
+) -> None:
+    (artifact / TENSORS_NAME).write_bytes(sound[1])
+
+    @examples(1000)
+    @given(mutated(json.loads(sound[0])))
+    def check(document: Any) -> None:
+        (artifact / JSON_NAME).write_text(json.dumps(document))
+        use(artifact)
+
+    check()
+
+
+def test_rsparse_json_that_is_accepted_survives_a_round_trip(
+    sound: tuple[bytes, bytes],
+) -> None:
+    @examples(500)
+    @given(mutated(json.loads(sound[0])))
+    def check(document: Any) -> None:
+        try:
+            info = ArtifactInfo.from_json(json.dumps(document), "here")
+        except ArtifactError:
+            return
+        again = ArtifactInfo.from_json(info.to_json(), "here")
+        assert again.linears == info.linears
+
+    check()
+
+
+@pytest.mark.usefixtures("bounded_memory")
+def test_rsparse_json_of_any_bytes(artifact: Path, sound: tuple[bytes, bytes]) -> None:
+    (artifact / TENSORS_NAME).write_bytes(sound[1])
+
+    @examples(300)
+    @given(
+        st.binary(max_size=200)
+        | st.sampled_from([b"[" * 100_000, b'{"a":' * 50_000, b"1" * 5000, b"\xff\xfe"])
+        | st.integers(0, len(sound[0])).map(lambda end: sound[0][:end])
+    )
+    def check(data: bytes) -> None:
+        (artifact / JSON_NAME).write_bytes(data)
+        use(artifact)
+
+    check()
+
+
+@pytest.mark.usefixtures("bounded_memory")
+def test_tensor_file_of_changed_bytes(
+    artifact: Path, sound: tuple[bytes, bytes]
+) -> None:
+    (artifact / JSON_NAME).write_bytes(sound[0])
+    whole = sound[1]
+    places = st.integers(0, len(whole) - 1)
+
+    @examples(1000)
+    @given(st.lists(st.tuples(places, st.binary(max_size=9)), max_size=3), places)
+    def check(edits: list[tuple[int, bytes]], end: int) -> None:
+        data = bytearray(whole)
+        for place, patch in edits:
+            data[place : place + len(patch)] = patch
+        if not edits:
+            del data[end:]
+        (artifact / TENSORS_NAME).write_bytes(data)
+        use(artifact)
+
+    check()
+
+
+@pytest.mark.usefixtures("bounded_memory")
+def test_tensor_file_with_a_lying_header(
+    artifact: Path, sound: tuple[bytes, bytes]
+) -> None:
+    """Shapes, dtypes, offsets and the header's length, changed one by one."""
+    (artifact / JSON_NAME).write_bytes(sound[0])
+    (length,) = struct.unpack("<Q", sound[1][:8])
+    header = json.loads(sound[1][8 : 8 + length])
+    body = sound[1][8 + length :]
+    lengths = st.none() | st.sampled_from([0, 1, 1 << 27, 1 << 40, 1 << 63])
+
+    @examples(800)
+    @given(mutated(header), lengths)
+    def check(document: Any, claimed: int | None) -> None:
+        text = json.dumps(document).encode()
+        size = len(text) if claimed is None else claimed
+        data = struct.pack("<Q", size) + text + body
+        (artifact / TENSORS_NAME).write_bytes(data)
+        use(artifact)
+
+    check()
+
+
+def test_artifact_stays_inside_the_model_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a config says: a relative path leads to a place inside, or nowhere."""
+    model = tmp_path / "model"
+    for folder in (model / "rsparse", model / "a" / "b", tmp_path / "outside"):
+        folder.mkdir(parents=True)
+        (folder / JSON_NAME).touch()
+
+    def no_network(*args: Any, **kwargs: Any) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    parts = st.sampled_from(
+        ["rsparse", "a", "b", "..", ".", "", "outside", "~", "x" * 300, "\0", "model"]
+    )
+    sources = st.lists(parts | st.text(max_size=5), min_size=1, max_size=6).map(
+        "/".join
+    )
+
+    @examples(800)
+    @given(sources.filter(lambda source: not source.startswith("/")))
+    def check(source: str) -> None:
+        config = {"quantization_config": {"artifact": source}}
+        (model / "config.json").write_text(json.dumps(config))
+        for look in (
+            lambda: locate.locate_artifact(source, str(model)),
+            lambda: locate.find_artifact(model),
+        ):
+            try:
+                found = look()
+            except ArtifactError:
+                continue
+            assert found.resolve().is_relative_to(model.resolve())
+
+    check()
+
+
+def test_any_config_of_a_model(tmp_path: Path) -> None:
+    config = {"quant_method": "rsparse", "artifact": "rsparse", "format_version": 1}
+
+    @examples(300)
+    @given(mutated({"quantization_config": config, "model_type": "llama"}))
+    def check(document: Any) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(document))
+        with pytest.raises(ArtifactError):  # there is none, whatever is said
+            locate.find_artifact(tmp_path)
+
+    check()
+
+
+def test_any_quantization_config() -> None:
+    config = pytest.importorskip("vllm_rsparse.config").RSparseConfig
+    base = {
+        "quant_method": "rsparse",
+        "format_version": 1,
+        "artifact": "rsparse",
+        "artifact_sha256": "0" * 64,
+        "sparsity": 0.5,
+        "max_sparse_tokens": 2,
+        "backend": "cpu",
+    }
+
+    @examples(500)
+    @given(mutated(base))
+    def check(document: dict[str, Any]) -> None:
+        try:
+            made = config.from_config(document)
+        except ValueError:
+            return
+        assert made.artifact_source is None or isinstance(made.artifact_source, str)
+
+    check()
