@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM decode and prefill: dense bf16, FP8 and rsparse in one run on one machine.
 
-    python benchmarks/bench_serve.py --shape llama-3-8b --batches 1 2 4 8 16 --fp8
+    python benchmarks/bench_serve.py --shape llama-3-8b --batches 1 2 4 8 16 \\
+        --engines dense fp8 rsparse --prefill 2048
     python benchmarks/bench_serve.py --shape llama-1b --batches 1        (CPU)
 
 Weights are random (vLLM's dummy format, one seed for all engines). Thresholds are set
@@ -66,7 +67,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--rho", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--fp8", action="store_true", help="also vLLM's online FP8")
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        choices=["dense", "fp8", "rsparse"],
+        default=["dense", "rsparse"],
+        help="which, in this order; fp8 is vLLM's own, quantized while loading",
+    )
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS")
     parser.add_argument("--repeats", type=int, default=5)
@@ -99,19 +106,16 @@ def main() -> None:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "shape": args.shape,
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def record(label: str, values: dict[str, Any]) -> None:
         rows.append({**facts, "engine": label, **values})
         print(f"{label}: {json.dumps(values)}", flush=True)
+        # Written as it goes: a run that is cut short keeps what it measured.
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (args.out / "rows.jsonl").write_text("".join(lines))
 
-    dense = args.out / "dense"
-    write_config(dense, shape, None)
-    record("dense", run_worker({**job, "model": str(dense)}, args.out / "dense.log"))
-    if args.fp8:
-        fp8 = {**job, "model": str(dense), "engine": {"quantization": "fp8"}}
-        record("fp8", run_worker(fp8, args.out / "fp8.log"))
-    for rho in args.rho:
+    def run_sparse(rho: float) -> None:
         label = f"rsparse-s{args.sparsity:g}-rho{rho:g}"
         model = args.out / label
         write_sparse_model(model, shape, args.sparsity, rho)
@@ -122,14 +126,25 @@ def main() -> None:
         )
         values = run_worker(sparse, args.out / f"{label}.log", args.max_sparse_tokens)
         record(label, {**kept, **values})
-    (args.out / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    plain = args.out / "dense"
+    write_config(plain, shape, None)
+    for engine in args.engines:
+        if engine == "rsparse":
+            for rho in args.rho:
+                run_sparse(rho)
+        else:
+            options = {"quantization": "fp8"} if engine == "fp8" else {}
+            dense = {**job, "model": str(plain), "engine": options}
+            record(engine, run_worker(dense, args.out / f"{engine}.log"))
     print_table(rows)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Milliseconds a step, and the speed-up over the dense engine of the same run."""
-    base = rows[0]["decode_ms"]
-    print(f"\n{rows[0]['device']}, {rows[0]['shape']}, decode ms a step (x dense)")
+    dense = next((row for row in rows if row["engine"] == "dense"), rows[0])
+    base = dense["decode_ms"]
+    print(f"\n{dense['device']}, {dense['shape']}, decode ms a step (x dense)")
     print(f"{'engine':24}" + "".join(f"{'batch ' + b:>18}" for b in base))
     for row in rows:
         cells = ""
@@ -138,7 +153,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             cells += f"{value['median']:10.2f} ({ratio:.2f}x)"
         line = f"{row['engine']:24}{cells}"
         if "prefill_ms" in row:
-            ratio = rows[0]["prefill_ms"]["median"] / row["prefill_ms"]["median"]
+            ratio = dense["prefill_ms"]["median"] / row["prefill_ms"]["median"]
             line += f"   prefill {row['prefill_ms']['median']:.1f} ms ({ratio:.2f}x)"
         print(line)
 
