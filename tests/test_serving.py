@@ -96,6 +96,13 @@ def test_answers_inside_the_block_and_is_gone_after_it(server) -> None:
     running.stop()
 
 
+def test_status_tells_of_a_server_that_ended(server) -> None:
+    with server("good") as running:
+        assert running.status is None
+        os.kill(running.pid, signal.SIGKILL)
+        assert wait_until(lambda: running.status == -signal.SIGKILL)
+
+
 def test_can_be_started_again(server) -> None:
     process = server("good")
     for _ in range(2):

@@ -82,6 +82,11 @@ class ServerProcess:
             raise ServerError(f"{self.argv[0]} is not running")
         return self._process.pid
 
+    @property
+    def status(self) -> int | None:
+        """Exit status of a server that ended inside the block; None while it runs."""
+        return None if self._process is None else self._process.poll()
+
     def __enter__(self) -> Self:
         """Start the server and wait for its health check.
 

@@ -73,6 +73,8 @@ class RayCluster:
             "RAY_ADDRESS": f"{HEAD}:{_PORT}",
             "VLLM_HOST_IP": HEAD,
             "GLOO_SOCKET_IFNAME": _INTERFACE,
+            # By default Ray's workers run at the lowest priority but four.
+            "RAY_worker_niceness": "0",
             "RAY_DEDUP_LOGS": "0",
             "RAY_COLOR_PREFIX": "0",
         }

@@ -212,7 +212,7 @@ def watch(process: ServerProcess, since: float) -> tuple[str, str]:
             answer = "refused" if isinstance(error, httpx.ConnectError) else "no answer"
         if not answers or not answers[-1].startswith(answer):
             answers.append(f"{answer} at {time.monotonic() - since:.1f} s")
-        status = process.poll()
+        status = process.status
         if status is not None:
             after = time.monotonic() - since
             return ", ".join(answers), f"status {status} after {after:.1f} s"
