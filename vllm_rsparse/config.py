@@ -188,13 +188,14 @@ class RSparseConfig(QuantizationConfig):
         if name == "auto" and self.requested_backend is not None:
             name = self.requested_backend
         self.backend = resolve_backend(name, current_platform.device_type)
+        artifact = self.open_artifact()
         limit = envs.max_sparse_tokens()
         if limit is None:
             limit = self.requested_max_sparse_tokens
         if limit is None:
-            limit = default_max_sparse_tokens(self.backend)
+            read = 1 - artifact.info.achieved_sparsity
+            limit = default_max_sparse_tokens(self.backend, read)
         self.max_sparse_tokens = limit
-        artifact = self.open_artifact()
         if self.artifact_sha256 is None:
             self.artifact_sha256 = artifact.sha256
         if hf_config is not None:

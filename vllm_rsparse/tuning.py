@@ -22,9 +22,11 @@ logger = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 
-# Up to this many tokens share a program of the vector units, which keep up with memory;
-# beyond it the matrix units win (H200, kernels/README.md).
-VECTOR_TOKENS = 4
+# Up to this many tokens the vector units keep up with memory; beyond it the matrix
+# units win (H200, kernels/README.md).
+VECTOR_TOKENS = 2
+# Layers of this many elements are listed by default, as most of them were on the H200.
+_LISTED_ELEMENTS = 80 * 2**20
 
 
 @dataclass(frozen=True)
@@ -166,17 +168,21 @@ def default_config(n: int, k: int, tokens: int) -> LaunchConfig:
     """A configuration for any shape on any device, from what won on the H200.
 
     Channels are split until there are enough programs to hide the latency of memory:
-    about ten warps for each of the H200's 132 multiprocessors.
+    about ten warps for each of the H200's 132 multiprocessors. On the vector units,
+    listing pays where there is much to read; smaller layers are masked.
     """
     use_dot = tokens > VECTOR_TOKENS
-    block_n, enough = (256, 256) if use_dot else (128, 1500)
-    block_k = 32
+    listed = not use_dot and n * k >= _LISTED_ELEMENTS
+    block_n, block_k, warps, enough = 128, 32, 1, 1500
+    if use_dot:
+        block_n, warps, enough = 256, 4, 256
+    elif listed:
+        block_n, block_k, warps, enough = 1024, 16, 4, 400
     split_k = 1
     while -(-n // block_n) * split_k < enough and k >= 2 * split_k * block_k:
         split_k *= 2
-    if use_dot:
-        return LaunchConfig(block_n, block_k, split_k, 4, 3, use_dot=True)
-    return LaunchConfig(block_n, block_k, split_k, 1, 1, use_dot=False)
+    stages = 3 if use_dot else 1
+    return LaunchConfig(block_n, block_k, split_k, warps, stages, use_dot, listed)
 
 
 def forget_tables() -> None:

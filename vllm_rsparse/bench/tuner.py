@@ -115,9 +115,7 @@ def candidates(
     if processors is None:
         properties = torch.cuda.get_device_properties("cuda")
         processors = properties.multi_processor_count
-    kinds = _LISTED + _MASKED if tokens <= 2 else _LISTED + _DOT
-    if tokens > tuning.VECTOR_TOKENS:
-        kinds = _DOT
+    kinds = _LISTED + _MASKED if tokens <= tuning.VECTOR_TOKENS else _DOT
     found = []
     for block_n, block_k, warps, stages, use_dot, listed in kinds:
         tiles = sum(-(-size // block_n) for size in layer.shard_sizes)
