@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vllm_rsparse import ops
 from vllm_rsparse.metrics.counters import Counters, Settings
-from vllm_rsparse.ops import Backend
+from vllm_rsparse.ops import resolve_backend
 
 # Name -> layers, and (N of each shard, K) of the fused linears of a layer.
 SHAPES = {
@@ -57,10 +57,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--interval", type=int, default=100)
+    parser.add_argument("--interval", type=int, default=250)
     args = parser.parse_args()
     layers, linears = SHAPES[args.shape]
     calls = []
+    backend = int(resolve_backend("auto", "cpu"))
     with tempfile.TemporaryDirectory() as directory:
         clock = Clock(Counters(Settings(Path(directory), args.interval), rank=0))
         for _ in range(layers):
@@ -68,7 +69,10 @@ def main() -> None:
                 n = sum(sizes)
                 weight = torch.randn(k, n, dtype=torch.bfloat16).t()
                 thresholds = torch.full((len(sizes), k), 0.674)
-                none = torch.empty(n, 0), torch.empty(0, k)
+                none = (
+                    torch.empty(n, 0, dtype=torch.bfloat16),
+                    torch.empty(0, k, dtype=torch.bfloat16),
+                )
                 ranks = [0] * len(sizes)
                 clock.counters.register(names, thresholds, sizes, ranks, 2)
                 x = torch.randn(1, k, dtype=torch.bfloat16)
@@ -79,7 +83,7 @@ def main() -> None:
             start = time.perf_counter()
             for _ in range(args.interval if warm_up else args.steps):
                 for call in calls:
-                    ops.linear(*call, 1, int(Backend.CPU))
+                    ops.linear(*call, 1, backend)
             total = time.perf_counter() - start
     step_us, counting_us = (1e6 * t / args.steps for t in (total, clock.seconds))
     print(

@@ -32,13 +32,13 @@ def max_sparse_tokens() -> int | None:
 
 
 def metrics_interval() -> int:
-    """Every so many sparse steps the masks are counted (100); 0 turns metrics off.
+    """Every so many sparse steps the masks are counted (250); 0 turns metrics off.
 
     Raises:
         ValueError: not an integer, or negative.
     """
     interval = _count(METRICS_INTERVAL, "0 turns metrics off")
-    return 100 if interval is None else interval
+    return 250 if interval is None else interval
 
 
 def _count(name: str, zero: str) -> int | None:
