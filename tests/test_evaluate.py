@@ -238,6 +238,24 @@ def test_windows_are_limited_and_spread(prepared: Any, text: Path) -> None:
     assert protocol["windows_available"] > 2
 
 
+def test_plot_of_loss_against_bytes(prepared: Any, text: Path) -> None:
+    out = text.with_name("loss.png")
+    other = prepared("other", constant(0.5))
+    evaluate(
+        prepared("one", constant(0.2)), text, "--compare", str(other), "--plot",
+        str(out), "--max-windows", "1",
+    )  # fmt: skip
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_first(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data", str(text), "--plot", "out.docx"]
+    assert main(["evaluate", str(tmp_path), *arguments]) == 1
+    assert "must end in one of" in capsys.readouterr().err
+
+
 def test_provenance_of_the_figures(prepared: Any, text: Path) -> None:
     document = evaluate(prepared("few", constant(0.1)), text, "--max-windows", "1")
     assert document["data"][0]["sha256"] == file_sha256(text)

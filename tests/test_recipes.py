@@ -96,7 +96,8 @@ def test_sensitivity_is_the_gradient_of_the_whole_model(
         whole.get_submodule(linear.name).register_forward_hook(
             lambda module, args, out, name=linear.name: outputs.update({name: out})
         )
-    squares = {linear.name: torch.zeros(linear.shape[1]) for linear in linears}
+    powers = {linear.name: torch.zeros(linear.shape[1]) for linear in linears}
+    outer = {one.name: torch.zeros(one.shape[0], one.shape[0]) for one in linears}
     generator = torch.Generator().manual_seed(5)
     for window in windows:
         logs = whole(window[None]).logits[0, FIRST:].log_softmax(-1)
@@ -105,16 +106,24 @@ def test_sensitivity_is_the_gradient_of_the_whole_model(
             -logs.gather(-1, labels).sum(), [outputs[one.name] for one in linears]
         )
         for linear, grad in zip(linears, grads, strict=True):
-            d = grad[0, FIRST:] @ whole.get_submodule(linear.name).weight
-            squares[linear.name] += d.square().sum(0)
+            g = grad[0, FIRST:]
+            d = g @ whole.get_submodule(linear.name).weight
+            powers[linear.name] += d.abs().pow(1.5).sum(0)
+            outer[linear.name] += g.T @ g
     tokens = len(windows) * (TOKENS - FIRST)
     for linear in linears:
-        expected = (squares[linear.name] / tokens).sqrt()
+        expected = (powers[linear.name] / tokens).pow(1 / 1.5)
         # float32 sums in another order, forward and backward through four layers.
         torch.testing.assert_close(
             found[linear.name].scale, expected, rtol=2e-3, atol=1e-6
         )
         assert int(found[linear.name].counts.sum()) == tokens * linear.shape[1]
+        metric = found[linear.name].metric
+        assert (metric is not None) == linear.name.endswith(("q_proj", "k_proj"))
+        if metric is not None:
+            expected = outer[linear.name] / tokens
+            scale = expected.diagonal().mean().item()
+            torch.testing.assert_close(metric, expected, rtol=2e-3, atol=1e-3 * scale)
 
 
 def counts_of(scores: Tensor) -> Tensor:
@@ -166,7 +175,11 @@ def test_thresholds_fit_the_sparse_model_itself(
         kept = module.kept / tokens / module.linear.weight.shape[1]
         assert kept == pytest.approx(info.linears[name].kept_fraction, abs=1e-3), name
         mask = inputs[name].abs() > tensors[f"{name}.thresholds"]
-        lost = inputs[name].masked_fill(mask, 0) @ module.linear.weight.T
+        dropped = inputs[name].masked_fill(mask, 0)
+        lost = dropped @ module.linear.weight.T
+        if info.linears[name].rank > 0:
+            u, v = tensors[f"{name}.u"].float(), tensors[f"{name}.v"].float()
+            lost = lost - dropped @ v.T @ u.T
         torch.testing.assert_close(
             tensors[f"{name}.bias"],
             lost.mean((0, 1)).detach(),
@@ -212,7 +225,8 @@ def test_a_saved_recipe_gives_the_same_artifact(make: Prepare, tmp_path: Path) -
     _, again = make(str(saved), "again")
     assert again.tensors_sha256 == first.tensors_sha256
     assert load_recipe(str(saved)).linears == {
-        name: LinearPlan(entry.sparsity, 1.0) for name, entry in first.linears.items()
+        name: LinearPlan(entry.sparsity, entry.rho)
+        for name, entry in first.linears.items()
     }
 
 
@@ -283,6 +297,8 @@ PLAN = {"sparsity": 0.5, "rho": 1.0}
             "score must be one of magnitude, norm, sensitivity, got 'l1'",
         ),
         ({"allocation": "sensitivity"}, "needs score 'sensitivity', got 'norm'"),
+        ({"factors": "regressed"}, "needs score 'sensitivity', got 'norm'"),
+        ({"factors": "qr"}, "factors must be one of svd, regressed, got 'qr'"),
         ({"activations": None}, "activations must be one of dense, sparse, got None"),
         ({"correction": 1}, "correction must be true or false"),
         ({"extra": 1}, "unknown key 'extra'; known are name, score"),
@@ -331,5 +347,5 @@ def test_recipe_of_another_model_or_budget() -> None:
 
 
 def test_factors_are_refused_where_the_search_gives_none(make: Prepare) -> None:
-    with pytest.raises(PrepareError, match="'best' shares out exact channels only"):
+    with pytest.raises(PrepareError, match="'best' chooses the factors itself"):
         make("best", rho=0.9)

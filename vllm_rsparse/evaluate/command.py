@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from vllm_rsparse import __version__
 from vllm_rsparse.text_table import align
 
+from .plot import check_plot, draw
+
 if TYPE_CHECKING:
     from .measure import Loss
 
@@ -74,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute dtype (default: float32 on CPU, bfloat16 on CUDA)",
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write figures here")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="OUT.png",
+        help="draw perplexity against bytes read, a line a recipe (needs matplotlib)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("--window", args.window), ("--max-windows", args.max_windows)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if args.plot is not None:
+        check_plot(args.plot)
     # torch and transformers take seconds to import; bad options are told before.
     import torch
     from transformers import AutoTokenizer
@@ -111,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
     model.check_window(args.window)
     losses = measure(model, prepared, text.windows, first)
     print(table(losses))
+    if args.plot is not None:
+        draw(losses, [one.recipe for one in prepared], args.plot)
     if args.json is not None:
         document: dict[str, Any] = {
             "results": [asdict(loss) for loss in losses],

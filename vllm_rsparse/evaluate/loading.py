@@ -64,6 +64,13 @@ class PreparedModel:
             )
         return cls(directory, artifact, tuple(file.resolve() for file in weights))
 
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe that made it, as its provenance says."""
+        recipe = self.artifact.info.provenance.get("recipe")
+        name = recipe.get("name") if isinstance(recipe, dict) else None
+        return str(name or self.directory.name)
+
     def same_base(self, other: "PreparedModel") -> bool:
         """Whether both have the same weights (the same files, or equal content)."""
         if self.weight_files == other.weight_files:

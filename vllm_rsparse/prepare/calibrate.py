@@ -12,6 +12,7 @@ from vllm_rsparse.reference import kept_mask
 
 from .factors import Factors, truncated_svd
 from .recipe import LinearPlan
+from .regress import dropped_covariance, regressed
 from .thresholds import channel_thresholds, column_norms, row_chunks, score_threshold
 
 # The error takes two dense products a token. On all of 16 x 4096 tokens that is twice
@@ -43,6 +44,7 @@ def calibrate_linear(
     seed: int,
     scale: Tensor | None = None,
     correction: bool = False,
+    metric: Tensor | None = None,
 ) -> CalibratedLinear:
     """Thresholds, factors and their error for one linear.
 
@@ -50,9 +52,11 @@ def calibrate_linear(
         weight: [N, K] in the checkpoint's dtype, on the device of ``x``.
         x: calibration inputs [tokens, K].
         plan: sparsity and rho.
-        seed: of the randomised SVD.
+        seed: of the randomised methods.
         scale: float32 [K], the score is |x| times it; None takes the column norms.
         correction: add what the dropped part contributes on average, a constant.
+        metric: [N, N], what an error of the output costs; with it factors are regressed
+            (see ``regress``), without they are the weight's SVD.
 
     Returns:
         Tensors as they are stored, and the entry with the kept fraction (as the run
@@ -66,7 +70,11 @@ def calibrate_linear(
     factors = None
     rank = plan.rank((n, k))
     if rank > 0:
-        factors = truncated_svd(weight, rank, seed)
+        if metric is None:
+            factors = truncated_svd(weight, rank, seed)
+        else:
+            covariance = dropped_covariance(x, thresholds)
+            factors = regressed(weight, covariance, metric, rank, seed)
         tensors["u"] = factors.u.to(weight.dtype)
         tensors["v"] = factors.v.to(weight.dtype)
     if correction:

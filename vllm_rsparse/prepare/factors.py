@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank factors of a weight: its truncated SVD (paper section 3.3)."""
+"""Low-rank factors of a weight: its truncated SVD (paper section 3.3).
+
+``regress`` has the other kind.
+"""
 
 from dataclasses import dataclass
 
@@ -22,9 +25,10 @@ class Factors:
     Attributes:
         u: float32 [N, r], left singular vectors times singular values.
         v: float32 [r, K], right singular vectors.
-        method: "exact" or "randomised".
+        method: "exact" or "randomised" SVD, or "regressed".
         residual: max over i of ||W v_i - sigma_i u_i|| / sigma_i: how far the worst
-            pair is from a singular pair of W (rounding only, when exact).
+            pair is from a singular pair of W (rounding only, when exact); of regressed
+            factors the same for the eigenvectors that they come from.
     """
 
     u: Tensor

@@ -34,7 +34,7 @@ from .linears import Linear, find_linears
 from .observers import LayerInputs, input_channels
 from .options import DEFAULT_TOKENS, PrepareOptions
 from .output import StagedOutput, check_output, write_text
-from .planning import Planned, plan_linears
+from .planning import Planned, plan_linears, search_journal
 from .propagate import sparse_linears, stage_input, stages
 from .recipes import load_recipe
 from .streaming import StreamedModel
@@ -75,9 +75,12 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
         options.seed,
         model.vocab_size,
     )
-    with staged:
+    journal = search_journal(recipe, options, model, text.windows)
+    with staged, journal:
         with _hint_when_out_of_memory():
-            planned = plan_linears(recipe, options, model, linears, text.windows)
+            planned = plan_linears(
+                recipe, options, model, linears, text.windows, journal
+            )
         calibrated = _calibrate(
             model,
             linears,
@@ -109,6 +112,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
                     "allocation": recipe.allocation,
                     "activations": recipe.activations,
                     "correction": recipe.correction,
+                    "factors": recipe.factors,
                 },
                 "calibration": text.provenance
                 | {"device": device.type, "dtype": _name(dtype)},
@@ -174,6 +178,7 @@ def _calibrate(
         def calibrate(linear: Linear, x: Tensor) -> dict[str, Tensor]:
             weight = model.checkpoint.read([linear.weight])[linear.weight]
             scale = planned.scales.get(linear.name)
+            metric = planned.metrics.get(linear.name)
             result = calibrate_linear(
                 weight.to(model.device),
                 x,
@@ -181,6 +186,7 @@ def _calibrate(
                 _seed(seed, linear.name),
                 None if scale is None else scale.to(model.device),
                 recipe.correction,
+                None if metric is None else metric.to(model.device),
             )
             for suffix, tensor in result.tensors.items():
                 writer.write(f"{linear.name}.{suffix}", tensor)

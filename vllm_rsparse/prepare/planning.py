@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a recipe to what every linear gets, before any threshold is calibrated."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vllm_rsparse import __version__
+
 from .errors import PrepareError
+from .journal import Journal
 from .linears import Linear
 from .options import PrepareOptions
 from .recipe import LinearPlan, uniform
-from .recipes import DEFAULT_RHO, Recipe, check_plans
+from .recipes import DEFAULT_RHO, EVOLUTIONARY, Recipe, check_plans
+from .search_evolution import evolutionary
+from .search_factors import add_factors
 from .search_greedy import greedy
 from .search_sensitivity import sensitivities, share_out
 from .streaming import StreamedModel
@@ -31,6 +37,7 @@ class Planned:
         rho: share of exact channels where the recipe itself does not fix it.
         scales: float32 [K] by linear, the score is |x| times it; a linear that is not
             in it has the norms of its columns.
+        metrics: [N, N] by linear, for regressed factors; others have the SVD.
         first: leading positions of a window that stay dense; 0 on dense activations.
     """
 
@@ -38,6 +45,7 @@ class Planned:
     plans: dict[str, LinearPlan]
     rho: float
     scales: dict[str, Tensor]
+    metrics: dict[str, Tensor]
     first: int
 
 
@@ -47,8 +55,9 @@ def plan_linears(
     model: StreamedModel,
     linears: Sequence[Linear],
     windows: Tensor,
+    journal: Journal,
 ) -> Planned:
-    """Run whatever search the recipe asks for.
+    """Run whatever search the recipe asks for; it keeps its results in ``journal``.
 
     Raises:
         PrepareError: the recipe does not fit the model or the options.
@@ -58,24 +67,79 @@ def plan_linears(
         rho = DEFAULT_RHO.get(recipe.name, 1.0)
     if rho < 1.0 and recipe.allocation != "uniform":
         raise PrepareError(
-            f"--rho {rho}: recipe {recipe.name!r} shares out exact channels only; leave"
-            " --rho out, or use --recipe uniform"
+            f"--rho {rho}: recipe {recipe.name!r} chooses the factors itself, if"
+            " it uses any; leave --rho out, or use --recipe uniform"
         )
     check_plans(recipe, linears, options.sparsity)
     first = 0
     if recipe.activations == "sparse":
         first = int(DENSE_FRACTION * windows.shape[1])
     scales: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
     plans = recipe.linears
     if recipe.score == "magnitude":
         scales = {one.name: torch.ones(one.shape[1]) for one in linears}
     elif recipe.score == "sensitivity":
         found = sensitivities(model, linears, windows, first, options.seed)
         scales = {name: one.scale for name, one in found.items()}
+        if recipe.factors == "regressed":
+            metrics = {
+                name: one.metric
+                for name, one in found.items()
+                if one.metric is not None
+            }
         if plans is None and recipe.allocation == "sensitivity":
             plans = share_out(linears, found, options.sparsity)
+            if metrics:
+                plans = add_factors(
+                    model,
+                    linears,
+                    windows,
+                    first,
+                    found,
+                    plans,
+                    options.sparsity,
+                    options.seed,
+                )
     if plans is None and recipe.allocation == "greedy":
-        plans = greedy(model, linears, windows, first, scales, options.sparsity)
+        plans = greedy(
+            model, linears, windows, first, scales, options.sparsity, journal
+        )
+    elif plans is None and recipe.allocation in EVOLUTIONARY:
+        plans = evolutionary(
+            model,
+            linears,
+            windows,
+            int(DENSE_FRACTION * windows.shape[1]),
+            options.sparsity,
+            recipe.allocation == "evolutionary-joint",
+            options.seed,
+            journal,
+        )
     if plans is None:
         plans = uniform(linears, options.sparsity, rho)
-    return Planned(recipe.with_plans(plans), plans, rho, scales, first)
+    return Planned(recipe.with_plans(plans), plans, rho, scales, metrics, first)
+
+
+def search_journal(
+    recipe: Recipe, options: PrepareOptions, model: StreamedModel, windows: Tensor
+) -> Journal:
+    """Of a search for this OUTPUT, beside it."""
+    weights = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in model.checkpoint.weight_files
+    ]
+    return Journal(
+        options.output.parent / f"{options.output.name}.search.jsonl",
+        {
+            "vllm_rsparse": __version__,
+            "torch": torch.__version__,
+            "weights": weights,
+            "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+            "recipe": [recipe.score, recipe.allocation],
+            "sparsity": options.sparsity,
+            "seed": options.seed,
+            "device": model.device.type,
+            "dtype": str(model.dtype),
+        },
+    )

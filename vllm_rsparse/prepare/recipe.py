@@ -26,6 +26,16 @@ class LinearPlan:
         """Fraction of the channels that the exact path keeps."""
         return self.rho * (1.0 - self.sparsity)
 
+    @classmethod
+    def with_rank(cls, keep: float, rank: int, shape: tuple[int, int]) -> "LinearPlan":
+        """The plan that keeps this fraction of the channels and has this rank."""
+        n, k = shape
+        # Half a rank more, for `rank` rounds down.
+        budget = keep + (rank + 0.5) * (n + k) / (n * k)
+        if rank == 0 or budget >= 1.0:
+            return cls(1.0 - keep, 1.0)
+        return cls(1.0 - budget, keep / budget)
+
     def rank(self, shape: tuple[int, int]) -> int:
         """Rank of the factors for a linear of shape (N, K)."""
         return factor_rank(*shape, self.sparsity, self.rho)

@@ -20,8 +20,10 @@ from .linears import Linear
 from .recipe import LinearPlan
 
 SCORES = ("magnitude", "norm", "sensitivity")
-ALLOCATIONS = ("uniform", "greedy", "sensitivity")
+EVOLUTIONARY = ("evolutionary", "evolutionary-joint")
+ALLOCATIONS = ("uniform", "greedy", "sensitivity", *EVOLUTIONARY)
 ACTIVATIONS = ("dense", "sparse")
+FACTORS = ("svd", "regressed")
 # How far the linears of a file may add up to another sparsity than --sparsity.
 BUDGET_TOLERANCE = 0.002
 
@@ -37,11 +39,14 @@ class Recipe:
             loss's gradient with respect to x_j through this linear ("sensitivity").
         allocation: every linear the same ("uniform"), least added error per byte within
             each layer ("greedy"), one threshold on the loss per byte for the whole
-            model ("sensitivity").
+            model ("sensitivity"), the paper's search over rho ("evolutionary") or over
+            sparsity and rho ("evolutionary-joint") of every linear.
         activations: calibrate thresholds on what the dense model feeds the linears, or
             on what the sparse model does, from the first layer on ("sparse").
         correction: add the mean of what is dropped, as a constant per linear.
         linears: plan of every linear by name; None: as ``allocation`` says.
+        factors: where a plan has a rank: the truncated SVD of the weight ("svd"), or,
+            for q and k, what best stands in for the dropped part ("regressed").
     """
 
     name: str
@@ -50,12 +55,14 @@ class Recipe:
     activations: str
     correction: bool
     linears: dict[str, LinearPlan] | None = None
+    factors: str = "svd"
 
     def __post_init__(self) -> None:
         for key, allowed in (
             ("score", SCORES),
             ("allocation", ALLOCATIONS),
             ("activations", ACTIVATIONS),
+            ("factors", FACTORS),
         ):
             if getattr(self, key) not in allowed:
                 raise PrepareError(
@@ -67,11 +74,17 @@ class Recipe:
                 f"recipe {self.name!r}: correction must be true or false, got"
                 f" {self.correction!r}"
             )
-        if self.allocation == "sensitivity" and self.score != "sensitivity":
-            raise PrepareError(
-                f"recipe {self.name!r}: allocation 'sensitivity' compares scores across"
-                f" linears, which needs score 'sensitivity', got {self.score!r}"
-            )
+        if self.score != "sensitivity":
+            for key, value in (
+                ("allocation", "sensitivity"),
+                ("factors", "regressed"),
+            ):
+                if getattr(self, key) == value:
+                    raise PrepareError(
+                        f"recipe {self.name!r}: {key} {value!r} uses the loss's"
+                        " gradients, so it needs score 'sensitivity', got"
+                        f" {self.score!r}"
+                    )
 
     @property
     def needs_sensitivity(self) -> bool:
@@ -94,7 +107,9 @@ RECIPES = {
         Recipe("teal", "magnitude", "uniform", "dense", False),
         Recipe("wina", "norm", "uniform", "dense", False),
         Recipe("greedy", "norm", "greedy", "sparse", True),
-        Recipe("best", "sensitivity", "sensitivity", "sparse", True),
+        Recipe("best", "sensitivity", "sensitivity", "sparse", True, None, "regressed"),
+        Recipe("evolutionary", "norm", "evolutionary", "dense", False),
+        Recipe("evolutionary-joint", "norm", "evolutionary-joint", "sparse", True),
     )
 }
 # Only the paper's own recipe spends bytes on factors when --rho is not given.
@@ -122,7 +137,7 @@ def load_recipe(source: str) -> Recipe:
         ) from error
     if not isinstance(raw, dict):
         raise PrepareError(f"--recipe {source}: expected a JSON object")
-    _check_keys(raw, Recipe, {"linears"}, f"--recipe {source}")
+    _check_keys(raw, Recipe, {"linears", "factors"}, f"--recipe {source}")
     linears = raw.get("linears")
     if linears is not None:
         if not isinstance(linears, dict):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .journal import Journal
 from .linears import Linear
 from .propagate import sparse_linears, stage_input, stages
 from .recipe import LinearPlan
@@ -32,6 +33,7 @@ def greedy(
     first: int,
     scales: Mapping[str, Tensor],
     sparsity: float,
+    journal: Journal,
 ) -> dict[str, LinearPlan]:
     """Plans that give every layer the same sparsity; no factors.
 
@@ -42,6 +44,7 @@ def greedy(
         first: leading positions of each window that stay dense.
         scales: float32 [K] by linear; column norms where there is none.
         sparsity: of every layer.
+        journal: keeps the errors of every layer.
     """
     plans: dict[str, LinearPlan] = {}
     with tqdm(total=len(linears), desc="greedy", unit="linear") as progress:
@@ -52,7 +55,11 @@ def greedy(
             with model.layer(index) as layer:
                 exact = hidden.clone()
                 model.run_layer(index, exact)
-                for stage in stages(members):
+                known = journal.get(str(index))
+                if known is not None:
+                    errors = known
+                    progress.update(len(members))
+                for stage in stages(members) if known is None else ():
                     x = stage_input(model, stage[0], layer, hidden, first)
                     for linear in stage:
                         scale = scales.get(linear.name)
@@ -60,6 +67,8 @@ def greedy(
                             model, linear, layer, hidden, exact, x, scale, first
                         )
                         progress.update()
+            if known is None:
+                journal.note({str(index): errors})
             sizes = {one.name: one.shape[0] * one.shape[1] for one in members}
             plans |= {
                 name: LinearPlan(share, 1.0)

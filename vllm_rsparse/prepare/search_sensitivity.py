@@ -5,21 +5,25 @@ Dropping channel j changes a linear's output by -W[:, j] x_j, and the loss, to f
 order, by -x_j d_j with d_j = W[:, j] . (gradient of the loss by the output). With
 labels drawn from the model itself the mean of d_j is zero and its square is the
 diagonal of the Fisher matrix: half of x_j^2 E[d_j^2] is, to second order, the KL
-divergence to the dense model. At run time only x_j is known, so the score is
-|x_j| sqrt(E[d_j^2]): a threshold per channel as any other.
+divergence to the dense model. At run time only x_j is known, so the score is |x_j| a_j
+with a_j = sqrt(E[d_j^2]): a threshold per channel as any other. In place of the mean
+square a_j is the mean of |d_j|^1.5, to the power 1/1.5: a few tokens of large gradient
+make most of a mean square (KL divergence 2% lower, reference model, 60%).
 
 A channel of a linear with N outputs costs N elements to read. Keeping those with
 
-    x_j^2 E[d_j^2] / N  >  one constant for the whole model
+    x_j^2 a_j^2 / N  >  one constant for the whole model
 
 is the cheapest way to lose little, if errors add up independently; this shares the
-sparsity out between layers and kinds without a search.
+sparsity out between layers and kinds without a search. In q and k they do not: what
+is dropped there adds up (in the first q_proj to 3.4 times the sum of its parts), mostly
+in a few directions of the output, which ``search_factors`` finds from E[g g^T].
 
 Streamed as ``prepare`` is: the forward pass saves what enters each layer (in host
 memory), the backward pass loads one layer at a time again, last to first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -35,6 +39,10 @@ from .thresholds import row_chunks
 
 # Scores are counted by the upper 16 bits of their float32 pattern: 128 bins an octave.
 _BINS = 1 << 16
+_MOMENT = 1.5
+# Of the others' loss the directions worth their bytes had at most 11% (down_proj; gate,
+# up, v, o: 3%), of these two's 7 to 62% (reference model, 60%).
+METRIC_KINDS = ("self_attn.q_proj", "self_attn.k_proj")
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,14 @@ class Sensitivity:
     """Of one linear.
 
     Attributes:
-        scale: float32 [K], sqrt(E[d_j^2]); times |x_j| it is the score.
+        scale: float32 [K], a_j; times |x_j| it is the score.
         counts: int64 [65536], calibration scores / sqrt(N) by upper 16 bits.
+        metric: float32 [N, N] on the CPU, E[g g^T]; None but for ``METRIC_KINDS``.
     """
 
     scale: Tensor
     counts: Tensor
+    metric: Tensor | None = None
 
 
 def sensitivities(
@@ -91,7 +101,7 @@ def sensitivities(
 
 
 def share_out(
-    linears: Sequence[Linear], found: dict[str, Sensitivity], sparsity: float
+    linears: Sequence[Linear], found: Mapping[str, Sensitivity], sparsity: float
 ) -> dict[str, LinearPlan]:
     """Plans with one threshold on score / sqrt(N) for the whole model; no factors.
 
@@ -119,7 +129,7 @@ def share_out(
 
 
 class _Tap:
-    """Sums of d_j^2 of one linear, and its inputs where it is the group's source."""
+    """Sums of |d_j|^1.5 of one linear, and its inputs where it is their source."""
 
     def __init__(self, linear: Linear, layer: nn.Module, first: int) -> None:
         self._outputs = linear.shape[0]
@@ -128,6 +138,11 @@ class _Tap:
         module = layer.get_submodule(linear.kind)
         self._weight: Tensor = module.weight  # type: ignore[assignment]
         self._sums: Tensor | float = 0.0
+        self._metric: Tensor | None = None
+        if linear.kind in METRIC_KINDS:
+            self._metric = torch.zeros(
+                linear.shape[0], linear.shape[0], device=self._weight.device
+            )
         self._tokens = 0
         self._inputs: list[Tensor] = []
         self._handle = module.register_forward_hook(self._hook)
@@ -141,7 +156,10 @@ class _Tap:
     def _add(self, gradient: Tensor) -> None:
         counted = gradient[:, self._first :].reshape(-1, gradient.shape[-1])
         d = counted @ self._weight
-        self._sums = self._sums + d.float().square_().sum(0)
+        self._sums = self._sums + d.float().abs_().pow_(_MOMENT).sum(0)
+        if self._metric is not None:
+            g = counted.float()
+            self._metric.addmm_(g.mT, g)
         self._tokens += len(d)
 
     def finish(self, source: "_Tap") -> Sensitivity:
@@ -149,14 +167,17 @@ class _Tap:
         self._handle.remove()
         if not isinstance(self._sums, Tensor):
             raise RuntimeError("backward did not reach the linear")
-        scale = (self._sums / self._tokens).sqrt_()
+        scale = (self._sums / self._tokens).pow_(1 / _MOMENT)
         counts = torch.zeros(_BINS, dtype=torch.int64, device=scale.device)
         for x in source._inputs:
             for rows in row_chunks(x):
                 score = rows.float().abs_() * (scale / self._outputs**0.5)
                 bins = (score.view(torch.int32) >> 16).flatten()
                 counts += torch.bincount(bins, minlength=_BINS)
-        return Sensitivity(scale, counts.cpu())
+        metric = self._metric
+        if metric is not None:
+            metric = (metric / self._tokens).cpu()
+        return Sensitivity(scale, counts.cpu(), metric)
 
 
 def _backward(

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks of the factors that ``best`` gives to q and k, at the price of its channels.
+
+Where the sparsity is shared out by one constant, an element of the weights buys
+
+    t^2 / N    with t the score at the threshold
+
+of loss. A direction of the lost output costs N + K elements and takes away its
+eigenvalue (see ``regress``): it is worth having where that is more. One forward pass of
+the dense model, on the inputs of q and k only; then the channels are shared out again
+on what the factors leave of the budget.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .linears import Linear
+from .propagate import stage_input, stages
+from .recipe import LinearPlan
+from .regress import directions, dropped_covariance
+from .search_sensitivity import METRIC_KINDS, Sensitivity, share_out
+from .streaming import StreamedModel
+from .thresholds import channel_thresholds, score_threshold
+
+
+def add_factors(
+    model: StreamedModel,
+    linears: Sequence[Linear],
+    windows: Tensor,
+    first: int,
+    found: Mapping[str, Sensitivity],
+    plans: Mapping[str, LinearPlan],
+    sparsity: float,
+    seed: int,
+) -> dict[str, LinearPlan]:
+    """Plans with factors where they pay, at the same sparsity.
+
+    Args:
+        model: the streamed base model.
+        linears: all linears that take part, layer by layer.
+        windows: int64 [samples, tokens].
+        first: leading positions of each window that stay dense and do not count.
+        found: what ``sensitivities`` found.
+        plans: what ``share_out`` made of it, without factors.
+        sparsity: of the model, factors counted.
+        seed: of the subspace iteration.
+    """
+    ranks: dict[str, int] = {}
+    layers = [(i, list(group)) for i, group in groupby(linears, lambda one: one.layer)]
+    hidden = model.embed(windows)
+    for index, members in tqdm(layers, desc="factors", unit="layer"):
+        with model.layer(index) as layer:
+            for stage in stages(members):
+                wanted = [one for one in stage if one.kind in METRIC_KINDS]
+                if not wanted:
+                    continue
+                x = stage_input(model, stage[0], layer, hidden, first)
+                for linear in wanted:
+                    weight = model.checkpoint.read([linear.weight])[linear.weight]
+                    ranks[linear.name] = _rank(
+                        weight.to(x.device),
+                        x,
+                        found[linear.name],
+                        plans[linear.name].keep,
+                        seed,
+                    )
+            model.run_layer(index, hidden)
+    dense = sum(one.shape[0] * one.shape[1] for one in linears)
+    factors = sum(ranks.get(one.name, 0) * sum(one.shape) for one in linears)
+    shares = share_out(linears, found, min(sparsity + factors / dense, 1.0))
+    return {
+        one.name: LinearPlan.with_rank(
+            shares[one.name].keep, ranks.get(one.name, 0), one.shape
+        )
+        for one in linears
+    }
+
+
+@torch.no_grad()
+def _rank(weight: Tensor, x: Tensor, found: Sensitivity, keep: float, seed: int) -> int:
+    if found.metric is None:
+        return 0
+    n, k = weight.shape
+    scale, metric = found.scale.to(x.device), found.metric.to(x.device)
+    score = score_threshold(x, scale, keep)
+    if score <= 0:  # nothing is dropped
+        return 0
+    thresholds = channel_thresholds(score, scale)
+    covariance = dropped_covariance(x, thresholds)
+    values, _ = directions(weight, covariance, metric, seed)
+    # Eigenvalues are of mean squares, scores of another mean: bring them to one scale.
+    w = weight.double()
+    squares = ((metric.double() @ w) * w).sum(0).clamp_min(0)
+    some = scale > 0
+    unit = (squares[some].sqrt() / scale[some].double()).median() ** 2
+    price = unit * score**2 / n
+    return int((values / (n + k) > price).sum())
