@@ -342,12 +342,25 @@ def package_missing(scene: Scene) -> Row:
 
 
 def disk_full(scene: Scene) -> Row:
+    """Caches and temporary files have no room; an eager server can do without."""
     full = scene.folder / "full"
     full.mkdir()
     os.system(f"mount -t tmpfs -o size=64k none {full} && cat /dev/zero >{full}/x")
     places = ("TMPDIR", "VLLM_CACHE_ROOT", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR")
-    env = dict.fromkeys(places, str(full))
-    return refused_at_start(scene, MP, "disk full", ["No space left"], **env)
+    row = Row("disk full at start (mp, TP 2)", restart="-")
+    try:
+        with scene.serve(MP, None, **dict.fromkeys(places, str(full))) as server:
+            answer = httpx.get(f"{server.process.base_url}/health").status_code
+            row.health, row.exit = str(answer), "serves"
+            texts = scene.expected.pop(MP.name, None)
+            same = texts in (None, scene.learn(MP, server))
+            row.clients = "same text" if same else "OTHER TEXT"
+            row.problems += [] if same else ["another text"]
+    except ServerError:
+        row.exit = "ends before it serves"
+    finally:
+        os.system(f"umount {full}")
+    return row
 
 
 FAULTS = {
