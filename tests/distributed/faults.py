@@ -342,7 +342,7 @@ def package_missing(scene: Scene) -> Row:
 
 
 def disk_full(scene: Scene) -> Row:
-    """Caches and temporary files have no room; an eager server can do without."""
+    """Caches and temporary files have no room."""
     full = scene.folder / "full"
     full.mkdir()
     os.system(f"mount -t tmpfs -o size=64k none {full} && cat /dev/zero >{full}/x")
@@ -358,6 +358,8 @@ def disk_full(scene: Scene) -> Row:
             row.problems += [] if same else ["another text"]
     except ServerError:
         row.exit = "ends before it serves"
+    except RuntimeError as error:
+        row.clients = str(error)
     finally:
         os.system(f"umount {full}")
     return row
