@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""Device code of the kernels: sums that skip the unwanted channels in place."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from .channels import wanted_channels
+from .tiles import load_tile
+
+
+@triton.jit
+def sum_masked(
+    x_ptr,
+    threshold_ptr,
+    tile_ptr,
+    stride_xm,
+    stride_k,
+    stride_n,
+    offs_m,
+    end_m,
+    offs_n,
+    end_n,
+    k,
+    split,
+    splits,
+    DROPPED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PASSES: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Column sums of BLOCK_M tokens on the vector units: float32 [BLOCK_M, BLOCK_N].
+
+    Saves the wait for a list, which pays where there is little to read. An iteration
+    reads ROWS x PASSES channels. ROWS is what all threads read with one 16-byte load
+    each, so the sum over PASSES stays inside a thread; threads meet once, after the
+    loop. Splits take turns, so that at any time all programs read one stretch of
+    memory.
+    """
+    # [ROWS, PASSES]: a thread's channels follow one another, to read x in one piece.
+    # PASSES comes after ROWS because Triton spreads warps over the leading dimensions.
+    rows = tl.arange(0, ROWS)[:, None] * PASSES + tl.arange(0, PASSES)[None, :]
+    mask_m = (offs_m < end_m)[:, None, None]
+    mask_n = (offs_n < end_n)[None, None, None, :]
+    x_row_ptr = x_ptr + offs_m.to(tl.int64)[:, None, None] * stride_xm
+    step: tl.constexpr = ROWS * PASSES
+    offs_k = split * step + rows
+    mask_k = offs_k < k
+    if PDL:
+        # Into L2 only, volatile to be issued at all: no value is used before the wait.
+        tl.load(threshold_ptr + offs_k, mask=mask_k, volatile=True)
+        gdc_wait()
+    x = tl.load(x_row_ptr + offs_k[None, :, :], mask=mask_m & mask_k, other=0.0)
+    threshold = tl.load(threshold_ptr + offs_k, mask=mask_k, other=0.0)
+    acc = tl.zeros([BLOCK_M, ROWS, BLOCK_N], dtype=tl.float32)
+    for _ in range(split * step, k, splits * step):
+        # [BLOCK_M, ROWS, PASSES]
+        x_wide = x.to(tl.float32)
+        wanted = wanted_channels(x_wide, threshold[None, :, :], DROPPED)
+        wanted &= mask_m & mask_k[None, :, :]
+        read = tl.max(wanted.to(tl.int32), axis=0) > 0
+        # [1, ROWS, PASSES, BLOCK_N]: of the product's rank, or Triton moves the tile
+        # between layouts through shared memory.
+        tile = load_tile(
+            tile_ptr,
+            offs_k[None, :, :, None],
+            offs_n[None, None, None, :],
+            stride_k,
+            stride_n,
+            read[None, :, :, None] & mask_n,
+            WIDE,
+        )
+        # An unwanted x may be infinite, and infinity times the tile's zero is NaN.
+        factor = tl.where(wanted, x_wide, 0.0)
+        # What the next iteration needs to choose its rows arrives along with these.
+        offs_k += splits * step
+        mask_k = offs_k < k
+        x = tl.load(x_row_ptr + offs_k[None, :, :], mask=mask_m & mask_k, other=0.0)
+        threshold = tl.load(threshold_ptr + offs_k, mask=mask_k, other=0.0)
+        acc += tl.sum(factor[:, :, :, None] * tile.to(tl.float32), axis=2)
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit
+def dot_masked(
+    x_ptr,
+    threshold_ptr,
+    tile_ptr,
+    stride_xm,
+    stride_k,
+    stride_n,
+    offs_m,
+    end_m,
+    offs_n,
+    end_n,
+    k,
+    split,
+    splits,
+    DROPPED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Column sums of up to BLOCK_M tokens on the matrix units: [BLOCK_M, BLOCK_N].
+
+    Each token has its own mask; a channel is read when any of the tokens wants it.
+    """
+    mask_m = (offs_m < end_m)[:, None]
+    mask_n = (offs_n < end_n)[None, :]
+    x_row_ptr = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    if PDL:
+        gdc_wait()
+    for start_k in tl.range(split * BLOCK_K, k, splits * BLOCK_K, num_stages=STAGES):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < k
+        mask_x = mask_m & mask_k[None, :]
+        x = tl.load(x_row_ptr + offs_k[None, :], mask=mask_x, other=0.0)
+        threshold = tl.load(threshold_ptr + offs_k, mask=mask_k, other=0.0)
+        wanted = wanted_channels(x, threshold[None, :], DROPPED) & mask_x
+        read = tl.max(wanted.to(tl.int32), axis=0) > 0
+        tile = load_tile(
+            tile_ptr,
+            offs_k[:, None],
+            offs_n[None, :],
+            stride_k,
+            stride_n,
+            read[:, None] & mask_n,
+            WIDE,
+        )
+        x = tl.where(wanted, x, 0.0)
+        # "ieee": float32 inputs would be rounded to tf32 otherwise.
+        acc = tl.dot(x.to(DOT_DTYPE), tile.to(DOT_DTYPE), acc, input_precision="ieee")
+    return acc
