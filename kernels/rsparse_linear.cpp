@@ -6,19 +6,20 @@
 // nothing of torch: two seconds to compile, and a new torch needs no new build.
 //
 // Decoding is bound by memory, so the code is about reading weights. W is stored [K, N]:
-// an input channel is one contiguous row. Two steps in one parallel region:
+// an input channel is one contiguous row. Three steps in one parallel region:
 //
 //   select   Blocks of channels are shared out over the threads. A block lists the
 //            channels that any token keeps, shard by shard, with each token's x (0 where
 //            that token drops the channel), and sums x V over the dropped ones.
-//   stream   Columns are shared out over the threads in proportion to the rows that
-//            their shard keeps. The rows of W, and then those of U with z = V x as
-//            coefficients, are added to float32 sums, ROWS at a time, while the segments
-//            of the next ROWS are prefetched.
+//   stream   The rows of W, and then those of U with z = V x as coefficients, are added
+//            to float32 sums, ROWS at a time, while the segments of the next ROWS are
+//            prefetched. Narrow layers are cut into parts along K, so that threads read
+//            long pieces of rows instead of sharing every short row.
+//   finish   Sums of the parts, correction and bias are added up and rounded.
 //
-// Results are the same bits for any number of threads and tokens in the call: each sum
-// runs over channels in ascending order, in blocks of a fixed size, and a channel that a
-// token drops adds an exact zero.
+// Results are the same bits for any number of threads and tokens in the call: blocks and
+// parts depend on the shape alone, every sum has one order, and a channel that a token
+// drops adds an exact zero.
 
 #include <omp.h>
 
@@ -33,13 +34,20 @@ namespace {
 // Rows added in one pass over the sums. 4 reads a fifth slower on AMD Zen 4 (2 threads):
 // the more rows are open, the more cache lines are on their way from memory.
 constexpr int ROWS = 8;
-// Tokens whose sums one pass updates: ROWS x TOKENS coefficients live in registers.
-constexpr int TOKENS = 4;
+// Tokens whose sums one pass updates: ROWS x TOKENS coefficients live in registers. GCC
+// 12 does not vectorise the pass over 8 rows for 4 tokens: 3.4 times as slow.
+constexpr int TOKENS = 2;
 // Channels of a block of the first step: fixed, since it sets the order of summation.
 constexpr int64_t BLOCK = 256;
+// Bytes of a row below which K is cut, into parts that make up for it. 4 KiB rows read 6 to
+// 17% faster whole than in halves (Zen 4, 2 threads); 32 KiB ones do not care.
+constexpr int64_t PART_BYTES = 16 << 10;
 // Bytes of weight below which waking other threads costs more than they save.
 constexpr int64_t MIN_BYTES_PER_THREAD = 64 << 10;
+// Bytes of a cache line; columns of a cut, as well.
 constexpr int64_t LINE = 64;
+// Columns that a thread finishes at a time.
+constexpr int64_t CHUNK = 512;
 
 struct Bfloat16 {
   uint16_t bits;
@@ -103,6 +111,11 @@ struct Problem {
   const int64_t *sizes, *ranks;
 };
 
+// Sizes only grow, so that a warm engine allocates nothing.
+template <typename V> void grow(V &vector, int64_t size) {
+  if (int64_t(vector.size()) < size) vector.resize(size);
+}
+
 // What the first step leaves for the second, per block and shard.
 struct Selection {
   int64_t blocks, shards, tokens, rank_sum;
@@ -111,7 +124,6 @@ struct Selection {
   std::vector<float> values;      // [shards, blocks * BLOCK, tokens]
   std::vector<float> partial_z;   // [blocks, tokens, rank_sum]
 
-  // Sizes only grow, so that a warm engine allocates nothing.
   void resize(const Problem &p) {
     blocks = (p.k + BLOCK - 1) / BLOCK;
     shards = p.shards, tokens = p.tokens, rank_sum = p.rank_sum;
@@ -125,15 +137,6 @@ struct Selection {
     return (shard * blocks + block) * BLOCK;
   }
 
-  int64_t kept(int64_t shard) const {
-    int64_t sum = 0;
-    for (int64_t block = 0; block < blocks; ++block) sum += counts[block * shards + shard];
-    return sum;
-  }
-
-  template <typename V> static void grow(V &vector, int64_t size) {
-    if (int64_t(vector.size()) < size) vector.resize(size);
-  }
 };
 
 template <typename T>
@@ -175,30 +178,64 @@ void select_block(const Problem &p, const T *x, const float *thresholds, const T
   }
 }
 
-// The rows that a thread adds up for one shard.
+// Columns of one shard in one part: what a thread streams without interruption.
+struct Cell {
+  int64_t part, shard;
+  int64_t first_block, last_block;
+  int64_t first_column, columns;
+  int64_t rows;  // kept channels of the part; in the last part, the rank too
+
+  // One row more, for the sums: a cell without rows is written all the same.
+  int64_t cost() const { return (rows + 1) * columns; }
+};
+
+int64_t part_count(const Problem &p, int64_t element_bytes) {
+  const int64_t blocks = (p.k + BLOCK - 1) / BLOCK;
+  return std::clamp<int64_t>(PART_BYTES / (p.n * element_bytes), 1, blocks);
+}
+
+std::vector<Cell> &list_cells(const Problem &p, const Selection &selection,
+                              int64_t parts, std::vector<Cell> &cells) {
+  cells.clear();
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = selection.blocks * part / parts;
+    const int64_t last = selection.blocks * (part + 1) / parts;
+    int64_t column = 0;
+    for (int64_t shard = 0; shard < p.shards; ++shard) {
+      int64_t rows = part + 1 == parts ? p.ranks[shard] : 0;
+      for (int64_t block = first; block < last; ++block)
+        rows += selection.counts[block * p.shards + shard];
+      cells.push_back({part, shard, first, last, column, p.sizes[shard], rows});
+      column += p.sizes[shard];
+    }
+  }
+  return cells;
+}
+
+// The rows of a cell.
 template <typename T> struct Rows {
   std::vector<const T *> starts;  // [count], each a row of N columns of W or U
   std::vector<float> values;      // [count, tokens]
   int64_t count;
 
-  void gather(const Problem &p, const Selection &selection, int64_t shard,
-              const T *weight, const T *u) {
-    const int64_t rank = p.ranks[shard];
-    const int64_t most = selection.kept(shard) + rank;
-    Selection::grow(starts, most);
-    Selection::grow(values, most * p.tokens);
+  void gather(const Problem &p, const Selection &selection, const Cell &cell,
+              bool last_part, const T *weight, const T *u) {
+    grow(starts, cell.rows);
+    grow(values, cell.rows * p.tokens);
     count = 0;
-    for (int64_t block = 0; block < selection.blocks; ++block) {
-      const int32_t *channels = selection.channels.data() + selection.slot(shard, block);
-      const int32_t kept = selection.counts[block * p.shards + shard];
+    for (int64_t block = cell.first_block; block < cell.last_block; ++block) {
+      const int64_t slot = selection.slot(cell.shard, block);
+      const int32_t *channels = selection.channels.data() + slot;
+      const int32_t kept = selection.counts[block * p.shards + cell.shard];
       for (int32_t i = 0; i < kept; ++i) starts[count + i] = weight + channels[i] * p.n;
-      std::copy_n(selection.values.data() + selection.slot(shard, block) * p.tokens,
-                  kept * p.tokens, values.data() + count * p.tokens);
+      std::copy_n(selection.values.data() + slot * p.tokens, kept * p.tokens,
+                  values.data() + count * p.tokens);
       count += kept;
     }
+    if (!last_part) return;
     int64_t rank_start = 0;
-    for (int64_t s = 0; s < shard; ++s) rank_start += p.ranks[s];
-    for (int64_t r = 0; r < rank; ++r, ++count) {
+    for (int64_t s = 0; s < cell.shard; ++s) rank_start += p.ranks[s];
+    for (int64_t r = 0; r < p.ranks[cell.shard]; ++r, ++count) {
       starts[count] = u + r * p.n;
       for (int64_t m = 0; m < p.tokens; ++m) {
         float z = 0.0f;
@@ -227,9 +264,11 @@ inline void add_strip(const T *const *rows, const float *values, int64_t tokens,
   }
 }
 
+// Not inlined: it then has the registers, and the promise about `sums`, to itself.
 template <typename T, int R, int M>
-void add_rows(const T *const *rows, const T *const *next, const float *values,
-              int64_t tokens, int64_t begin, int64_t end, float *sums, int64_t stride) {
+[[gnu::noinline]] void add_rows(const T *const *rows, const T *const *next,
+                                const float *values, int64_t tokens, int64_t begin,
+                                int64_t end, float *__restrict sums, int64_t stride) {
   constexpr int64_t STRIP = LINE / sizeof(T);
   int64_t column = begin;
   for (; column + STRIP <= end; column += STRIP, sums += STRIP) {
@@ -251,91 +290,94 @@ void add_rows(const T *const *rows, const T *const *next, const float *values,
   case M:                                                                          \
     add_rows<T, R, M>(rows, ahead, values + m, tokens, begin, end, mine, stride);  \
     break;
-      CASE(1) CASE(2) CASE(3) CASE(4)
+      CASE(1) CASE(2)
 #undef CASE
     }
   }
 }
 
+// sums [tokens, N] of columns [begin, end) = the rows' sum.
 template <typename T>
 void stream(const Problem &p, const Rows<T> &rows, int64_t begin, int64_t end,
-            const float *correction, const T *bias, T *out, std::vector<float> &scratch) {
-  const int64_t width = end - begin;
-  Selection::grow(scratch, p.tokens * width);
-  float *sums = scratch.data();
-  std::fill_n(sums, p.tokens * width, 0.0f);
+            float *sums) {
+  for (int64_t m = 0; m < p.tokens; ++m)
+    std::fill(sums + m * p.n + begin, sums + m * p.n + end, 0.0f);
   const T *const *starts = rows.starts.data();
   const float *values = rows.values.data();
   int64_t row = 0;
   for (; row + ROWS <= rows.count; row += ROWS) {
     const bool more = row + 2 * ROWS <= rows.count;
     add_rows<T, ROWS>(starts + row, more ? starts + row + ROWS : nullptr,
-                      values + row * p.tokens, p.tokens, begin, end, sums, width);
+                      values + row * p.tokens, p.tokens, begin, end, sums + begin, p.n);
   }
   for (; row < rows.count; ++row)
     add_rows<T, 1>(starts + row, static_cast<const T *const *>(nullptr),
-                   values + row * p.tokens, p.tokens, begin, end, sums, width);
-  for (int64_t m = 0; m < p.tokens; ++m) {
-    for (int64_t c = 0; c < width; ++c) {
-      float value = sums[m * width + c];
-      if (correction) value += correction[begin + c];
-      if (bias) value += to_float(bias[begin + c]);
-      store(out + m * p.n + begin + c, value);
-    }
-  }
+                   values + row * p.tokens, p.tokens, begin, end, sums + begin, p.n);
 }
 
-// First column of a thread: columns are weighed by the rows of their shard, and cuts fall
-// on multiples of a cache line so that no two threads read the same one.
-int64_t first_column(const Problem &p, const Selection &selection, int thread,
-                     int threads) {
-  // One row more, for the sums: a shard that keeps nothing is written all the same.
-  const auto cost = [&](int64_t shard) {
-    return selection.kept(shard) + p.ranks[shard] + 1;
-  };
-  if (thread == threads) return p.n;
-  int64_t total = 0;
-  for (int64_t s = 0; s < p.shards; ++s) total += cost(s) * p.sizes[s];
-  int64_t wanted = total / threads * thread, column = 0;
-  for (int64_t s = 0; s < p.shards; ++s) {
-    if (wanted < cost(s) * p.sizes[s]) {
-      column += wanted / cost(s);
-      return column / LINE * LINE;
+// out of columns [begin, end) from the sums [parts, tokens, N].
+template <typename T>
+void finish(const Problem &p, const float *sums, int64_t parts, int64_t begin,
+            int64_t end, const float *correction, const T *bias, T *out) {
+  for (int64_t m = 0; m < p.tokens; ++m) {
+    for (int64_t c = begin; c < end; ++c) {
+      float value = sums[m * p.n + c];
+      for (int64_t part = 1; part < parts; ++part)
+        value += sums[(part * p.tokens + m) * p.n + c];
+      if (correction) value += correction[c];
+      if (bias) value += to_float(bias[c]);
+      store(out + m * p.n + c, value);
     }
-    wanted -= cost(s) * p.sizes[s];
-    column += p.sizes[s];
   }
-  return p.n;
 }
 
 template <typename T>
 void rsparse_linear(const Problem &p, const T *x, const T *weight,
                     const float *thresholds, const T *u, const T *v,
                     const float *correction, const T *bias, T *out) {
-  // Kept between calls. The team's threads are, too, so theirs serve every call.
-  static thread_local Selection shared;
-  Selection &selection = shared;
+  // Kept between calls; the team's threads are too, so theirs serve every call.
+  static thread_local Selection own_selection;
+  static thread_local std::vector<float> own_sums;
+  Selection &selection = own_selection;
   selection.resize(p);
+  const int64_t parts = part_count(p, sizeof(T));
+  grow(own_sums, parts * p.tokens * p.n);
+  float *sums = own_sums.data();
   const int64_t bytes = p.n * p.k * int64_t(sizeof(T));
-  const int64_t useful = std::max<int64_t>(1, bytes / MIN_BYTES_PER_THREAD);
-#pragma omp parallel if (useful > 1)
+#pragma omp parallel if (bytes >= 2 * MIN_BYTES_PER_THREAD)
   {
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < selection.blocks; ++block)
       select_block(p, x, thresholds, v, block, selection);
+
+    static thread_local std::vector<Cell> own_cells;
     static thread_local Rows<T> rows;
-    static thread_local std::vector<float> scratch;
-    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const int64_t begin = first_column(p, selection, thread, threads);
-    const int64_t end = first_column(p, selection, thread + 1, threads);
-    int64_t start = 0;
-    for (int64_t shard = 0; shard < p.shards; start += p.sizes[shard++]) {
-      const int64_t from = std::max(begin, start);
-      const int64_t to = std::min(end, start + p.sizes[shard]);
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const std::vector<Cell> &cells = list_cells(p, selection, parts, own_cells);
+    int64_t total = 0, start = 0;
+    for (const Cell &cell : cells) total += cell.cost();
+    // The cells end to end, cut into pieces of equal cost: this thread's is [begin, end).
+    const int64_t begin = total * thread / threads;
+    const int64_t end = total * (thread + 1) / threads;
+    for (const Cell &cell : cells) {
+      // Cuts fall on cache lines, so that no two threads read the same one.
+      const auto column = [&](int64_t position) {
+        const int64_t columns = (position - start) / (cell.rows + 1);
+        if (columns >= cell.columns) return cell.first_column + cell.columns;
+        const int64_t cut = (cell.first_column + std::max<int64_t>(columns, 0)) / LINE;
+        return std::max(cell.first_column, cut * LINE);
+      };
+      const int64_t from = column(begin), to = column(end);
+      start += cell.cost();
       if (from >= to) continue;
-      rows.gather(p, selection, shard, weight, u);
-      stream(p, rows, from, to, correction, bias, out, scratch);
+      rows.gather(p, selection, cell, cell.part + 1 == parts, weight, u);
+      stream(p, rows, from, to, sums + cell.part * p.tokens * p.n);
     }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t chunk = 0; chunk < (p.n + CHUNK - 1) / CHUNK; ++chunk)
+      finish(p, sums, parts, chunk * CHUNK, std::min(p.n, (chunk + 1) * CHUNK),
+             correction, bias, out);
   }
 }
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU backend: the call into ``kernels/rsparse_linear.cpp``.
 
-ctypes takes about 4 us a call and releases the GIL; the kernel itself keeps its scratch
-memory between calls, so the output is all that a call allocates.
+A call costs 7 us here and 12 us through the op, beside the kernel's time (AMD EPYC).
+The kernel keeps its scratch memory: the output is all that a call allocates.
 """
 
 import ctypes
@@ -102,9 +102,8 @@ def rsparse_linear(
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
-    u_t, v_t = u.t().contiguous(), v.t().contiguous()
-    sizes_array, ranks_array = _array(tuple(shard_sizes)), _array(tuple(ranks))
     thresholds = thresholds.contiguous()
+    u_t, v_t = (u.t().contiguous(), v.t().contiguous()) if any(ranks) else (u, v)
     correction = None if correction is None else correction.contiguous()
     bias = None if bias is None else bias.contiguous()
     _kernel()(
@@ -114,8 +113,8 @@ def rsparse_linear(
         k,
         x.stride(0),
         len(shard_sizes),
-        sizes_array,
-        ranks_array,
+        _array(tuple(shard_sizes)),
+        _array(tuple(ranks)),
         x.data_ptr(),
         weight.data_ptr(),
         thresholds.data_ptr(),

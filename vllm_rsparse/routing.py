@@ -5,10 +5,10 @@ from vllm_rsparse.ops import Backend
 
 # Largest number of tokens for which the sparse route was faster than the dense one at
 # 50% kept: on the H200 two (1.21x in vLLM), not four, whose masks together want 94% of
-# the channels (kernels/README.md); on CPUs one (docs/cpu.md). Both are sizes for which
+# the channels (kernels/README.md); on CPUs two (docs/cpu.md). Both are sizes for which
 # vLLM captures a CUDA graph.
 _DEFAULTS = {
-    Backend.CPU: 1,
+    Backend.CPU: 2,
     Backend.CPU_TORCH: 1,
     Backend.TRITON: 2,
     # The definition is never fast; it covers what the kernels cover.
