@@ -2,7 +2,6 @@
 """``RSparseConfig``: what vLLM knows of a prepared model; which layers it covers."""
 
 import logging
-import re
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from vllm_rsparse.agreement import (
     require_agreement,
 )
 from vllm_rsparse.artifact import FORMAT_VERSION, Artifact, ArtifactError
+from vllm_rsparse.coverage import refuse_gap, refuse_unclaimed
 from vllm_rsparse.locate import locate_artifact
 from vllm_rsparse.metrics import exporter
 from vllm_rsparse.metrics.counters import Counters, Settings, open_counters
@@ -314,7 +314,7 @@ class RSparseConfig(QuantizationConfig):
         names = self._checkpoint_names(prefix)
         listed = [name for name in names if name in artifact.info.linears]
         if len(listed) < len(names):
-            self._refuse_gap(artifact, names, listed)
+            refuse_gap(artifact, names, listed)
             return UnquantizedLinearMethod()
         self._claimed.update(names)
         if self.max_sparse_tokens == 0:
@@ -336,41 +336,19 @@ class RSparseConfig(QuantizationConfig):
             return
         self._checked = True
         config = get_current_vllm_config()
-        layers = config.model_config.hf_text_config.num_hidden_layers
-        staged = config.parallel_config.pipeline_parallel_size > 1
-        mine = {_layer_index(name) for name in self._claimed}
-        artifact = self.open_artifact()
-        for name in artifact.info.linears:
-            if name in self._claimed:
-                continue
-            index = _layer_index(name)
-            elsewhere = staged and index is not None and index not in mine
-            if not elsewhere or index is None or index >= layers:
-                raise ArtifactError(
-                    f"{artifact.json_path}: lists {name}, which the model"
-                    f" {self.model_name} ({layers} layers) does not have; the artifact"
-                    " was prepared from another model: prepare this one"
-                )
+        refuse_unclaimed(
+            self.open_artifact(),
+            self._claimed,
+            model=str(self.model_name),
+            layers=config.model_config.hf_text_config.num_hidden_layers,
+            staged=config.parallel_config.pipeline_parallel_size > 1,
+        )
 
     def _checkpoint_names(self, prefix: str) -> list[str]:
         """Names in the checkpoint behind a vLLM layer: q, k, v for ``...qkv_proj``."""
         parent, _, kind = prefix.rpartition(".")
         kinds = self.packed_modules_mapping.get(kind, [kind])
         return [f"{parent}.{k}" if parent else k for k in kinds]
-
-    @staticmethod
-    def _refuse_gap(artifact: Artifact, names: list[str], listed: list[str]) -> None:
-        known = {_any_layer(name) for name in artifact.info.linears}
-        for name in names:
-            if name in listed:
-                continue
-            if listed or _any_layer(name) in known:
-                beside = listed[0] if listed else "the same linear of other layers"
-                raise ArtifactError(
-                    f"{artifact.json_path}: {name} is missing, although {beside} is"
-                    " listed; the artifact is incomplete or was prepared from another"
-                    " model: prepare this one"
-                )
 
 
 def _world_group() -> torch.distributed.ProcessGroup | None:
@@ -387,12 +365,3 @@ def _world_group() -> torch.distributed.ProcessGroup | None:
         return None
     group = parallel_state.get_world_group()
     return group.cpu_group if group.world_size > 1 else None
-
-
-def _layer_index(name: str) -> int | None:
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match.group(1)) if match else None
-
-
-def _any_layer(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", name, count=1)
