@@ -5,7 +5,7 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,9 @@ from vllm_rsparse.text_table import align
 from .plot import check_plot, draw
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .loading import PreparedModel
     from .measure import Loss
 
 logger = logging.getLogger(__name__)
@@ -54,8 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.1,
         metavar="F",
-        help="leading part of each window that stays dense and is not counted, as the"
-        " prompt does when served (default: %(default)s)",
+        help="leading part of each window that is not counted and stays dense, as the"
+        " prompt does when served; with --engine vllm it is not counted, but sparse"
+        " (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("torch", "vllm"),
+        default="torch",
+        help="torch computes the formula in PyTorch; vllm runs the served kernels: each"
+        " window is one eager step of vLLM, dense in one engine and sparse in another,"
+        " its first part too; no KL divergence (default: %(default)s)",
     )
     parser.add_argument(
         "--max-windows",
@@ -67,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="where to run (default: cuda where there is one)",
+        help="where to run (default: cuda where there is one; --engine vllm runs on"
+        " what its vLLM was built for)",
     )
     parser.add_argument(
         "--dtype",
@@ -95,12 +108,17 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if args.plot is not None:
         check_plot(args.plot)
+    if args.engine == "vllm" and args.device != "auto":
+        raise ValueError(
+            f"--device {args.device} goes with --engine torch; vLLM runs on the device"
+            " that it was built for"
+        )
     # torch and transformers take seconds to import; bad options are told before.
     import torch
     from transformers import AutoTokenizer
 
-    from .loading import PreparedModel, SwitchableModel
-    from .measure import dense_positions, measure
+    from .loading import PreparedModel
+    from .measure import dense_positions
     from .windows import read_windows
 
     first = dense_positions(args.window, args.dense_fraction)
@@ -111,15 +129,10 @@ def run(args: argparse.Namespace) -> int:
                 f"--compare {other.directory}: its weights are not those of"
                 f" {args.directory}; compare preparations of one base model"
             )
-    device = _device(args.device)
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
     tokenizer = AutoTokenizer.from_pretrained(args.directory)
     text = read_windows(tokenizer, args.data, args.window, args.max_windows)
-    model = SwitchableModel(prepared[0], torch.device(device), getattr(torch, dtype))
-    model.check_window(args.window)
-    losses = measure(model, prepared, text.windows, first)
+    measure = _measure_vllm if args.engine == "vllm" else _measure_torch
+    losses, ran = measure(args, prepared, text.windows, first)
     print(table(losses))
     if args.plot is not None:
         draw(losses, [one.recipe for one in prepared], args.plot)
@@ -127,22 +140,67 @@ def run(args: argparse.Namespace) -> int:
         document: dict[str, Any] = {
             "results": [asdict(loss) for loss in losses],
             "protocol": {
+                "engine": args.engine,
                 "window": args.window,
                 "windows": len(text.windows),
                 "windows_available": text.available,
-                "dense_positions": first,
-                "device": device,
-                "dtype": dtype,
+                "uncounted_positions": first,
+                "dense_positions": first if args.engine == "torch" else 0,
+                "device": ran.device,
+                "dtype": ran.dtype,
             },
             "data": text.files,
             "versions": {
                 "vllm_rsparse": __version__,
                 "torch": torch.__version__,
                 "transformers": version("transformers"),
+                **ran.versions,
             },
         }
         args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What the figures were computed on."""
+
+    device: str
+    dtype: str
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def _measure_torch(
+    args: argparse.Namespace,
+    prepared: "Sequence[PreparedModel]",
+    windows: "Tensor",
+    first: int,
+) -> "tuple[list[Loss], _Ran]":
+    import torch
+
+    from .loading import SwitchableModel
+    from .measure import measure
+
+    device = _device(args.device)
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    model = SwitchableModel(prepared[0], torch.device(device), getattr(torch, dtype))
+    model.check_window(args.window)
+    return measure(model, prepared, windows, first), _Ran(device, dtype)
+
+
+def _measure_vllm(
+    args: argparse.Namespace,
+    prepared: "Sequence[PreparedModel]",
+    windows: "Tensor",
+    first: int,
+) -> "tuple[list[Loss], _Ran]":
+    from .engine import check_engine, measure_served
+
+    check_engine(prepared[0], args.window)
+    losses, run = measure_served(prepared, windows, first, args.dtype)
+    return losses, _Ran(run.device, run.dtype, {"vllm": run.vllm})
 
 
 def table(losses: Sequence["Loss"]) -> str:
@@ -153,16 +211,20 @@ def table(losses: Sequence["Loss"]) -> str:
         ["perplexity, dense", *(f"{x.perplexity_dense:.3f}" for x in losses)],
         ["perplexity, sparse", *(f"{x.perplexity_sparse:.3f}" for x in losses)],
         ["ratio", *(f"{x.ratio:.3f}" for x in losses)],
-        ["KL(dense || sparse), nats", *(f"{x.kl_divergence:.4f}" for x in losses)],
+        ["KL(dense || sparse), nats", *(_optional(x.kl_divergence, 4) for x in losses)],
         ["top-1 agreement", *(f"{x.top1_agreement:.3f}" for x in losses)],
         ["target sparsity", *(f"{x.target_sparsity:.3f}" for x in losses)],
         ["achieved sparsity", *(f"{x.achieved_sparsity:.3f}" for x in losses)],
     ]
     for kind in head.by_kind:
         shown = (x.by_kind.get(kind) for x in losses)
-        rows.append([f"  {kind}", *("-" if s is None else f"{s:.3f}" for s in shown)])
+        rows.append([f"  {kind}", *(_optional(s, 3) for s in shown)])
     rows.append(["tokens counted", *(str(x.tokens) for x in losses)])
     return align(rows)
+
+
+def _optional(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _device(name: str) -> str:

@@ -35,7 +35,8 @@ class Loss:
         by_kind: the same for each kind of linear ("q_proj", ...).
         perplexity_dense: exp of the mean negative log likelihood, dense.
         perplexity_sparse: the same, sparse.
-        kl_divergence: mean KL(dense || sparse) of the next token's distribution, nats.
+        kl_divergence: mean KL(dense || sparse) of the next token's distribution, nats;
+            None where the engine does not give whole distributions.
         top1_agreement: fraction of positions with the same most likely token.
         tokens: predictions counted.
         artifact_sha256: digest of the artifact's tensors.
@@ -47,7 +48,7 @@ class Loss:
     by_kind: dict[str, float]
     perplexity_dense: float
     perplexity_sparse: float
-    kl_divergence: float
+    kl_divergence: float | None
     top1_agreement: float
     tokens: int
     artifact_sha256: str

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores windows of tokens through vLLM; ``engine`` starts it in its own process.
+
+Usage: ``python -m vllm_rsparse.evaluate.engine_worker JOB.json``
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_rsparse import ops
+from vllm_rsparse.reference import kept_mask
+
+
+class KeptChannels:
+    """Counts, per linear of the checkpoint, what the sparse calls of a model keep."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, list[str]] = {}
+        self._kept: Counter[str] = Counter()
+        self._seen: Counter[str] = Counter()
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Count from now on; the model must run eagerly, in this process."""
+        for module in model.modules():
+            thresholds = getattr(module, "rsparse_thresholds", None)
+            if thresholds is not None:
+                method: Any = module.quant_method
+                # Ops take no names; the address tells the layers apart.
+                self._names[thresholds.data_ptr()] = method.names
+        ops.set_observer(self._observe)
+
+    def fractions(self) -> dict[str, float]:
+        """Kept fraction by linear; empty where no call was sparse."""
+        return {name: self._kept[name] / self._seen[name] for name in self._seen}
+
+    def _observe(self, x: Tensor, thresholds: Tensor, dense: bool) -> None:
+        if dense:
+            return
+        names = self._names[thresholds.data_ptr()]
+        kept = kept_mask(x, thresholds).sum(dim=(1, 2)).tolist()
+        for name, count in zip(names, kept, strict=True):
+            self._kept[name] += count
+            self._seen[name] += x.numel()
+
+
+def score(job: dict[str, Any]) -> dict[str, Any]:
+    """Run the engine over the job's windows; what ``engine`` reads back."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    device = current_platform.device_type
+    dtype = job["dtype"]
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    windows: list[list[int]] = job["windows"]
+    length = len(windows[0])
+    llm = vllm.LLM(
+        model=job["model"],
+        dtype=dtype,
+        max_model_len=length + 1,  # vLLM generates one token at least
+        # One window a step: the logits of more, positions x vocabulary in float32,
+        # are memory that vLLM does not plan for.
+        max_num_seqs=1,
+        max_num_batched_tokens=length + 1,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+    )
+    kept = KeptChannels()
+    llm.apply_model(kept.watch)
+    outputs = llm.generate(
+        [{"prompt_token_ids": window} for window in windows],
+        vllm.SamplingParams(max_tokens=1, prompt_logprobs=1, detokenize=False),
+    )
+    values: list[float] = []
+    likeliest: list[int] = []
+    for window, output in zip(windows, outputs, strict=True):
+        # Entry i is about token i, which position i - 1 predicts; entry 0 is None.
+        for i in range(job["first"] + 1, length):
+            found = output.prompt_logprobs[i]
+            values.append(found[window[i]].logprob)
+            likeliest.append(max(found, key=lambda token: found[token].logprob))
+    return {
+        "log_probabilities": values,
+        "likeliest": likeliest,
+        "kept": kept.fractions(),
+        "run": {"device": device, "dtype": dtype, "vllm": vllm.__version__},
+    }
+
+
+def main() -> None:
+    """Read the job, write the scores."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    Path(job["result"]).write_text(json.dumps(score(job)))
+
+
+if __name__ == "__main__":
+    main()
