@@ -9,7 +9,7 @@ here=$(dirname "$0")
 python=${PYTHON:-python3}
 export PYTHONPATH=$here/../..:$here/..
 if [ "$size" = tiny ]; then
-  training=30 train=(--eager) comparing=180 compare=(--windows 4 --samples 2 --workers 2)
+  training=30 train=(--eager) comparing=300 compare=(--windows 4 --samples 2 --workers 2)
 else
   training=240 train=() comparing=180 compare=()
 fi
