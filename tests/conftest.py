@@ -2,6 +2,7 @@
 """Fixtures shared by all tests: the reference model, artifacts with known content."""
 
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -30,6 +31,15 @@ if not torch.cuda.is_available():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _logs_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo between tests what registering the plug-in does to our logger.
+
+    It hangs it below vLLM's, which passes nothing on to the root, where pytest listens.
+    """
+    monkeypatch.setattr(logging.getLogger("vllm_rsparse"), "parent", logging.root)
 
 
 @pytest.fixture(scope="session")
