@@ -15,7 +15,6 @@ of the test suite; here the engine must produce every token that was asked for.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -26,6 +25,8 @@ from typing import Any
 import torch
 from checkout import commit
 from random_model import SHAPES, write_config, write_sparse_model
+
+from vllm_rsparse.bench.command import device_name
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,16 +48,6 @@ def run_worker(
         if line.startswith("{"):
             return json.loads(line)
     sys.exit(f"no result in {log}")
-
-
-def device_name() -> str:
-    """The device that vLLM runs on, read from the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.split(':')[1].strip()}, {torch.get_num_threads()} threads"
-    return platform.processor()
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"wrote {path}", file=sys.stderr)
         tuning.forget_tables()
     bandwidth = read_bandwidth(device)
-    print(f"{device_name(device)}: reads {bandwidth / 1e12:.2f} TB/s", file=sys.stderr)
+    print(f"{device_name()}: reads {bandwidth / 1e12:.2f} TB/s", file=sys.stderr)
     rows = [
         row
         for tokens in args.tokens
@@ -137,18 +137,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return align(lines)
 
 
-def device_name(device: str) -> str:
-    """What the measurement ran on."""
-    if device == "cuda":
+def device_name() -> str:
+    """What a measurement runs on, read from the machine."""
+    if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thr."
-    )
+    processor = platform.processor() or platform.machine()
+    facts = Path("/proc/cpuinfo")
+    for line in facts.read_text().splitlines() if facts.exists() else ():
+        if line.startswith("model name"):
+            processor = line.split(":")[1].strip()
+            break
+    return f"{processor}, {torch.get_num_threads()} threads"
 
 
 def provenance() -> dict[str, Any]:
     """What ran where: device, versions, command."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         import triton
 
@@ -156,7 +159,7 @@ def provenance() -> dict[str, Any]:
     except ImportError:
         triton_version = None
     return {
-        "device": device_name(device),
+        "device": device_name(),
         "vllm_rsparse": __version__,
         "torch": torch.__version__,
         "triton": triton_version,
