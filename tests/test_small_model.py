@@ -128,6 +128,7 @@ def test_folder_fits_and_holds_the_training_texts(
 
 def test_table_has_a_cell_for_every_job_and_marks_what_is_missing(load: Any) -> None:
     compare = load("compare")
+    jobs = compare.all_jobs(compare.NAMES, compare.DOMAINS)
     figures = {"perplexity_dense": 4.0, "ratio": 1.25, "achieved_sparsity": 0.501}
     rows = [
         {
@@ -137,14 +138,14 @@ def test_table_has_a_cell_for_every_job_and_marks_what_is_missing(load: Any) -> 
             "code": figures,
             "english": {**figures, "ratio": 1.5},
         }
-        for job in compare.all_jobs()
+        for job in jobs
     ]
-    code, english = compare.table(rows).split("\n\n")
+    code, english = compare.table(rows, jobs, compare.DOMAINS).split("\n\n")
     assert code.startswith("code, dense 4.000")
     assert code.count("1.250 (0.501)") == len(rows) == english.count("1.500 (0.501)")
-    best = compare.table(rows[:1]).splitlines()[1].split()
+    best = compare.table(rows[:1], jobs, compare.DOMAINS).splitlines()[1].split()
     assert best == ["best", "code", "-", "-", "1.250", "(0.501)", "-", "-"]
-    assert "1.2" not in compare.table([])
+    assert "1.2" not in compare.table([], jobs, compare.DOMAINS)
 
 
 def test_every_recipe_is_known(load: Any) -> None:

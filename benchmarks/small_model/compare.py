@@ -2,10 +2,14 @@
 """Prepare a model with every recipe at 30 to 70% and measure what each loses.
 
     PYTHONPATH=.:benchmarks python benchmarks/small_model/compare.py TEXT MODEL OUT.json
+    ... TEXT tests/assets/pyllama-8m OUT.json --domains code --dtype float32 \\
+        --samples 32 --tokens 512 --windows 32 --seconds 3600
 
-Worker processes prepare, most wanted first; this one evaluates each as it comes, on
-both held-out texts, and rewrites OUT.json after every row. When the time is over the
-table shows what there is, and OUT.json says what is missing.
+TEXT holds ``calibration-DOMAIN.txt`` and ``heldout-DOMAIN.txt`` of every domain. Worker
+processes prepare, most wanted first; this one evaluates each as it comes, on all
+held-out texts, and rewrites OUT.json after every row. When the time is over the table
+shows what there is, and OUT.json says what is missing. The second command makes the
+table of docs/accuracy.md.
 """
 
 import argparse
@@ -43,7 +47,6 @@ SPARSITIES = (0.5, 0.4, 0.6, 0.3, 0.7)  # most wanted first
 # they meet it: those are the rows to compare with `best` at equal bytes.
 SPARSE = {f"{name}-sparse": name for name in ("wina", "teal")}
 NAMES = ("best", "wina-sparse", "wina", "teal-sparse", "teal", "uniform", "greedy")
-CALIBRATION_TOKENS = 1024  # of a window
 WINDOW, DENSE_FRACTION = 512, 0.1  # of the evaluation
 LEAVING = 5  # seconds kept for the last table
 
@@ -65,6 +68,8 @@ class Setting:
     model: Path
     work: Path
     samples: int
+    tokens: int
+    dtype: str
 
     def recipe(self, name: str) -> str:
         """What ``prepare --recipe`` takes: a name, or the file of a variant."""
@@ -75,11 +80,12 @@ class Setting:
         return self.work / f"{job.recipe}-{job.sparsity}-{job.calibrated_on}"
 
 
-def all_jobs() -> list[Job]:
-    """50% first, then calibration on the other domain, then the other sparsities."""
-    jobs = [Job(name, sparsity) for sparsity in SPARSITIES for name in NAMES]
-    other = [Job("best", 0.5, "english"), Job("wina-sparse", 0.5, "english")]
-    return jobs[: len(NAMES)] + other + jobs[len(NAMES) :]
+def all_jobs(recipes: Sequence[str], domains: Sequence[str]) -> list[Job]:
+    """50% first, then calibration on the other domains, then the other sparsities."""
+    jobs = [Job(name, s, domains[0]) for s in SPARSITIES for name in recipes]
+    first = len(recipes)
+    other = [Job(name, 0.5, text) for text in domains[1:] for name in recipes[:2]]
+    return jobs[:first] + other + jobs[first:]
 
 
 def prepare_one(task: tuple[Job, Setting]) -> tuple[Job, float, str | None]:
@@ -97,7 +103,8 @@ def prepare_one(task: tuple[Job, Setting]) -> tuple[Job, float, str | None]:
                 ),
                 recipe=setting.recipe(job.recipe),
                 samples=setting.samples,
-                tokens=CALIBRATION_TOKENS,
+                tokens=setting.tokens,
+                dtype=setting.dtype,
             )
         )
     except Exception as error:  # the other rows go on; this one says why it is missing
@@ -106,25 +113,32 @@ def prepare_one(task: tuple[Job, Setting]) -> tuple[Job, float, str | None]:
 
 
 class Evaluator:
-    """Dense against sparse on both held-out texts, with one copy of the model."""
+    """Dense against sparse on all held-out texts, with one copy of the model."""
 
-    def __init__(self, setting: Setting, device: torch.device, windows: int) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        domains: Sequence[str],
+        device: torch.device,
+        windows: int,
+    ) -> None:
         tokenizer = AutoTokenizer.from_pretrained(setting.model)
-        files = {domain: setting.text / f"heldout-{domain}.txt" for domain in DOMAINS}
+        files = {domain: setting.text / f"heldout-{domain}.txt" for domain in domains}
         self.texts = {
             domain: read_windows(tokenizer, [file], WINDOW, windows)
             for domain, file in files.items()
         }
         self.device = device
+        on_cuda = device.type == "cuda"
+        default = torch.bfloat16 if on_cuda else torch.float32
+        self.dtype = getattr(torch, setting.dtype, default)
         self.model: SwitchableModel | None = None
 
     def __call__(self, directory: Path) -> dict[str, dict[str, Any]]:
         """Figures by domain."""
         prepared = PreparedModel.open(directory)
         if self.model is None:
-            on_cuda = self.device.type == "cuda"
-            dtype = torch.bfloat16 if on_cuda else torch.float32
-            self.model = SwitchableModel(prepared, self.device, dtype)
+            self.model = SwitchableModel(prepared, self.device, self.dtype)
         first = dense_positions(WINDOW, DENSE_FRACTION)
         figures = {}
         for domain, text in self.texts.items():
@@ -133,15 +147,17 @@ class Evaluator:
         return figures
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(
+    rows: Sequence[dict[str, Any]], jobs: Sequence[Job], domains: Sequence[str]
+) -> str:
     """Perplexity over dense (achieved sparsity), a part for each held-out domain."""
     cells = {
         (row["recipe"], row["calibrated_on"], row["sparsity"]): row for row in rows
     }
-    labels = list(dict.fromkeys((job.recipe, job.calibrated_on) for job in all_jobs()))
+    labels = list(dict.fromkeys((job.recipe, job.calibrated_on) for job in jobs))
     columns = sorted(SPARSITIES)
     parts = []
-    for domain in DOMAINS:
+    for domain in domains:
         dense = f"{rows[0][domain]['perplexity_dense']:.3f}" if rows else "-"
         lines = [
             [f"{domain}, dense {dense}", "calibrated on"]
@@ -163,6 +179,7 @@ def _cell(row: dict[str, Any] | None, domain: str) -> str:
 def compare(
     setting: Setting,
     evaluate: Evaluator,
+    jobs: Sequence[Job],
     workers: int,
     result: dict[str, Any],
     out: Path,
@@ -171,7 +188,7 @@ def compare(
     for name, base in SPARSE.items():
         recipe = replace(RECIPES[base], name=name, activations="sparse")
         Path(setting.recipe(name)).write_text(recipe.to_json())
-    tasks = [(job, setting) for job in all_jobs()]
+    tasks = [(job, setting) for job in jobs]
     # Leaving the block ends the workers, also when the time is over.
     with get_context("spawn").Pool(workers) as pool:
         for job, seconds, error in pool.imap_unordered(prepare_one, tasks):
@@ -182,10 +199,14 @@ def compare(
                 figures = evaluate(setting.prepared(job))
                 took = round(seconds, 2)
                 result["rows"].append(
-                    {**asdict(job), "prepare_seconds": took, **figures}
+                    {
+                        **asdict(job),
+                        "prepare_seconds": took,
+                        **figures,
+                    }
                 )
                 shown = ", ".join(
-                    f"{d} {_cell(result['rows'][-1], d)}" for d in DOMAINS
+                    f"{d} {_cell(result['rows'][-1], d)}" for d in figures
                 )
                 print(f"{_now():6.1f} s  {job}: {shown}, {took} s", flush=True)
             result["missing"].remove(asdict(job))
@@ -196,6 +217,11 @@ def _write(result: dict[str, Any], out: Path) -> None:
     part = out.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(out)
+
+
+def _read_json(file: Path) -> Any:
+    """Its content; None where a model or a text was not made by these scripts."""
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def _now() -> float:
@@ -214,11 +240,20 @@ def main() -> int:
     parser.add_argument(
         "--windows", type=int, default=96, help="of 512 tokens, of each held-out text"
     )
+    parser.add_argument("--samples", type=int, default=16, help="calibration windows")
+    parser.add_argument("--tokens", type=int, default=1024, help="of each of those")
     parser.add_argument(
-        "--samples", type=int, default=16, help="calibration windows of 1024 tokens"
+        "--dtype", default="auto", help="auto: bfloat16 on CUDA, float32 on CPU"
+    )
+    parser.add_argument(
+        "--domains", nargs="+", default=DOMAINS, help="calibrate on the first"
+    )
+    parser.add_argument(
+        "--recipes", nargs="+", default=NAMES, help="names, most wanted first"
     )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    jobs = all_jobs(args.recipes, args.domains)
     result: dict[str, Any] = {
         "machine": {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -228,25 +263,28 @@ def main() -> int:
             "commit": commit(),
         },
         "workers": args.workers,
-        "calibration": {"windows": args.samples, "window": CALIBRATION_TOKENS},
+        "calibration": {"windows": args.samples, "window": args.tokens},
+        "dtype": args.dtype,
         "evaluation": {"windows": args.windows, "window": WINDOW},
-        "training": json.loads((args.model / "training.json").read_text()),
-        "text": json.loads((args.text / "text.json").read_text()),
+        "training": _read_json(args.model / "training.json"),
+        "text": _read_json(args.text / "text.json"),
         "rows": [],
         "failed": [],
-        "missing": [asdict(job) for job in all_jobs()],
+        "missing": [asdict(job) for job in jobs],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
-        setting = Setting(args.text, args.model, Path(work), args.samples)
+        setting = Setting(
+            args.text, args.model, Path(work), args.samples, args.tokens, args.dtype
+        )
         try:
             with time_limit(args.seconds - LEAVING - _now()):
-                evaluate = Evaluator(setting, device, args.windows)
-                compare(setting, evaluate, args.workers, result, args.out)
+                evaluate = Evaluator(setting, args.domains, device, args.windows)
+                compare(setting, evaluate, jobs, args.workers, result, args.out)
         except TimeoutError as error:
             print(f"{error}; {len(result['missing'])} rows are missing")
     _write(result, args.out)
-    print(table(result["rows"]))
+    print(table(result["rows"], jobs, args.domains))
     return 1 if result["failed"] or result["missing"] else 0
 
 
