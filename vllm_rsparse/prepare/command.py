@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=PrepareOptions.recipe,
         metavar="NAME|FILE",
         help="how the sparsity is shared out: best, greedy, uniform (the paper's),"
-        " teal, wina, or a JSON file; docs/accuracy.md compares them (default:"
-        " %(default)s)",
+        " evolutionary, evolutionary-joint, teal, wina, or a JSON file;"
+        " docs/accuracy.md compares them (default: %(default)s)",
     )
     parser.add_argument(
         "--save-recipe",
