@@ -134,8 +134,8 @@ def test_interrupting_leaves_nothing_that_could_be_served(
     if number == signal.SIGKILL:  # cannot be caught, so a staging directory may stay
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.rglob("config.json"))
-    else:
-        assert list(tmp_path.iterdir()) == []
+    else:  # what was found so far, if anything was
+        assert {path.name for path in tmp_path.iterdir()} <= {"out.search"}
 
 
 MEASURE = """

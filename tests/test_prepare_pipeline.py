@@ -20,7 +20,7 @@ import transformers
 from safetensors import safe_open
 
 from vllm_rsparse.artifact import Artifact, ArtifactInfo, file_sha256
-from vllm_rsparse.prepare import calibrate, pipeline
+from vllm_rsparse.prepare import calibrate, calibrate_layers
 from vllm_rsparse.prepare.errors import PrepareError
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
@@ -265,7 +265,7 @@ def test_a_run_that_dies_leaves_nothing(
             raise error
         return calibrate.calibrate_linear(*args)
 
-    monkeypatch.setattr(pipeline, "calibrate_linear", dying)
+    monkeypatch.setattr(calibrate_layers, "calibrate_linear", dying)
     with pytest.raises(error):
         prepare(_options(pyllama, tmp_path / "out", samples=1))
     assert calls == after + 1
@@ -282,7 +282,7 @@ def test_a_failed_overwrite_keeps_the_old_directory(
     def dying(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "calibrate_linear", dying)
+    monkeypatch.setattr(calibrate_layers, "calibrate_linear", dying)
     with pytest.raises(OSError, match="No space left"):
         prepare(_options(pyllama, output, samples=1, seed=9, overwrite=True))
     monkeypatch.undo()

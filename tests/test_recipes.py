@@ -28,6 +28,7 @@ from vllm_rsparse.prepare.search_sensitivity import (
     sensitivities,
     share_out,
 )
+from vllm_rsparse.prepare.snapshots import Snapshots
 from vllm_rsparse.prepare.streaming import StreamedModel
 from vllm_rsparse.prepare.texts import choose_windows, load_tokenizer, read_texts
 
@@ -83,11 +84,12 @@ def streamed(pyllama: Path) -> tuple[StreamedModel, list[Linear]]:
 
 
 def test_sensitivity_is_the_gradient_of_the_whole_model(
-    pyllama: Path, text: Path
+    pyllama: Path, text: Path, tmp_path: Path
 ) -> None:
     model, linears = streamed(pyllama)
     windows = windows_of(pyllama, text)
-    found = sensitivities(model, linears, windows, FIRST, seed=5)
+    snapshots = Snapshots(tmp_path / "search", {})
+    found = sensitivities(model, linears, windows, FIRST, 5, snapshots)
 
     # The same by autograd through the complete model, all layers in memory.
     whole = AutoModelForCausalLM.from_pretrained(pyllama, dtype=torch.float32)

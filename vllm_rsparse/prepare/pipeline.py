@@ -1,19 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """``prepare`` from end to end."""
 
-import hashlib
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from vllm_rsparse import __version__
 from vllm_rsparse.artifact import (
@@ -23,25 +16,21 @@ from vllm_rsparse.artifact import (
     TENSORS_NAME,
     Artifact,
     ArtifactInfo,
-    LinearEntry,
     file_sha256,
 )
 
-from .calibrate import calibrate_linear
+from .calibrate_layers import calibrate_layers
 from .checkpoint import Checkpoint, resolve_model
 from .errors import PrepareError
-from .linears import Linear, find_linears
-from .observers import LayerInputs, input_channels
+from .journal import Journal
+from .linears import find_linears
 from .options import DEFAULT_TOKENS, PrepareOptions
 from .output import StagedOutput, check_output, write_text
-from .planning import Planned, plan_linears, search_journal
-from .propagate import sparse_linears, stage_input, stages
+from .planning import plan_linears, search_identity
 from .recipes import load_recipe
+from .snapshots import Snapshots
 from .streaming import StreamedModel
 from .texts import choose_windows, load_tokenizer, read_texts
-from .writer import SafetensorsWriter, TensorSpec
-
-logger = logging.getLogger(__name__)
 
 
 def prepare(options: PrepareOptions) -> ArtifactInfo:
@@ -75,21 +64,25 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
         options.seed,
         model.vocab_size,
     )
-    journal = search_journal(recipe, options, model, text.windows)
-    with staged, journal:
+    identity = search_identity(recipe, options, model, text.windows)
+    beside = options.output.absolute().parent / f"{options.output.name}.search"
+    journal = Journal(beside.with_name(f"{beside.name}.jsonl"), identity)
+    snapshots = Snapshots(beside, identity)
+    with staged, journal, snapshots:
         with _hint_when_out_of_memory():
             planned = plan_linears(
-                recipe, options, model, linears, text.windows, journal
+                recipe, options, model, linears, text.windows, journal, snapshots
             )
-        calibrated = _calibrate(
-            model,
-            linears,
-            planned,
-            text.windows,
-            staged.artifact / TENSORS_NAME,
-            getattr(torch, stored_dtype),
-            options.seed,
-        )
+            calibrated = calibrate_layers(
+                model,
+                linears,
+                planned,
+                text.windows,
+                staged.artifact / TENSORS_NAME,
+                getattr(torch, stored_dtype),
+                options.seed,
+                snapshots,
+            )
         digest = file_sha256(staged.artifact / TENSORS_NAME)
         info = ArtifactInfo(
             sparsity=options.sparsity,
@@ -116,7 +109,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
                 },
                 "calibration": text.provenance
                 | {"device": device.type, "dtype": _name(dtype)},
-                "svd": calibrated.svd,
+                "svd": {"largest_residual": calibrated.residuals},
             },
         )
         write_text(staged.artifact / JSON_NAME, info.to_json())
@@ -141,86 +134,6 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
     return info
 
 
-@dataclass(frozen=True)
-class _Calibrated:
-    """JSON entries by name, and how the factors were found."""
-
-    entries: dict[str, LinearEntry]
-    svd: dict[str, Any]
-
-
-def _calibrate(
-    model: StreamedModel,
-    linears: list[Linear],
-    planned: Planned,
-    windows: Tensor,
-    path: Path,
-    stored_dtype: torch.dtype,
-    seed: int,
-) -> _Calibrated:
-    """Go through the layers once: observe, calibrate, write, carry hidden states on."""
-    entries: dict[str, LinearEntry] = {}
-    residuals: dict[str, float] = {}
-    inputs_bytes = input_channels(linears) * windows.numel() * model.dtype.itemsize
-    logger.info(
-        "calibrating %d linears on %d windows of %d tokens, %s on %s; the inputs of one"
-        " layer take %.1f GiB",
-        len(linears), *windows.shape, _name(model.dtype), model.device,
-        inputs_bytes / 2**30,
-    )  # fmt: skip
-    recipe, first = planned.recipe, planned.first
-    with (
-        SafetensorsWriter(path, _specs(linears, planned, stored_dtype)) as writer,
-        tqdm(total=len(linears), desc="prepare", unit="linear") as progress,
-        _hint_when_out_of_memory(),
-    ):
-
-        def calibrate(linear: Linear, x: Tensor) -> dict[str, Tensor]:
-            weight = model.checkpoint.read([linear.weight])[linear.weight]
-            scale = planned.scales.get(linear.name)
-            metric = planned.metrics.get(linear.name)
-            result = calibrate_linear(
-                weight.to(model.device),
-                x,
-                planned.plans[linear.name],
-                _seed(seed, linear.name),
-                None if scale is None else scale.to(model.device),
-                recipe.correction,
-                None if metric is None else metric.to(model.device),
-            )
-            for suffix, tensor in result.tensors.items():
-                writer.write(f"{linear.name}.{suffix}", tensor)
-            entries[linear.name] = result.entry
-            if result.factors is not None:
-                method = result.factors.method
-                worst = max(residuals.get(method, 0.0), result.factors.residual)
-                residuals[method] = worst
-            progress.update()
-            return result.tensors
-
-        hidden = model.embed(windows)
-        for index, members in groupby(linears, key=lambda linear: linear.layer):
-            if recipe.activations == "dense":
-                inputs = LayerInputs(windows.numel())
-                with model.layer(index) as layer, inputs.observe(layer):
-                    model.run_layer(index, hidden)
-                for linear in members:
-                    calibrate(linear, inputs[linear.kind])
-                continue
-            with model.layer(index) as layer, sparse_linears(layer) as sparse:
-                for stage in stages(members):
-                    x = stage_input(model, stage[0], layer, hidden, first)
-                    for linear in stage:
-                        sparse.install(linear.kind, calibrate(linear, x), first)
-                model.run_layer(index, hidden)
-    if "randomised" in residuals:
-        logger.info(
-            "randomised SVD: singular pairs are off by at most %.1e, relative",
-            residuals["randomised"],
-        )
-    return _Calibrated(entries, {"largest_residual": residuals})
-
-
 @contextmanager
 def _hint_when_out_of_memory() -> Iterator[None]:
     try:
@@ -230,22 +143,6 @@ def _hint_when_out_of_memory() -> Iterator[None]:
             f"out of device memory ({error}); lower --calibration-samples or"
             " --calibration-tokens, or use --device cpu"
         ) from error
-
-
-def _specs(
-    linears: list[Linear], planned: Planned, dtype: torch.dtype
-) -> dict[str, TensorSpec]:
-    specs = {}
-    for linear in linears:
-        n, k = linear.shape
-        specs[f"{linear.name}.thresholds"] = TensorSpec((k,), torch.float32)
-        rank = planned.plans[linear.name].rank(linear.shape)
-        if rank > 0:
-            specs[f"{linear.name}.u"] = TensorSpec((n, rank), dtype)
-            specs[f"{linear.name}.v"] = TensorSpec((rank, k), dtype)
-        if planned.recipe.correction:
-            specs[f"{linear.name}.bias"] = TensorSpec((n,), torch.float32)
-    return specs
 
 
 def _device(name: str) -> torch.device:
@@ -278,9 +175,3 @@ def _window_tokens(tokens: int | None, config: dict[str, Any]) -> int:
             f" {longest} (max_position_embeddings)"
         )
     return tokens
-
-
-def _seed(seed: int, name: str) -> int:
-    """A seed of each linear's own, so that the order of work does not matter."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

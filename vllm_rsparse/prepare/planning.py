@@ -4,6 +4,8 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from .search_evolution import evolutionary
 from .search_factors import add_factors
 from .search_greedy import greedy
 from .search_sensitivity import sensitivities, share_out
+from .snapshots import Snapshots
 from .streaming import StreamedModel
 
 # Leading part of each calibration window that runs dense and is not counted, where the
@@ -56,8 +59,11 @@ def plan_linears(
     linears: Sequence[Linear],
     windows: Tensor,
     journal: Journal,
+    snapshots: Snapshots,
 ) -> Planned:
-    """Run whatever search the recipe asks for; it keeps its results in ``journal``.
+    """Run whatever search the recipe asks for.
+
+    Results are kept in ``journal``, tensors in ``snapshots``.
 
     Raises:
         PrepareError: the recipe does not fit the model or the options.
@@ -80,7 +86,7 @@ def plan_linears(
     if recipe.score == "magnitude":
         scales = {one.name: torch.ones(one.shape[1]) for one in linears}
     elif recipe.score == "sensitivity":
-        found = sensitivities(model, linears, windows, first, options.seed)
+        found = sensitivities(model, linears, windows, first, options.seed, snapshots)
         scales = {name: one.scale for name, one in found.items()}
         if recipe.factors == "regressed":
             metrics = {
@@ -94,12 +100,12 @@ def plan_linears(
                 plans = add_factors(
                     model,
                     linears,
-                    windows,
                     first,
                     found,
                     plans,
                     options.sparsity,
                     options.seed,
+                    snapshots,
                 )
     if plans is None and recipe.allocation == "greedy":
         plans = greedy(
@@ -121,25 +127,23 @@ def plan_linears(
     return Planned(recipe.with_plans(plans), plans, rho, scales, metrics, first)
 
 
-def search_journal(
+def search_identity(
     recipe: Recipe, options: PrepareOptions, model: StreamedModel, windows: Tensor
-) -> Journal:
-    """Of a search for this OUTPUT, beside it."""
-    weights = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in model.checkpoint.weight_files
-    ]
-    return Journal(
-        options.output.parent / f"{options.output.name}.search.jsonl",
-        {
-            "vllm_rsparse": __version__,
-            "torch": torch.__version__,
-            "weights": weights,
-            "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-            "recipe": [recipe.score, recipe.allocation],
-            "sparsity": options.sparsity,
-            "seed": options.seed,
-            "device": model.device.type,
-            "dtype": str(model.dtype),
-        },
-    )
+) -> dict[str, Any]:
+    """All that the results of a run depend on, as JSON."""
+    return {
+        "vllm_rsparse": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "weights": [
+            [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+            for file in model.checkpoint.weight_files
+        ],
+        "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "recipe": hashlib.sha256(recipe.to_json().encode()).hexdigest(),
+        "rho": options.rho,
+        "sparsity": options.sparsity,
+        "seed": options.seed,
+        "device": model.device.type,
+        "dtype": str(model.dtype),
+    }

@@ -6,16 +6,16 @@ Where the sparsity is shared out by one constant, an element of the weights buys
     t^2 / N    with t the score at the threshold
 
 of loss. A direction of the lost output costs N + K elements and takes away its
-eigenvalue (see ``regress``): it is worth having where that is more. One forward pass of
-the dense model, on the inputs of q and k only; then the channels are shared out again
-on what the factors leave of the budget.
+eigenvalue (see ``regress``): it is worth having where that is more. This looks at the
+inputs of q and k only, which are had from what enters each layer, as ``sensitivities``
+kept it; then the channels are shared out again on what the factors leave of the budget.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .linears import Linear
@@ -23,6 +23,7 @@ from .propagate import stage_input, stages
 from .recipe import LinearPlan
 from .regress import directions, dropped_covariance
 from .search_sensitivity import METRIC_KINDS, Sensitivity, share_out
+from .snapshots import Snapshots
 from .streaming import StreamedModel
 from .thresholds import channel_thresholds, score_threshold
 
@@ -30,45 +31,42 @@ from .thresholds import channel_thresholds, score_threshold
 def add_factors(
     model: StreamedModel,
     linears: Sequence[Linear],
-    windows: Tensor,
     first: int,
     found: Mapping[str, Sensitivity],
     plans: Mapping[str, LinearPlan],
     sparsity: float,
     seed: int,
+    snapshots: Snapshots,
 ) -> dict[str, LinearPlan]:
     """Plans with factors where they pay, at the same sparsity.
 
     Args:
         model: the streamed base model.
         linears: all linears that take part, layer by layer.
-        windows: int64 [samples, tokens].
         first: leading positions of each window that stay dense and do not count.
         found: what ``sensitivities`` found.
         plans: what ``share_out`` made of it, without factors.
         sparsity: of the model, factors counted.
         seed: of the subspace iteration.
+        snapshots: where ``sensitivities`` kept what enters each layer; the ranks of a
+            layer are kept too.
     """
     ranks: dict[str, int] = {}
     layers = [(i, list(group)) for i, group in groupby(linears, lambda one: one.layer)]
-    hidden = model.embed(windows)
-    for index, members in tqdm(layers, desc="factors", unit="layer"):
-        with model.layer(index) as layer:
-            for stage in stages(members):
-                wanted = [one for one in stage if one.kind in METRIC_KINDS]
-                if not wanted:
-                    continue
-                x = stage_input(model, stage[0], layer, hidden, first)
-                for linear in wanted:
-                    weight = model.checkpoint.read([linear.weight])[linear.weight]
-                    ranks[linear.name] = _rank(
-                        weight.to(x.device),
-                        x,
-                        found[linear.name],
-                        plans[linear.name].keep,
-                        seed,
-                    )
-            model.run_layer(index, hidden)
+    for position, (index, members) in enumerate(tqdm(layers, "factors", unit="layer")):
+        key = f"ranks.{position}"
+        if key not in snapshots:
+            hidden = snapshots.get(f"entering.{position}")[0]["hidden"]
+            with model.layer(index) as layer:
+                snapshots.put(
+                    key,
+                    {},
+                    _layer_ranks(
+                        model, members, layer, hidden.to(model.device), first, found,
+                        plans, seed,
+                    ),
+                )  # fmt: skip
+        ranks |= snapshots.get(key)[1]
     dense = sum(one.shape[0] * one.shape[1] for one in linears)
     factors = sum(ranks.get(one.name, 0) * sum(one.shape) for one in linears)
     shares = share_out(linears, found, min(sparsity + factors / dense, 1.0))
@@ -78,6 +76,31 @@ def add_factors(
         )
         for one in linears
     }
+
+
+def _layer_ranks(
+    model: StreamedModel,
+    members: Sequence[Linear],
+    layer: nn.Module,
+    hidden: Tensor,
+    first: int,
+    found: Mapping[str, Sensitivity],
+    plans: Mapping[str, LinearPlan],
+    seed: int,
+) -> dict[str, int]:
+    ranks = {}
+    for stage in stages(members):
+        wanted = [one for one in stage if one.kind in METRIC_KINDS]
+        if not wanted:
+            continue
+        x = stage_input(model, stage[0], layer, hidden, first)
+        for linear in wanted:
+            weight = model.checkpoint.read([linear.weight])[linear.weight]
+            keep = plans[linear.name].keep
+            ranks[linear.name] = _rank(
+                weight.to(x.device), x, found[linear.name], keep, seed
+            )
+    return ranks
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ sparsity out between layers and kinds without a search. In q and k they do not: 
 is dropped there adds up (in the first q_proj to 3.4 times the sum of its parts), mostly
 in a few directions of the output, which ``search_factors`` finds from E[g g^T].
 
-Streamed as ``prepare`` is: the forward pass saves what enters each layer (in host
-memory), the backward pass loads one layer at a time again, last to first.
+Streamed as ``prepare`` is: the forward pass keeps what enters each layer on disk, the
+backward pass loads one layer at a time again, last to first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,6 +34,7 @@ from tqdm import tqdm
 from .linears import Linear
 from .observers import INPUT_OF
 from .recipe import LinearPlan
+from .snapshots import Snapshots
 from .streaming import StreamedModel
 from .thresholds import row_chunks
 
@@ -50,7 +51,7 @@ class Sensitivity:
     """Of one linear.
 
     Attributes:
-        scale: float32 [K], a_j; times |x_j| it is the score.
+        scale: float32 [K] on the CPU, a_j; times |x_j| it is the score.
         counts: int64 [65536], calibration scores / sqrt(N) by upper 16 bits.
         metric: float32 [N, N] on the CPU, E[g g^T]; None but for ``METRIC_KINDS``.
     """
@@ -66,6 +67,7 @@ def sensitivities(
     windows: Tensor,
     first: int,
     seed: int,
+    snapshots: Snapshots,
 ) -> dict[str, Sensitivity]:
     """One forward and one backward pass of the dense model over the windows.
 
@@ -75,29 +77,111 @@ def sensitivities(
         windows: int64 [samples, tokens].
         first: leading positions of each window that stay dense and do not count.
         seed: draws the labels.
+        snapshots: keep what was found, by position in the order of the layers, and
+            ``entering.0``, ...: hidden states [samples, tokens, hidden].
     """
     layers = [(i, list(group)) for i, group in groupby(linears, lambda one: one.layer)]
-    entering: list[Tensor] = []
     result: dict[str, Sensitivity] = {}
     with tqdm(total=2 * len(layers), desc="sensitivity", unit="layer") as progress:
-        hidden = model.embed(windows)
-        for index, _ in layers:
-            entering.append(hidden.cpu() if hidden.is_cuda else hidden.clone())
-            with model.layer(index):
-                model.run_layer(index, hidden)
-            progress.update()
-        gradient = _output_gradient(model, hidden, first, seed)
+        hidden = _forward(model, layers, windows, snapshots, progress)
+        gradient, reached = _start(model, hidden, len(layers), first, seed, snapshots)
         del hidden
-        for index, members in reversed(layers):
+        for position in range(reached, len(layers)):
+            result |= _kept(snapshots, position, layers[position][1])
+        progress.update(len(layers) - reached)
+        for position in reversed(range(reached)):
+            index, members = layers[position]
+            entering = snapshots.get(f"entering.{position}")[0]["hidden"]
             with model.layer(index) as layer:
                 taps = {linear.name: _Tap(linear, layer, first) for linear in members}
-                _backward(model, index, entering.pop(), gradient)
-                for linear in members:
-                    result[linear.name] = taps[linear.name].finish(
-                        taps[linear.name.replace(linear.kind, INPUT_OF[linear.kind])]
+                _backward(model, index, entering, gradient)
+                found = {
+                    one.name: taps[one.name].finish(
+                        taps[one.name.replace(one.kind, INPUT_OF[one.kind])]
                     )
+                    for one in members
+                }
+            _keep(snapshots, position, found)
+            if snapshots.state_due():
+                snapshots.put("gradient", {"gradient": gradient}, position)
+            result |= found
             progress.update()
     return result
+
+
+def _start(
+    model: StreamedModel,
+    hidden: Tensor,
+    layers: int,
+    first: int,
+    seed: int,
+    snapshots: Snapshots,
+) -> tuple[Tensor, int]:
+    """Where the backward pass begins: the gradient by what enters a layer, and which.
+
+    Layers from there on are known; the gradient means nothing where all are.
+    """
+    if "sensitivity.0" in snapshots:  # the last that is found
+        return hidden, 0
+    if "gradient" in snapshots:
+        tensors, reached = snapshots.get("gradient")
+        return tensors["gradient"].to(model.device), reached
+    gradient = _output_gradient(model, hidden, first, seed)
+    snapshots.put("gradient", {"gradient": gradient}, layers)
+    return gradient, layers
+
+
+def _forward(
+    model: StreamedModel,
+    layers: Sequence[tuple[int, Sequence[Linear]]],
+    windows: Tensor,
+    snapshots: Snapshots,
+    progress: tqdm,
+) -> Tensor:
+    """Keep what enters each layer; returns what leaves the last."""
+    hidden = model.embed(windows)  # also records what the layers are called with
+    snapshots.require((len(layers) + 1) * hidden.nbytes)
+    done = 0
+    while done < len(layers) and f"entering.{done + 1}" in snapshots:
+        done += 1
+    if done > 0:
+        hidden = snapshots.get(f"entering.{done}")[0]["hidden"].to(model.device)
+    else:
+        snapshots.put("entering.0", {"hidden": hidden})
+    progress.update(done)
+    for position in range(done, len(layers)):
+        index = layers[position][0]
+        with model.layer(index):
+            model.run_layer(index, hidden)
+        snapshots.put(f"entering.{position + 1}", {"hidden": hidden})
+        progress.update()
+    return hidden
+
+
+def _keep(
+    snapshots: Snapshots, position: int, found: Mapping[str, Sensitivity]
+) -> None:
+    tensors = {}
+    for name, one in found.items():
+        tensors[f"{name}.scale"] = one.scale
+        tensors[f"{name}.counts"] = one.counts
+        if one.metric is not None:
+            tensors[f"{name}.metric"] = one.metric
+    snapshots.put(f"sensitivity.{position}", tensors)
+
+
+def _kept(
+    snapshots: Snapshots, position: int, members: Sequence[Linear]
+) -> dict[str, Sensitivity]:
+    tensors, _ = snapshots.get(f"sensitivity.{position}")
+    return {
+        one.name: Sensitivity(
+            tensors[f"{one.name}.scale"],
+            tensors[f"{one.name}.counts"],
+            tensors.get(f"{one.name}.metric"),
+        )
+        for one in members
+    }
 
 
 def share_out(
@@ -177,7 +261,7 @@ class _Tap:
         metric = self._metric
         if metric is not None:
             metric = (metric / self._tokens).cpu()
-        return Sensitivity(scale, counts.cpu(), metric)
+        return Sensitivity(scale.cpu(), counts.cpu(), metric)
 
 
 def _backward(
