@@ -39,6 +39,13 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 4,
     },
+    "46m": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    },
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 160,
@@ -48,7 +55,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 # Tokens of a window, windows of a step, peak learning rate.
-STEPS = {"117m": (1024, 32, 1e-3), "tiny": (128, 4, 3e-3)}
+STEPS = {"117m": (1024, 32, 1e-3), "46m": (1024, 32, 1e-3), "tiny": (128, 4, 3e-3)}
 
 Step = Callable[[Tensor], Tensor]
 
