@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from vllm_rsparse.prepare.errors import PrepareError
 from vllm_rsparse.prepare.linears import Linear, find_linears
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
+from vllm_rsparse.prepare.planning import averaged
 from vllm_rsparse.prepare.recipe import LinearPlan
 from vllm_rsparse.prepare.recipes import RECIPES, Recipe, check_plans, load_recipe
-from vllm_rsparse.prepare.search_greedy import LEVELS, allocate
+from vllm_rsparse.prepare.search_greedy import LEVELS, allocate, share_in_layers
 from vllm_rsparse.prepare.search_sensitivity import (
     Sensitivity,
     sensitivities,
@@ -277,6 +279,38 @@ def test_allocation_meets_the_budget(sparsity: float) -> None:
     total = sum(shares[name] * size for name, size in sizes.items())
     assert total == pytest.approx(sparsity * 12)
     assert all(0 <= share < 1 for share in shares.values())
+
+
+def test_averaged_allocation_is_the_mean_and_meets_the_budget() -> None:
+    linears = [
+        Linear(f"model.layers.{layer}.{kind}", layer, kind, (8, 16))
+        for layer in range(2)
+        for kind in ("self_attn.o_proj", "mlp.up_proj")
+    ]
+    # Errors that grow with the level, the second linear's of a layer ten times faster.
+    errors = {
+        one.name: [(1 + 9 * (i % 2)) * level**2 for level in LEVELS]
+        for i, one in enumerate(linears)
+    }
+
+    def first_layer_pays(sparsity: float) -> dict[str, LinearPlan]:
+        return {
+            one.name: LinearPlan(2 * sparsity * (one.layer == 0), 1.0)
+            for one in linears
+        }
+
+    in_layers = partial(share_in_layers, linears, errors)
+    plans = in_layers(0.4)
+    for layer in range(2):
+        o, up = (plans[one.name].sparsity for one in linears if one.layer == layer)
+        assert o > up
+        assert (o + up) / 2 == pytest.approx(0.4)
+    mean = averaged([in_layers, first_layer_pays], 0.4)
+    for one in linears:
+        other = 0.8 * (one.layer == 0)
+        expected = (plans[one.name].sparsity + other) / 2
+        assert mean[one.name].sparsity == pytest.approx(expected)
+    assert sum(plan.sparsity for plan in mean.values()) / 4 == pytest.approx(0.4)
 
 
 def test_recipes_survive_json(tmp_path: Path) -> None:

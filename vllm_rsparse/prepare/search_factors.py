@@ -11,7 +11,7 @@ inputs of q and k only, which are had from what enters each layer, as ``sensitiv
 kept it; then the channels are shared out again on what the factors leave of the budget.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -22,10 +22,12 @@ from .linears import Linear
 from .propagate import stage_input, stages
 from .recipe import LinearPlan
 from .regress import directions, dropped_covariance
-from .search_sensitivity import METRIC_KINDS, Sensitivity, share_out
+from .search_sensitivity import METRIC_KINDS, Sensitivity
 from .snapshots import Snapshots
 from .streaming import StreamedModel
 from .thresholds import channel_thresholds, score_threshold
+
+Share = Callable[[float], Mapping[str, LinearPlan]]
 
 
 def add_factors(
@@ -33,7 +35,7 @@ def add_factors(
     linears: Sequence[Linear],
     first: int,
     found: Mapping[str, Sensitivity],
-    plans: Mapping[str, LinearPlan],
+    share: Share,
     sparsity: float,
     seed: int,
     snapshots: Snapshots,
@@ -45,12 +47,13 @@ def add_factors(
         linears: all linears that take part, layer by layer.
         first: leading positions of each window that stay dense and do not count.
         found: what ``sensitivities`` found.
-        plans: what ``share_out`` made of it, without factors.
+        share: sparsity -> plans without factors.
         sparsity: of the model, factors counted.
         seed: of the subspace iteration.
         snapshots: where ``sensitivities`` kept what enters each layer; the ranks of a
             layer are kept too.
     """
+    plans = share(sparsity)
     ranks: dict[str, int] = {}
     layers = [(i, list(group)) for i, group in groupby(linears, lambda one: one.layer)]
     for position, (index, members) in enumerate(tqdm(layers, "factors", unit="layer")):
@@ -69,7 +72,7 @@ def add_factors(
         ranks |= snapshots.get(key)[1]
     dense = sum(one.shape[0] * one.shape[1] for one in linears)
     factors = sum(ranks.get(one.name, 0) * sum(one.shape) for one in linears)
-    shares = share_out(linears, found, min(sparsity + factors / dense, 1.0))
+    shares = share(min(sparsity + factors / dense, 1.0))
     return {
         one.name: LinearPlan.with_rank(
             shares[one.name].keep, ranks.get(one.name, 0), one.shape

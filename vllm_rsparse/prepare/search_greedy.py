@@ -26,16 +26,15 @@ LEVELS = (0.0, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SEARCH_WINDOWS = 4
 
 
-def greedy(
+def measure(
     model: StreamedModel,
     linears: Sequence[Linear],
     windows: Tensor,
     first: int,
     scales: Mapping[str, Tensor],
-    sparsity: float,
     journal: Journal,
-) -> dict[str, LinearPlan]:
-    """Plans that give every layer the same sparsity; no factors.
+) -> dict[str, list[float]]:
+    """Squared error of the layer's output with one linear sparse at each of ``LEVELS``.
 
     Args:
         model: the streamed base model.
@@ -43,10 +42,12 @@ def greedy(
         windows: int64 [samples, tokens]; the first ``SEARCH_WINDOWS`` are used.
         first: leading positions of each window that stay dense.
         scales: float32 [K] by linear; column norms where there is none.
-        sparsity: of every layer.
         journal: keeps the errors of every layer.
+
+    Returns:
+        Errors by name of linear.
     """
-    plans: dict[str, LinearPlan] = {}
+    result: dict[str, list[float]] = {}
     with tqdm(total=len(linears), desc="greedy", unit="linear") as progress:
         hidden = model.embed(windows[:SEARCH_WINDOWS])
         for index, group in groupby(linears, lambda linear: linear.layer):
@@ -69,12 +70,20 @@ def greedy(
                         progress.update()
             if known is None:
                 journal.note({str(index): errors})
-            sizes = {one.name: one.shape[0] * one.shape[1] for one in members}
-            plans |= {
-                name: LinearPlan(share, 1.0)
-                for name, share in allocate(errors, sizes, sparsity).items()
-            }
+            result |= errors
             hidden = exact
+    return result
+
+
+def share_in_layers(
+    linears: Sequence[Linear], errors: Mapping[str, Sequence[float]], sparsity: float
+) -> dict[str, LinearPlan]:
+    """Plans from ``measure``: the same sparsity in every layer, no factors."""
+    plans: dict[str, LinearPlan] = {}
+    for _, group in groupby(linears, lambda linear: linear.layer):
+        sizes = {one.name: one.shape[0] * one.shape[1] for one in group}
+        shares = allocate({name: errors[name] for name in sizes}, sizes, sparsity)
+        plans |= {name: LinearPlan(share, 1.0) for name, share in shares.items()}
     return plans
 
 
