@@ -7,10 +7,10 @@ PYTEST_ARGS ?=
 bin := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test serve-test lint format wheel clean
+.PHONY: help venv demo test serve-test lm-eval-test lint format wheel clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.installed ## Create .venv with vLLM for CPU and all tools (PYTHON=python3.12)
 
@@ -29,6 +29,16 @@ test: venv ## Run all tests (PYTEST_ARGS="-k artifact" for some)
 serve-test: venv ## Run only the tests that start `vllm serve`
 	@$(bin)/pytest -m serve $(PYTEST_ARGS)
 
+# Not in .venv: it is 600 MB and asks for another python-dateutil than the lock's.
+.lm-eval/.installed: deploy/cpu/requirements-lm-eval.lock $(VENV)/.installed
+	@rm -rf .lm-eval
+	@$(bin)/python -m pip --disable-pip-version-check install -qq --no-deps \
+		--no-build-isolation --target .lm-eval -r $<
+	@touch $@
+
+lm-eval-test: .lm-eval/.installed ## Install lm-eval into .lm-eval, run a local task through it
+	@PYTHONPATH=$(CURDIR)/.lm-eval $(bin)/pytest tests/e2e/test_lm_eval.py $(PYTEST_ARGS)
+
 lint: venv ## Check style (ruff) and types (mypy)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
@@ -41,7 +51,7 @@ format: venv ## Rewrite the sources in the project's style
 wheel: venv ## Build the wheel and the source distribution into dist/
 	$(bin)/python -m build --no-isolation
 
-clean: ## Remove what builds, tests, the demo and benchmarks wrote (keeps .venv)
+clean: ## Remove what builds, tests, the demo and benchmarks wrote (keeps .venv and .lm-eval)
 	rm -rf build dist deploy/cpu/vllm-shim/build .demo .bench .pytest_cache \
 		.mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '*.egg-info' \) \
