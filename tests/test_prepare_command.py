@@ -135,7 +135,10 @@ def test_interrupting_leaves_nothing_that_could_be_served(
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.rglob("config.json"))
     else:  # what was found so far, if anything was
-        assert {path.name for path in tmp_path.iterdir()} <= {"out.search"}
+        assert {path.name for path in tmp_path.iterdir()} <= {
+            "out.search",
+            "out.search.jsonl",
+        }
 
 
 MEASURE = """

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vllm_rsparse.prepare import snapshots
 from vllm_rsparse.prepare.errors import PrepareError
+from vllm_rsparse.prepare.journal import Journal
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.prepare.snapshots import Snapshots
@@ -54,6 +55,7 @@ def numbered(name: str, *positions: int) -> list[str]:
 FOUND = [
     *numbered("entering", 0, 1, 2, 3, 4),
     *numbered("sensitivity", 3, 2, 1, 0),
+    *numbered("measured", 0, 1, 2, 3),  # in the journal
     *numbered("ranks", 0, 1, 2, 3),
     *numbered("calibrated", 0, 1, 2, 3),
 ]
@@ -65,6 +67,7 @@ FOUND = [
         ("best", "entering.2", 0, []),
         # The gradient that leaves layer 2 was not kept any more.
         ("best", "sensitivity.2", 0, ["sensitivity.2"]),
+        ("best", "measured.1", 0, []),
         ("best", "ranks.1", 0, []),
         ("best", "calibrated.2", 0, ["calibrated.2"]),
         # No state was due since the gradient by what leaves the last layer, or the
@@ -85,38 +88,39 @@ def test_a_killed_run_goes_on(
     found_again: list[str],
 ) -> None:
     monkeypatch.setattr(snapshots, "STATE_SECONDS", seconds)
-    put = Snapshots.put
+    put, note = Snapshots.put, Journal.note
+    kept: list[str] = []
 
-    def killed(
+    def counted_put(
         self: Snapshots, key: str, tensors: Mapping[str, Tensor], note: Any = None
     ) -> None:
         put(self, key, tensors, note)
-        if key == killed_after:
+        kept.append(key)
+        if key == killed_after and kept.count(key) == 1:
             # As a kill in the middle of the next file would.
             (self.directory / "next.partial").write_bytes(b"half")
             raise KeyboardInterrupt
 
+    def counted_note(self: Journal, results: Mapping[str, Any]) -> None:
+        note(self, results)
+        kept.extend(f"measured.{key}" for key in results)
+        if kept[-1] == killed_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Snapshots, "put", counted_put)
+    monkeypatch.setattr(Journal, "note", counted_note)
     output = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(Snapshots, "put", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(options(pyllama, output, recipe))
-    kept = {path.name for path in tmp_path.iterdir()}
-    assert "out.search" in kept
-    assert kept <= {"out.search", "out.search.jsonl"}
+    with pytest.raises(KeyboardInterrupt):
+        prepare(options(pyllama, output, recipe))
+    assert kept[-1] == killed_after
+    left = {path.name for path in tmp_path.iterdir()}
+    assert "out.search" in left
+    assert left <= {"out.search", "out.search.jsonl"}
 
-    again: list[str] = []
-
-    def counting(
-        self: Snapshots, key: str, tensors: Mapping[str, Tensor], note: Any = None
-    ) -> None:
-        put(self, key, tensors, note)
-        if key in FOUND:
-            again.append(key)
-
-    monkeypatch.setattr(Snapshots, "put", counting)
+    first_run = len(kept)
     prepare(options(pyllama, output, recipe))
     assert contents(output) == undisturbed[recipe]
+    again = [key for key in kept[first_run:] if key in FOUND]
     assert again == found_again + FOUND[FOUND.index(killed_after) + 1 :]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
