@@ -18,13 +18,15 @@ from vllm_rsparse.evaluate.loading import PreparedModel, SwitchableModel
 from vllm_rsparse.evaluate.measure import measure
 from vllm_rsparse.prepare.checkpoint import Checkpoint
 from vllm_rsparse.prepare.errors import PrepareError
+from vllm_rsparse.prepare.journal import Journal
 from vllm_rsparse.prepare.linears import Linear, find_linears
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
-from vllm_rsparse.prepare.planning import averaged
+from vllm_rsparse.prepare.planning import Planned, halved
 from vllm_rsparse.prepare.recipe import LinearPlan
 from vllm_rsparse.prepare.recipes import RECIPES, Recipe, check_plans, load_recipe
 from vllm_rsparse.prepare.search_greedy import LEVELS, allocate, share_in_layers
+from vllm_rsparse.prepare.search_mixture import least_loss
 from vllm_rsparse.prepare.search_sensitivity import (
     Sensitivity,
     sensitivities,
@@ -281,7 +283,7 @@ def test_allocation_meets_the_budget(sparsity: float) -> None:
     assert all(0 <= share < 1 for share in shares.values())
 
 
-def test_averaged_allocation_is_the_mean_and_meets_the_budget() -> None:
+def test_greedy_shares_out_in_layers_and_halved_is_the_mean() -> None:
     linears = [
         Linear(f"model.layers.{layer}.{kind}", layer, kind, (8, 16))
         for layer in range(2)
@@ -305,12 +307,47 @@ def test_averaged_allocation_is_the_mean_and_meets_the_budget() -> None:
         o, up = (plans[one.name].sparsity for one in linears if one.layer == layer)
         assert o > up
         assert (o + up) / 2 == pytest.approx(0.4)
-    mean = averaged([in_layers, first_layer_pays], 0.4)
+    mean = halved(in_layers, first_layer_pays, 0.4)
     for one in linears:
         other = 0.8 * (one.layer == 0)
         expected = (plans[one.name].sparsity + other) / 2
         assert mean[one.name].sparsity == pytest.approx(expected)
     assert sum(plan.sparsity for plan in mean.values()) / 4 == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("good_is_first", [True, False])
+def test_of_several_candidates_the_least_loss_is_taken(
+    pyllama: Path, text: Path, tmp_path: Path, good_is_first: bool
+) -> None:
+    model, linears = streamed(pyllama)
+    windows = windows_of(pyllama, text)
+    total = sum(n * k for n, k in (one.shape for one in linears))
+    down = sum(
+        one.shape[0] * one.shape[1] for one in linears if "down_proj" in one.name
+    )
+    evenly = {one.name: LinearPlan(0.5, 1.0) for one in linears}
+    # down_proj bears sparsity best: to spare it costs the others dearly.
+    without_down = {
+        one.name: LinearPlan(
+            0.0 if "down_proj" in one.name else 0.5 * total / (total - down), 1.0
+        )
+        for one in linears
+    }
+    recipe = Recipe("two", "norm", "uniform", "sparse", True)
+    both = {
+        name: Planned(recipe.with_plans(plans), plans, 1.0, {}, {}, FIRST)
+        for name, plans in (("good", evenly), ("bad", without_down))
+    }
+    order = ("good", "bad") if good_is_first else ("bad", "good")
+    candidates = {name: both[name] for name in order}
+    path = tmp_path / "journal"
+    with Journal(path, {}) as journal:
+        chosen = least_loss(model, linears, candidates, windows, 0, journal)
+        assert chosen is both["good"]
+        # Known losses are not computed again: without linears both would lose nothing.
+        assert least_loss(model, [], candidates, windows, 0, journal) is chosen
+    losses = {name: Journal(path, {}).get(f"loss {name}") for name in order}
+    assert losses == dict.fromkeys(order)  # the file is gone: the run ended well
 
 
 def test_recipes_survive_json(tmp_path: Path) -> None:

@@ -112,6 +112,28 @@ def calibrate_layers(
     return calibrated
 
 
+def run_sparse(
+    model: StreamedModel,
+    linears: Sequence[Linear],
+    planned: Planned,
+    hidden: Tensor,
+    seed: int,
+) -> None:
+    """Calibrate on sparse activations, and keep nothing but what leaves the last layer.
+
+    Args:
+        model: the streamed base model.
+        linears: all linears that take part, layer by layer.
+        planned: what each gets.
+        hidden: [samples, tokens, hidden], embedded windows; replaced.
+        seed: of the randomised methods.
+    """
+    with tqdm(total=len(linears), desc="trial", unit="linear", leave=False) as progress:
+        for index, members in groupby(linears, lambda one: one.layer):
+            layer = _Layer(model, planned, seed, progress)
+            layer.on_sparse(index, list(members), hidden)
+
+
 class _Layer:
     """Calibrates the linears of one layer."""
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .factors import truncated_svd
 from .linears import Linear
+from .loss import text_loss
 from .observers import LayerInputs
 from .propagate import sparse_linears
 from .recipe import LinearPlan
@@ -95,18 +96,7 @@ class Candidates:
                             )
                             sparse.install(linear.kind, tensors, first)
                         model.run_layer(index, state)
-        result = []
-        labels = self._windows[:, first + 1 :].to(hidden.device)
-        with model.head() as head:
-            for state in states:
-                total = 0.0
-                for row, wanted in zip(state, labels, strict=True):
-                    logs = head(row[first:-1]).float().log_softmax(-1)
-                    picked = logs.gather(-1, wanted.unsqueeze(-1))
-                    total -= picked.sum(dtype=torch.float64).item()
-                loss = total / labels.numel()
-                result.append(loss if math.isfinite(loss) else math.inf)
-        return result
+        return [text_loss(model, state, self._windows, first) for state in states]
 
 
 class _Table:

@@ -28,6 +28,7 @@ from .options import DEFAULT_TOKENS, PrepareOptions
 from .output import StagedOutput, check_output, write_text
 from .planning import plan_linears, search_identity
 from .recipes import load_recipe
+from .search_mixture import least_loss
 from .snapshots import Snapshots
 from .streaming import StreamedModel
 from .texts import choose_windows, load_tokenizer, read_texts
@@ -70,8 +71,11 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
     snapshots = Snapshots(beside, identity)
     with staged, journal, snapshots:
         with _hint_when_out_of_memory():
-            planned = plan_linears(
+            candidates = plan_linears(
                 recipe, options, model, linears, text.windows, journal, snapshots
+            )
+            planned = least_loss(
+                model, linears, candidates, text.windows, options.seed, journal
             )
             calibrated = calibrate_layers(
                 model,

@@ -21,7 +21,7 @@ from .recipe import LinearPlan
 
 SCORES = ("magnitude", "norm", "sensitivity")
 EVOLUTIONARY = ("evolutionary", "evolutionary-joint")
-ALLOCATIONS = ("uniform", "greedy", "sensitivity", "averaged", *EVOLUTIONARY)
+ALLOCATIONS = ("uniform", "greedy", "sensitivity", "mixed", *EVOLUTIONARY)
 ACTIVATIONS = ("dense", "sparse")
 FACTORS = ("svd", "regressed")
 # How far the linears of a file may add up to another sparsity than --sparsity.
@@ -39,9 +39,9 @@ class Recipe:
             loss's gradient with respect to x_j through this linear ("sensitivity").
         allocation: every linear the same ("uniform"), least added error per byte within
             each layer ("greedy"), one threshold on the loss per byte for the whole
-            model ("sensitivity"), the mean of these two ("averaged"), the paper's
-            search over rho ("evolutionary") or over sparsity and rho
-            ("evolutionary-joint") of every linear.
+            model ("sensitivity"), what loses least of these two and their mean
+            ("mixed"), the paper's search over rho ("evolutionary") or over sparsity and
+            rho ("evolutionary-joint") of every linear.
         activations: calibrate thresholds on what the dense model feeds the linears, or
             on what the sparse model does, from the first layer on ("sparse").
         correction: add the mean of what is dropped, as a constant per linear.
@@ -78,7 +78,7 @@ class Recipe:
         if self.score != "sensitivity":
             for key, value in (
                 ("allocation", "sensitivity"),
-                ("allocation", "averaged"),
+                ("allocation", "mixed"),
                 ("factors", "regressed"),
             ):
                 if getattr(self, key) == value:
@@ -109,7 +109,7 @@ RECIPES = {
         Recipe("teal", "magnitude", "uniform", "dense", False),
         Recipe("wina", "norm", "uniform", "dense", False),
         Recipe("greedy", "norm", "greedy", "sparse", True),
-        Recipe("best", "sensitivity", "averaged", "sparse", True, None, "regressed"),
+        Recipe("best", "sensitivity", "mixed", "sparse", True, None, "regressed"),
         Recipe("evolutionary", "norm", "evolutionary", "dense", False),
         Recipe("evolutionary-joint", "norm", "evolutionary-joint", "sparse", True),
     )

@@ -27,6 +27,7 @@ from .snapshots import Snapshots
 from .streaming import StreamedModel
 from .thresholds import channel_thresholds, score_threshold
 
+# Sparsity -> plans without factors.
 Share = Callable[[float], Mapping[str, LinearPlan]]
 
 
@@ -39,6 +40,7 @@ def add_factors(
     sparsity: float,
     seed: int,
     snapshots: Snapshots,
+    key: str,
 ) -> dict[str, LinearPlan]:
     """Plans with factors where they pay, at the same sparsity.
 
@@ -52,24 +54,25 @@ def add_factors(
         seed: of the subspace iteration.
         snapshots: where ``sensitivities`` kept what enters each layer; the ranks of a
             layer are kept too.
+        key: what these plans are called there.
     """
     plans = share(sparsity)
     ranks: dict[str, int] = {}
     layers = [(i, list(group)) for i, group in groupby(linears, lambda one: one.layer)]
     for position, (index, members) in enumerate(tqdm(layers, "factors", unit="layer")):
-        key = f"ranks.{position}"
-        if key not in snapshots:
+        kept = f"ranks.{key}.{position}"
+        if kept not in snapshots:
             hidden = snapshots.get(f"entering.{position}")[0]["hidden"]
             with model.layer(index) as layer:
                 snapshots.put(
-                    key,
+                    kept,
                     {},
                     _layer_ranks(
                         model, members, layer, hidden.to(model.device), first, found,
                         plans, seed,
                     ),
                 )  # fmt: skip
-        ranks |= snapshots.get(key)[1]
+        ranks |= snapshots.get(kept)[1]
     dense = sum(one.shape[0] * one.shape[1] for one in linears)
     factors = sum(ranks.get(one.name, 0) * sum(one.shape) for one in linears)
     shares = share(min(sparsity + factors / dense, 1.0))
