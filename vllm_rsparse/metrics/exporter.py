@@ -3,7 +3,6 @@
 
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,11 @@ from vllm_rsparse import __version__
 from vllm_rsparse.artifact import ArtifactInfo
 from vllm_rsparse.metrics import layout
 from vllm_rsparse.metrics.counters import Settings
+from vllm_rsparse.metrics.directory import CountsDirectory
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "vllm_rsparse_"
-# Memory, not a disk: nothing is written back, and Linux lets a GPU write to it (since
-# 6.5 pages of a file on a disk cannot be pinned for long).
-_SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ class Exporter(Collector):
             yield family
 
 
-_directory: tempfile.TemporaryDirectory[str] | None = None
+_directory: CountsDirectory | None = None
 _exporter: Exporter | None = None
 
 
@@ -180,10 +177,7 @@ def start(interval: int, known: Facts) -> Settings | None:
         return None
     if _exporter is None:
         try:
-            _directory = tempfile.TemporaryDirectory(
-                prefix="vllm-rsparse-",
-                dir=_SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None,
-            )
+            _directory = CountsDirectory()
         except OSError as error:
             logger.warning(
                 "rsparse: its metrics are not exported: no temporary directory (%s);"
@@ -191,7 +185,7 @@ def start(interval: int, known: Facts) -> Settings | None:
                 error,
             )
             return None
-        _exporter = Exporter(Path(_directory.name))
+        _exporter = Exporter(_directory.path)
         REGISTRY.register(_exporter)
     _exporter.facts = known
     return Settings(_exporter.directory, interval)
