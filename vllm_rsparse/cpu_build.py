@@ -10,6 +10,7 @@ at the same time do double work and nothing else.
 """
 
 import ctypes
+import errno
 import hashlib
 import logging
 import os
@@ -104,9 +105,14 @@ def _run(command: list[str]) -> bytes:
             " another in CXX, or take VLLM_RSPARSE_BACKEND=cpu-torch, which needs none"
         ) from error
     if done.returncode != 0:
+        said = done.stderr.decode(errors="replace")
+        advice = "Name another compiler in CXX (GCC 9 or later)"
+        if os.strerror(errno.ENOSPC) in said:
+            advice = (
+                "Make room, or set TMPDIR and XDG_CACHE_HOME to where there is some"
+            )
         raise BuildError(
-            f"{' '.join(command)}\nfailed:\n{done.stderr.decode(errors='replace')}\n"
-            "Name another compiler in CXX (GCC 9 or later), or take"
+            f"{' '.join(command)}\nfailed:\n{said}\n{advice}, or take"
             " VLLM_RSPARSE_BACKEND=cpu-torch, which needs none"
         )
     return done.stdout

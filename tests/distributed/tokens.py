@@ -2,6 +2,7 @@
 """Greedy tokens over tensor and pipeline parallel sizes, executors and nodes.
 
     python tests/distributed/tokens.py [--only NAME,...] [--prompts 50] [--json FILE]
+                                       [--recipe best] [--dense]
 
 The bundled model, prepared at 50% with factors and served in float32 by ``vllm serve``,
 answers the same prompts in every layout; the first layout is what the others are
@@ -45,28 +46,35 @@ class Layout:
     nodes: int
     tp: int
     pp: int
+    compiled: bool = False
+    backend: str = "auto"
 
     @property
     def name(self) -> str:
-        return f"{self.executor}{self.nodes}-tp{self.tp}-pp{self.pp}"
+        name = f"{self.executor}{self.nodes}-tp{self.tp}-pp{self.pp}"
+        name += "-compiled" if self.compiled and self.pp == 1 else ""
+        return name + (f"-{self.backend}" if self.backend != "auto" else "")
 
 
 LAYOUTS = [
     Layout("mp", 1, 1, 1),
+    # Controls: one rank that only adds in another order.
+    Layout("mp", 1, 1, 1, compiled=True),
+    Layout("mp", 1, 1, 1, backend="reference"),
     Layout("mp", 1, 2, 1),
     Layout("mp", 1, 4, 1),
-    Layout("mp", 1, 1, 2),
+    Layout("mp", 1, 1, 2, compiled=True),
     Layout("ray", 1, 2, 1),
     Layout("ray", 1, 4, 1),
-    Layout("ray", 1, 1, 2),
+    Layout("ray", 1, 1, 2, compiled=True),
     Layout("ray", 2, 2, 1),
     Layout("ray", 2, 4, 1),
-    Layout("ray", 2, 1, 2),
-    Layout("ray", 2, 2, 2),
+    Layout("ray", 2, 1, 2, compiled=True),
+    Layout("ray", 2, 2, 2, compiled=True),
 ]
 
 
-def prepare(folder: Path) -> Path:
+def prepare(folder: Path, recipe: str = "uniform") -> Path:
     """The bundled model with eight heads, prepared: a directory to serve."""
     base, output = folder / "eight-heads", folder / "prepared"
     base.mkdir()
@@ -94,7 +102,7 @@ def prepare(folder: Path) -> Path:
         Path(sysconfig.get_path("stdlib")) / f"{n}.py" for n in ("argparse", "typing")
     ]
     command = [BIN / "vllm-rsparse", "prepare", base, output, "--sparsity", "0.5"]
-    command += ["--recipe", "uniform", "--rho", "0.9"]
+    command += ["--recipe", recipe, "--rho", "0.9"]
     command += ["--calibration-samples", "4", "--calibration-tokens", "512"]
     command += ["--calibration-data", *texts]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -113,7 +121,9 @@ def read_prompts(count: int) -> list[str]:
     return [prompts[int(index * step)] for index in range(count)]
 
 
-def serve_options(layout: Layout) -> tuple[list[str], dict[str, str]]:
+def serve_options(
+    layout: Layout, dense: bool = False
+) -> tuple[list[str], dict[str, str]]:
     """Arguments and environment of ``vllm serve`` for this layout."""
     options = ["--tensor-parallel-size", str(layout.tp)]
     options += ["--pipeline-parallel-size", str(layout.pp)]
@@ -121,11 +131,12 @@ def serve_options(layout: Layout) -> tuple[list[str], dict[str, str]]:
     # With one request at a time and everything sparse, no route depends on the batch.
     options += ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"]
     options += ["--no-enable-prefix-caching"]
-    if layout.pp == 1:
+    if not layout.compiled:
         # Quicker to start. vLLM 0.32 on CPU has no eager mode with stages.
         options += ["--enforce-eager"]
     env = {
-        "VLLM_RSPARSE_MAX_SPARSE_TOKENS": "100000",
+        "VLLM_RSPARSE_MAX_SPARSE_TOKENS": "0" if dense else "100000",
+        "VLLM_RSPARSE_BACKEND": layout.backend,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
@@ -157,9 +168,11 @@ def ask(server: ServerProcess, model: str, prompt: str) -> Answer:
     return Answer(choice.token_ids, [step[-1] - step[-2] for step in best])
 
 
-def run(layout: Layout, model: Path, prompts: list[str], folder: Path) -> list[Answer]:
+def run(
+    layout: Layout, model: Path, prompts: list[str], folder: Path, dense: bool
+) -> list[Answer]:
     """Start the layout's cluster and server, ask everything, stop both."""
-    options, env = serve_options(layout)
+    options, env = serve_options(layout, dense)
     with ExitStack() as stack:
         if layout.executor == "ray":
             folder.mkdir()
@@ -189,6 +202,8 @@ def main() -> int:
     names = ",".join(layout.name for layout in LAYOUTS)
     parser.add_argument("--only", default=names, help=f"layouts; default {names}")
     parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--recipe", default="uniform", help="default %(default)s")
+    parser.add_argument("--dense", action="store_true", help="max_sparse_tokens 0")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--keep", action="store_true", help="keep the logs, say where")
     arguments = parser.parse_args()
@@ -201,13 +216,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="rs-", dir="/tmp") as temporary:
         folder = Path(temporary)
         os.chdir(folder)  # Ray puts the driver's directory on its workers' sys.path
-        model = prepare(folder)
+        model = prepare(folder, arguments.recipe)
         first: list[Answer] | None = None
-        print("| executor | nodes | TP | PP | equal | gaps where not | seconds |")
-        print("|---|---|---|---|---|---|---|", flush=True)
+        print("| layout | equal | gaps where not | seconds |")
+        print("|---|---|---|---|", flush=True)
         for layout in [item for item in LAYOUTS if item.name in chosen]:
             started = time.monotonic()
-            answers = run(layout, model, prompts, folder / layout.name)
+            answers = run(layout, model, prompts, folder / layout.name, arguments.dense)
             first = first or answers
             equal, gaps = compare(answers, first)
             failed |= equal < LEAST_EQUAL * len(prompts)
@@ -215,8 +230,8 @@ def main() -> int:
             rows.append({**asdict(layout), "equal": equal, "gaps": gaps})
             shown = ", ".join(f"{gap:.4f}" for gap in gaps) or "-"
             print(
-                f"| {layout.executor} | {layout.nodes} | {layout.tp} | {layout.pp} |"
-                f" {equal} of {len(prompts)} | {shown} | {seconds:.0f} |",
+                f"| {layout.name} | {equal} of {len(prompts)} | {shown} |"
+                f" {seconds:.0f} |",
                 flush=True,
             )
     if json_path:

@@ -261,6 +261,16 @@ def test_named_backend_says_how_to_get_a_compiler(
         resolve_backend("cpu", "cpu")
 
 
+def test_a_full_disk_is_told_from_a_bad_compiler(forgetful, monkeypatch, tmp_path):
+    compiler = tmp_path / "cxx"
+    compiler.write_text("#!/bin/sh\necho 'x.s: No space left on device' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(BuildError, match="Make room, or set TMPDIR") as raised:
+        resolve_backend("cpu", "cpu")
+    assert "Name another compiler" not in str(raised.value)
+
+
 def test_auto_does_without_a_compiler_and_says_so(forgetful, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with caplog.at_level(logging.WARNING, logger="vllm_rsparse"):
