@@ -150,7 +150,12 @@ class Kinds:
         choice = self.complete(max_tokens=200, extra_body=body).choices[0]
         if choice.finish_reason == "length":
             return "ok"  # valid so far; a small model may fill it with spaces
-        return "ok" if set(json.loads(choice.text)) == {"name", "age"} else "bad JSON"
+        try:
+            return (
+                "ok" if set(json.loads(choice.text)) == {"name", "age"} else "bad JSON"
+            )
+        except ValueError as error:
+            return f"bad JSON: {error}"
 
     def invalid(self, **options: Any) -> str:
         try:
