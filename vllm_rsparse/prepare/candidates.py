@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .factors import truncated_svd
 from .linears import Linear
-from .loss import text_loss
+from .loss import text_losses
 from .observers import LayerInputs
 from .propagate import sparse_linears
 from .recipe import LinearPlan
@@ -96,7 +96,7 @@ class Candidates:
                             )
                             sparse.install(linear.kind, tensors, first)
                         model.run_layer(index, state)
-        return [text_loss(model, state, self._windows, first) for state in states]
+        return text_losses(model, states, self._windows, first)
 
 
 class _Table:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .calibrate_layers import run_sparse
 from .journal import Journal
 from .linears import Linear
-from .loss import text_loss
+from .loss import text_losses
 from .planning import Planned
 from .streaming import StreamedModel
 
@@ -62,7 +62,7 @@ def least_loss(
         if known is None:
             hidden = model.embed(tried)
             run_sparse(model, linears, planned, hidden, seed)
-            known = text_loss(model, hidden, tried, planned.first)
+            (known,) = text_losses(model, [hidden], tried, planned.first)
             journal.note({f"loss {name}": known})
         losses[name] = known
     best = min(losses, key=lambda name: losses[name])
