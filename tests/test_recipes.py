@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,18 @@ from vllm_rsparse.evaluate.loading import PreparedModel, SwitchableModel
 from vllm_rsparse.evaluate.measure import measure
 from vllm_rsparse.prepare.checkpoint import Checkpoint
 from vllm_rsparse.prepare.errors import PrepareError
-from vllm_rsparse.prepare.journal import Journal
 from vllm_rsparse.prepare.linears import Linear, find_linears
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
-from vllm_rsparse.prepare.planning import Planned, halved
 from vllm_rsparse.prepare.recipe import LinearPlan
 from vllm_rsparse.prepare.recipes import RECIPES, Recipe, check_plans, load_recipe
 from vllm_rsparse.prepare.search_greedy import LEVELS, allocate, share_in_layers
-from vllm_rsparse.prepare.search_mixture import least_loss
 from vllm_rsparse.prepare.search_sensitivity import (
     Sensitivity,
     sensitivities,
     share_out,
 )
+from vllm_rsparse.prepare.search_trials import halved
 from vllm_rsparse.prepare.snapshots import Snapshots
 from vllm_rsparse.prepare.streaming import StreamedModel
 from vllm_rsparse.prepare.texts import choose_windows, load_tokenizer, read_texts
@@ -158,11 +157,21 @@ def test_sharing_out_uses_one_threshold_and_the_whole_budget(sparsity: float) ->
             assert plans[name].sparsity == pytest.approx(below, abs=0.05)
 
 
-@pytest.mark.parametrize("recipe", ["best", "greedy"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        # Neither would have corrections and factors for sure.
+        replace(RECIPES["best"], allocation="sensitivity"),
+        replace(RECIPES["greedy"], correction=True),
+    ],
+    ids=lambda recipe: recipe.name,
+)
 def test_thresholds_fit_the_sparse_model_itself(
-    make: Prepare, pyllama: Path, text: Path, recipe: str
+    make: Prepare, pyllama: Path, text: Path, tmp_path: Path, recipe: Recipe
 ) -> None:
-    directory, info = make(recipe)
+    file = tmp_path / "recipe.json"
+    file.write_text(recipe.to_json())
+    directory, info = make(str(file))
     assert info.achieved_sparsity == pytest.approx(0.5, abs=1e-3)
     prepared = PreparedModel.open(directory)
     model = SwitchableModel(prepared, torch.device("cpu"), torch.float32)
@@ -313,41 +322,6 @@ def test_greedy_shares_out_in_layers_and_halved_is_the_mean() -> None:
         expected = (plans[one.name].sparsity + other) / 2
         assert mean[one.name].sparsity == pytest.approx(expected)
     assert sum(plan.sparsity for plan in mean.values()) / 4 == pytest.approx(0.4)
-
-
-@pytest.mark.parametrize("good_is_first", [True, False])
-def test_of_several_candidates_the_least_loss_is_taken(
-    pyllama: Path, text: Path, tmp_path: Path, good_is_first: bool
-) -> None:
-    model, linears = streamed(pyllama)
-    windows = windows_of(pyllama, text)
-    total = sum(n * k for n, k in (one.shape for one in linears))
-    down = sum(
-        one.shape[0] * one.shape[1] for one in linears if "down_proj" in one.name
-    )
-    evenly = {one.name: LinearPlan(0.5, 1.0) for one in linears}
-    # down_proj bears sparsity best: to spare it costs the others dearly.
-    without_down = {
-        one.name: LinearPlan(
-            0.0 if "down_proj" in one.name else 0.5 * total / (total - down), 1.0
-        )
-        for one in linears
-    }
-    recipe = Recipe("two", "norm", "uniform", "sparse", True)
-    both = {
-        name: Planned(recipe.with_plans(plans), plans, 1.0, {}, {}, FIRST)
-        for name, plans in (("good", evenly), ("bad", without_down))
-    }
-    order = ("good", "bad") if good_is_first else ("bad", "good")
-    candidates = {name: both[name] for name in order}
-    path = tmp_path / "journal"
-    with Journal(path, {}) as journal:
-        chosen = least_loss(model, linears, candidates, windows, 0, journal)
-        assert chosen is both["good"]
-        # Known losses are not computed again: without linears both would lose nothing.
-        assert least_loss(model, [], candidates, windows, 0, journal) is chosen
-    losses = {name: Journal(path, {}).get(f"loss {name}") for name in order}
-    assert losses == dict.fromkeys(order)  # the file is gone: the run ended well
 
 
 def test_recipes_survive_json(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 """Regressed factors against the closed form, and the ranks that are bought."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from vllm_rsparse.prepare.factors import truncated_svd
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.prepare.recipe import LinearPlan
+from vllm_rsparse.prepare.recipes import RECIPES
 from vllm_rsparse.prepare.regress import directions, dropped_covariance, regressed
 
 N, K, RANK = 48, 80, 3
@@ -76,13 +78,15 @@ def test_a_metric_of_low_rank_leaves_the_rest_zero(
     assert not none.v.any()
 
 
-def test_covariance_of_what_is_dropped() -> None:
+@pytest.mark.parametrize("centred", [True, False])
+def test_covariance_of_what_is_dropped(centred: bool) -> None:
     x, thresholds = torch.randn(50, 7), torch.rand(7)
     d = torch.where(x.abs() > thresholds, 0.0, x)
-    expected = torch.cov(d.T, correction=0).double()
+    expected = torch.cov(d.T, correction=0) if centred else d.T @ d / 50
     torch.testing.assert_close(
-        dropped_covariance(x, thresholds), expected, rtol=1e-5, atol=1e-6
-    )
+        dropped_covariance(x, thresholds, centred), expected.double(),
+        rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("rank", [0, 1, 7])
@@ -97,11 +101,15 @@ def test_factors_that_leave_no_room_are_left_out() -> None:
     assert LinearPlan.with_rank(0.99, 3, (16, 16)) == LinearPlan(1 - 0.99, 1.0)
 
 
-def test_best_buys_factors_for_q_and_k(pyllama: Path, tmp_path: Path) -> None:
+def test_regressed_factors_are_for_q_and_k(pyllama: Path, tmp_path: Path) -> None:
+    # "mixed" would take them only where less is lost, and on so little text it varies.
+    recipe = tmp_path / "recipe.json"
+    by_gradients = replace(RECIPES["best"], name="g", allocation="sensitivity")
+    recipe.write_text(by_gradients.to_json())
     info = prepare(
         PrepareOptions(
             str(pyllama), tmp_path / "out", 0.6, (Path(json.decoder.__file__),),
-            samples=4, tokens=128, device="cpu",
+            samples=4, tokens=128, device="cpu", recipe=str(recipe),
         )
     )  # fmt: skip
     ranks = {name: entry.rank for name, entry in info.linears.items()}

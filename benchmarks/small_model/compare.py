@@ -196,12 +196,15 @@ def compare(
                 result["failed"].append({**asdict(job), "error": error})
                 print(f"{job}: {error}", flush=True)
             else:
-                figures = evaluate(setting.prepared(job))
+                directory = setting.prepared(job)
+                figures = evaluate(directory)
                 took = round(seconds, 2)
+                provenance = PreparedModel.open(directory).artifact.info.provenance
                 result["rows"].append(
                     {
                         **asdict(job),
                         "prepare_seconds": took,
+                        "method": provenance["method"],
                         **figures,
                     }
                 )

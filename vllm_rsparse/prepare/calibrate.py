@@ -73,7 +73,7 @@ def calibrate_linear(
         if metric is None:
             factors = truncated_svd(weight, rank, seed)
         else:
-            covariance = dropped_covariance(x, thresholds)
+            covariance = dropped_covariance(x, thresholds, correction)
             factors = regressed(weight, covariance, metric, rank, seed)
         tensors["u"] = factors.u.to(weight.dtype)
         tensors["v"] = factors.v.to(weight.dtype)

@@ -18,7 +18,7 @@ from vllm_rsparse.artifact import LinearEntry
 from .calibrate import CalibratedLinear, calibrate_linear
 from .linears import Linear
 from .observers import LayerInputs, input_channels
-from .planning import Planned
+from .planned import Planned
 from .propagate import sparse_linears, stage_input, stages
 from .snapshots import Snapshots
 from .streaming import StreamedModel
@@ -118,6 +118,7 @@ def run_sparse(
     planned: Planned,
     hidden: Tensor,
     seed: int,
+    name: str,
 ) -> None:
     """Calibrate on sparse activations, and keep nothing but what leaves the last layer.
 
@@ -127,8 +128,9 @@ def run_sparse(
         planned: what each gets.
         hidden: [samples, tokens, hidden], embedded windows; replaced.
         seed: of the randomised methods.
+        name: what progress is reported as.
     """
-    with tqdm(total=len(linears), desc="trial", unit="linear", leave=False) as progress:
+    with tqdm(total=len(linears), desc=name, unit="linear", leave=False) as progress:
         for index, members in groupby(linears, lambda one: one.layer):
             layer = _Layer(model, planned, seed, progress)
             layer.on_sparse(index, list(members), hidden)

@@ -28,7 +28,6 @@ from .options import DEFAULT_TOKENS, PrepareOptions
 from .output import StagedOutput, check_output, write_text
 from .planning import plan_linears, search_identity
 from .recipes import load_recipe
-from .search_mixture import least_loss
 from .snapshots import Snapshots
 from .streaming import StreamedModel
 from .texts import choose_windows, load_tokenizer, read_texts
@@ -71,11 +70,8 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
     snapshots = Snapshots(beside, identity)
     with staged, journal, snapshots:
         with _hint_when_out_of_memory():
-            candidates = plan_linears(
+            planned = plan_linears(
                 recipe, options, model, linears, text.windows, journal, snapshots
-            )
-            planned = least_loss(
-                model, linears, candidates, text.windows, options.seed, journal
             )
             calibrated = calibrate_layers(
                 model,
@@ -108,8 +104,9 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
                     "score": recipe.score,
                     "allocation": recipe.allocation,
                     "activations": recipe.activations,
-                    "correction": recipe.correction,
+                    "correction": planned.recipe.correction,
                     "factors": recipe.factors,
+                    "trials": planned.trials,
                 },
                 "calibration": text.provenance
                 | {"device": device.type, "dtype": _name(dtype)},

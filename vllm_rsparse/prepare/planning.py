@@ -3,7 +3,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -17,40 +16,20 @@ from .errors import PrepareError
 from .journal import Journal
 from .linears import Linear
 from .options import PrepareOptions
-from .recipe import LinearPlan, uniform
+from .planned import Planned
+from .recipe import uniform
 from .recipes import DEFAULT_RHO, EVOLUTIONARY, Recipe, check_plans
 from .search_evolution import evolutionary
 from .search_factors import Share, add_factors
 from .search_greedy import measure, share_in_layers
 from .search_sensitivity import Sensitivity, sensitivities, share_out
+from .search_trials import choose, halved
 from .snapshots import Snapshots
 from .streaming import StreamedModel
 
 # Leading part of each calibration window that runs dense and is not counted, where the
 # sparse model is calibrated on its own activations: a prompt before decoded tokens.
 DENSE_FRACTION = 0.1
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What calibration needs to know.
-
-    Attributes:
-        recipe: with the plan of every linear.
-        plans: the same plans.
-        rho: share of exact channels where the recipe itself does not fix it.
-        scales: float32 [K] by linear, the score is |x| times it; a linear that is not
-            in it has the norms of its columns.
-        metrics: [N, N] by linear, for regressed factors; others have the SVD.
-        first: leading positions of a window that stay dense; 0 on dense activations.
-    """
-
-    recipe: Recipe
-    plans: dict[str, LinearPlan]
-    rho: float
-    scales: dict[str, Tensor]
-    metrics: dict[str, Tensor]
-    first: int
 
 
 def plan_linears(
@@ -61,13 +40,10 @@ def plan_linears(
     windows: Tensor,
     journal: Journal,
     snapshots: Snapshots,
-) -> dict[str, Planned]:
+) -> Planned:
     """Run whatever search the recipe asks for.
 
     Results are kept in ``journal``, tensors in ``snapshots``.
-
-    Returns:
-        Candidates by name; a single one but for the allocation "mixed".
 
     Raises:
         PrepareError: the recipe does not fit the model or the options.
@@ -100,31 +76,26 @@ def plan_linears(
                 if one.metric is not None
             }
 
-    def planned(plans: dict[str, LinearPlan]) -> Planned:
-        return Planned(recipe.with_plans(plans), plans, rho, scales, metrics, first)
-
+    start = Planned(recipe, {}, rho, scales, metrics, first)
     ways: dict[str, Share] = {}
     if plans is None and recipe.allocation in ("greedy", "mixed"):
         errors = measure(model, linears, windows, first, scales, journal)
         ways["greedy"] = partial(share_in_layers, linears, errors)
     if plans is None and recipe.allocation in ("sensitivity", "mixed"):
         ways["sensitivity"] = partial(share_out, linears, found)
-    if recipe.allocation == "mixed" and ways:
+    if plans is None and recipe.allocation == "mixed":
         ways["half of each"] = partial(halved, ways["greedy"], ways["sensitivity"])
-    if ways and metrics:
-        return {
-            name: planned(
-                add_factors(
-                    model, linears, first, found, share, options.sparsity,
-                    options.seed, snapshots, name.replace(" ", "-"),
-                )
-            )
-            for name, share in ways.items()
-        }  # fmt: skip
-    if ways:
-        return {
-            name: planned(dict(share(options.sparsity))) for name, share in ways.items()
-        }
+        return choose(
+            model, linears, start, ways, found, windows, options.sparsity,
+            options.seed, journal, snapshots,
+        )  # fmt: skip
+    for share in ways.values():
+        plans = dict(share(options.sparsity))
+        if metrics:
+            plans = add_factors(
+                model, linears, first, found, share, options.sparsity, options.seed,
+                snapshots, recipe.correction,
+            )  # fmt: skip
     if plans is None and recipe.allocation in EVOLUTIONARY:
         plans = evolutionary(
             model,
@@ -138,16 +109,7 @@ def plan_linears(
         )
     if plans is None:
         plans = uniform(linears, options.sparsity, rho)
-    return {recipe.allocation: planned(plans)}
-
-
-def halved(one: Share, other: Share, sparsity: float) -> dict[str, LinearPlan]:
-    """Plans without factors that give a linear the mean of what the two give it."""
-    first, second = one(sparsity), other(sparsity)
-    return {
-        name: LinearPlan((first[name].sparsity + second[name].sparsity) / 2, 1.0)
-        for name in first
-    }
+    return start.with_plans(plans)
 
 
 def search_identity(

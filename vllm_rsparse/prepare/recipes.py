@@ -39,12 +39,14 @@ class Recipe:
             loss's gradient with respect to x_j through this linear ("sensitivity").
         allocation: every linear the same ("uniform"), least added error per byte within
             each layer ("greedy"), one threshold on the loss per byte for the whole
-            model ("sensitivity"), what loses least of these two and their mean
-            ("mixed"), the paper's search over rho ("evolutionary") or over sparsity and
-            rho ("evolutionary-joint") of every linear.
+            model ("sensitivity"), what loses least of these two, their mean, and that
+            nearer to even ("mixed"), the paper's search over rho ("evolutionary") or
+            over sparsity and rho ("evolutionary-joint") of every linear.
         activations: calibrate thresholds on what the dense model feeds the linears, or
             on what the sparse model does, from the first layer on ("sparse").
-        correction: add the mean of what is dropped, as a constant per linear.
+        correction: add the mean of what is dropped, as a constant per linear. Where the
+            allocation is "mixed" and has to be found, true tries it and factors too,
+            and takes each only if less is lost.
         linears: plan of every linear by name; None: as ``allocation`` says.
         factors: where a plan has a rank: the truncated SVD of the weight ("svd"), or,
             for q and k, what best stands in for the dropped part ("regressed").
@@ -108,7 +110,7 @@ RECIPES = {
         Recipe("uniform", "norm", "uniform", "dense", False),
         Recipe("teal", "magnitude", "uniform", "dense", False),
         Recipe("wina", "norm", "uniform", "dense", False),
-        Recipe("greedy", "norm", "greedy", "sparse", True),
+        Recipe("greedy", "norm", "greedy", "sparse", False),
         Recipe("best", "sensitivity", "mixed", "sparse", True, None, "regressed"),
         Recipe("evolutionary", "norm", "evolutionary", "dense", False),
         Recipe("evolutionary-joint", "norm", "evolutionary-joint", "sparse", True),

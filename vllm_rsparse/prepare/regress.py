@@ -8,7 +8,8 @@ that output. Over all U V of rank r, E[e^T B e] is least for the projection
     U V = Q Q^T B W,    Q^T B Q = 1,    S B Q = Q diag(l),    S = W E[d d^T] W^T
 
 on the r eigenvectors with the largest eigenvalues l, and each eigenvalue is the cost
-that its direction takes away. d is less its mean, which the constant correction has.
+that its direction takes away. d is less its mean where the constant
+correction has that.
 """
 
 import torch
@@ -23,8 +24,14 @@ ITERATIONS = 12
 WIDEST = 1 / 8
 
 
-def dropped_covariance(x: Tensor, thresholds: Tensor) -> Tensor:
-    """Covariance, float64 [K, K], of what thresholds drop of inputs x [tokens, K]."""
+def dropped_covariance(x: Tensor, thresholds: Tensor, centred: bool) -> Tensor:
+    """E[d d^T], float64 [K, K], of what thresholds drop of inputs x [tokens, K].
+
+    Args:
+        x: inputs.
+        thresholds: float32 [K].
+        centred: d less its mean.
+    """
     k = x.shape[1]
     total = torch.zeros(k, dtype=torch.float64, device=x.device)
     outer = torch.zeros(k, k, dtype=torch.float64, device=x.device)
@@ -33,6 +40,8 @@ def dropped_covariance(x: Tensor, thresholds: Tensor) -> Tensor:
         dropped = dropped.masked_fill(dropped.abs() > thresholds, 0)
         total += dropped.sum(0, dtype=torch.float64)
         outer += dropped.mT @ dropped
+    if not centred:
+        return outer / len(x)
     mean = total / len(x)
     return outer / len(x) - torch.outer(mean, mean)
 

@@ -40,7 +40,7 @@ def add_factors(
     sparsity: float,
     seed: int,
     snapshots: Snapshots,
-    key: str,
+    correction: bool,
 ) -> dict[str, LinearPlan]:
     """Plans with factors where they pay, at the same sparsity.
 
@@ -54,13 +54,13 @@ def add_factors(
         seed: of the subspace iteration.
         snapshots: where ``sensitivities`` kept what enters each layer; the ranks of a
             layer are kept too.
-        key: what these plans are called there.
+        correction: whether a constant makes up for the mean of what is dropped.
     """
     plans = share(sparsity)
     ranks: dict[str, int] = {}
     layers = [(i, list(group)) for i, group in groupby(linears, lambda one: one.layer)]
     for position, (index, members) in enumerate(tqdm(layers, "factors", unit="layer")):
-        kept = f"ranks.{key}.{position}"
+        kept = f"ranks.{position}"
         if kept not in snapshots:
             hidden = snapshots.get(f"entering.{position}")[0]["hidden"]
             with model.layer(index) as layer:
@@ -69,7 +69,7 @@ def add_factors(
                     {},
                     _layer_ranks(
                         model, members, layer, hidden.to(model.device), first, found,
-                        plans, seed,
+                        plans, seed, correction,
                     ),
                 )  # fmt: skip
         ranks |= snapshots.get(kept)[1]
@@ -93,6 +93,7 @@ def _layer_ranks(
     found: Mapping[str, Sensitivity],
     plans: Mapping[str, LinearPlan],
     seed: int,
+    correction: bool,
 ) -> dict[str, int]:
     ranks = {}
     for stage in stages(members):
@@ -104,13 +105,20 @@ def _layer_ranks(
             weight = model.checkpoint.read([linear.weight])[linear.weight]
             keep = plans[linear.name].keep
             ranks[linear.name] = _rank(
-                weight.to(x.device), x, found[linear.name], keep, seed
+                weight.to(x.device), x, found[linear.name], keep, seed, correction
             )
     return ranks
 
 
 @torch.no_grad()
-def _rank(weight: Tensor, x: Tensor, found: Sensitivity, keep: float, seed: int) -> int:
+def _rank(
+    weight: Tensor,
+    x: Tensor,
+    found: Sensitivity,
+    keep: float,
+    seed: int,
+    correction: bool,
+) -> int:
     if found.metric is None:
         return 0
     n, k = weight.shape
@@ -119,7 +127,7 @@ def _rank(weight: Tensor, x: Tensor, found: Sensitivity, keep: float, seed: int)
     if score <= 0:  # nothing is dropped
         return 0
     thresholds = channel_thresholds(score, scale)
-    covariance = dropped_covariance(x, thresholds)
+    covariance = dropped_covariance(x, thresholds, correction)
     values, _ = directions(weight, covariance, metric, seed)
     # Eigenvalues are of mean squares, scores of another mean: bring them to one scale.
     w = weight.double()
