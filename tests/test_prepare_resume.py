@@ -52,16 +52,17 @@ def numbered(name: str, *positions: int) -> list[str]:
     return [f"{name}.{position}" for position in positions]
 
 
-WAYS = ("greedy", "sensitivity", "half of each")
+TRIED = [
+    *("greedy", "greedy, corrected", "sensitivity", "sensitivity, corrected"),
+    *("half of each", "half of each, corrected", "half evenly", "without factors"),
+]
 FOUND = [
     *numbered("entering", 0, 1, 2, 3, 4),
     *numbered("sensitivity", 3, 2, 1, 0),
-    *numbered("measured", 0, 1, 2, 3),  # in the journal, as the losses are
-    *(f"measured.loss {way}" for way in WAYS),
-    "measured.loss half evenly",
-    "measured.loss corrected",
-    *numbered("ranks", 0, 1, 2, 3),
-    "measured.loss with factors",
+    *numbered("measured", 0, 1, 2, 3),  # in the journal, as the divergences are
+    *numbered("ranks.plain", 0, 1, 2, 3),
+    *numbered("ranks.corrected", 0, 1, 2, 3),
+    *(f"measured.divergence {way}" for way in TRIED),
     *numbered("calibrated", 0, 1, 2, 3),
 ]
 
@@ -73,9 +74,9 @@ FOUND = [
         # The gradient that leaves layer 2 was not kept any more.
         ("best", "sensitivity.2", 0, ["sensitivity.2"]),
         ("best", "measured.1", 0, []),
-        ("best", "ranks.1", 0, []),
-        ("best", "measured.loss sensitivity", 0, []),
-        ("best", "measured.loss corrected", 0, []),
+        ("best", "ranks.plain.1", 0, []),
+        ("best", "measured.divergence sensitivity", 0, []),
+        ("best", "measured.divergence half evenly", 0, []),
         ("best", "calibrated.2", 0, ["calibrated.2"]),
         # No state was due since the gradient by what leaves the last layer, or the
         # hidden states that enter the first.

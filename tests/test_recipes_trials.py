@@ -2,8 +2,9 @@
 """What ``best`` finds out by trying it on the calibration text."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,86 +19,106 @@ from vllm_rsparse.prepare.linears import Linear, find_linears
 from vllm_rsparse.prepare.planned import Planned
 from vllm_rsparse.prepare.recipe import LinearPlan, uniform
 from vllm_rsparse.prepare.recipes import RECIPES, Recipe
-from vllm_rsparse.prepare.search_trials import TRIED_WINDOWS, choose
+from vllm_rsparse.prepare.search_trials import TRIED_TOKENS, choose
 from vllm_rsparse.prepare.snapshots import Snapshots
 from vllm_rsparse.prepare.streaming import StreamedModel
 from vllm_rsparse.prepare.texts import choose_windows, load_tokenizer, read_texts
 
-SPARSITY, FIRST = 0.5, 8
-TRIALS = ("a", "b", "half evenly", "corrected", "with factors")
+SPARSITY, FIRST, INF = 0.5, 8, float("inf")
+TRIED = ("a", "a, corrected", "b", "b, corrected", "half evenly", "without factors")
+RANK, N, K = 3, 64, 128
 
 
-def shares(linears: list[Linear], low: float) -> Mapping[str, LinearPlan]:
-    """``low`` for the first half of the linears, as much more for the others."""
+def shares(
+    linears: list[Linear], low: float, sparsity: float
+) -> Mapping[str, LinearPlan]:
+    """At ``SPARSITY``, ``low`` for the first half and more for the others."""
     half = len(linears) // 2
+    first = low + sparsity - SPARSITY
     return {
-        one.name: LinearPlan(low if i < half else 2 * SPARSITY - low, 1.0)
+        one.name: LinearPlan(first if i < half else 2 * sparsity - first, 1.0)
         for i, one in enumerate(linears)
     }
 
 
 @pytest.mark.parametrize(
-    ("losses", "share", "corrected", "factors"),
+    ("divergences", "share", "corrected", "factors"),
     [
-        ([3.0, 2.0, 2.1, 2.2, 2.3], 0.3, False, False),
-        ([2.0, 3.0, 2.1, 2.2, 2.3], 0.1, False, False),
-        ([3.0, 2.0, 1.9, 2.0, 2.0], 0.4, False, False),
-        ([3.0, 2.0, 1.9, 1.8, 1.9], 0.4, True, False),
-        ([3.0, 2.0, 2.1, 1.8, 1.7], 0.3, True, True),
+        ([3.0, 4.0, 2.0, 4.0, 2.1, 2.2], 0.3, False, True),
+        ([2.0, 4.0, 3.0, 4.0, 2.1, 2.2], 0.1, False, True),
+        ([3.0, 2.0, 3.0, 4.0, 2.1, 2.2], 0.1, True, True),
+        ([3.0, 4.0, 3.0, 2.0, 1.9, 2.2], 0.4, True, True),
+        ([3.0, 4.0, 3.0, 2.0, 1.9, 1.8], 0.4, True, False),
+        ([3.0, 4.0, 3.0, 2.0, 2.1, 1.8], 0.3, True, False),
         # Less than the one before it is not enough.
-        ([3.0, 2.0, 1.7, 1.9, 1.8], 0.4, False, False),
-        ([3.0, 2.0, 1.9, float("inf"), 1.8], 0.4, False, True),
-        # Equal losses: what was tried first, and nothing that costs bytes or a sum.
-        ([2.0, 2.0, 2.0, 2.0, 2.0], 0.1, False, False),
+        ([3.0, 1.0, 3.0, 2.0, 1.9, 1.8], 0.1, True, True),
+        ([3.0, INF, 3.0, 2.0, INF, 1.8], 0.3, True, False),
+        ([INF] * 6, 0.1, False, True),
+        # Equal ones: what was tried first.
+        ([2.0] * 6, 0.1, False, True),
     ],
 )
-def test_a_candidate_is_kept_if_it_loses_least(
+def test_the_candidate_nearest_to_the_dense_model_is_taken(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    losses: list[float],
+    divergences: list[float],
     share: float,
     corrected: bool,
     factors: bool,
 ) -> None:
-    linears = [Linear(f"l{i}", i, "mlp.up_proj", (8, 16)) for i in range(4)]
+    linears = [Linear(f"l{i}", i, "self_attn.q_proj", (N, K)) for i in range(4)]
     ways = {
-        "a": lambda sparsity: shares(linears, 0.1),
-        "b": lambda sparsity: shares(linears, 0.3),
+        "a": partial(shares, linears, 0.1),
+        "b": partial(shares, linears, 0.3),
     }
     # "half evenly" of 0.3 and 0.5 is 0.4.
-    left = iter(losses)
-    seen: list[tuple[str, int]] = []
+    left = iter(divergences)
+    seen: list[tuple[str, int, bool]] = []
 
     def run_sparse(*args: Any) -> None:
-        seen.append((args[-1], len(args[3])))
+        seen.append((args[-1], len(args[3]), args[2].recipe.correction))
 
     monkeypatch.setattr(search_trials, "run_sparse", run_sparse)
-    monkeypatch.setattr(search_trials, "text_losses", lambda *args: [next(left)])
+    monkeypatch.setattr(search_trials, "divergence", lambda *args: next(left))
     asked: list[bool] = []
 
-    def add_factors(*args: Any) -> dict[str, LinearPlan]:
+    def find_ranks(*args: Any) -> dict[str, int]:
         asked.append(args[-1])
-        return {n: replace(p, rho=0.9) for n, p in args[4](args[5]).items()}
+        return {"l0": RANK}
 
-    monkeypatch.setattr(search_trials, "add_factors", add_factors)
+    monkeypatch.setattr(search_trials, "find_ranks", find_ranks)
 
     class Model:
         def embed(self, windows: Tensor) -> Tensor:
             return windows
 
+        @contextmanager
+        def layer(self, index: int) -> Iterator[None]:
+            yield
+
+        def run_layer(self, index: int, hidden: Tensor) -> None:
+            pass
+
     start = Planned(RECIPES["best"], {}, 1.0, {}, {"l0": torch.eye(8)}, FIRST)
+    windows = torch.zeros(20, TRIED_TOKENS // 3)
     with Journal(tmp_path / "journal", {}) as journal:
         best = choose(
-            Model(), linears, start, ways, {}, torch.zeros(20, 4), SPARSITY, 0,  # type: ignore[arg-type]
+            Model(), linears, start, ways, {}, windows, SPARSITY, 0,  # type: ignore[arg-type]
             journal, Snapshots(tmp_path / "search", {}),
         )  # fmt: skip
-    assert seen == [(name, TRIED_WINDOWS) for name in TRIALS]
-    assert best.trials == dict(zip(TRIALS, losses, strict=True))
-    assert best.plans["l0"].sparsity == pytest.approx(share)
-    assert best.plans["l0"].rho == (0.9 if factors else 1.0)
-    assert best.recipe.correction is corrected
+    assert asked == [False, True]  # the factors' covariance depends on it
+    assert [(name, tried) for name, tried, _ in seen] == [(name, 4) for name in TRIED]
+    assert [correction for _, _, correction in seen[:4]] == [False, True] * 2
+    assert seen[5][2] == best.recipe.correction == corrected
+    assert best.trials == dict(zip(TRIED, divergences, strict=True))
+    # The channels of all four linears pay for the factors of one.
+    paid = RANK * (N + K) / (N * K) if factors else 0.0
+    assert best.plans["l0"].rank((N, K)) == (RANK if factors else 0)
+    assert best.plans["l0"].keep == pytest.approx(1 - share - paid / 4)
+    mean = sum(plan.sparsity for plan in best.plans.values()) / 4
+    # `with_rank` books half a rank more.
+    assert mean == pytest.approx(SPARSITY, abs=0.6 * paid / RANK / 4 + 1e-9)
     assert best.recipe.linears == best.plans
-    assert asked == [corrected]  # the factors' covariance depends on it
 
 
 def test_on_the_reference_model(pyllama: Path, tmp_path: Path) -> None:
@@ -132,7 +153,7 @@ def test_on_the_reference_model(pyllama: Path, tmp_path: Path) -> None:
     with Journal(path, {}) as journal:
         best = chosen(linears, journal)
         assert best.plans == dict(uniform(linears, SPARSITY, 1.0))
-        assert best.trials["bad"] > best.trials["good"] > 1
+        assert best.trials["bad"] > best.trials["good"] > 0
         # Known losses are not computed again.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(search_trials, "run_sparse", None)

@@ -22,7 +22,8 @@ class Planned:
             in it has the norms of its columns.
         metrics: [N, N] by linear, for regressed factors; others have the SVD.
         first: leading positions of a window that stay dense; 0 on dense activations.
-        trials: loss of each candidate (nats) where some were tried, in that order.
+        trials: KL(dense || sparse), nats, of each candidate where some were tried, in
+            that order.
     """
 
     recipe: Recipe

@@ -20,7 +20,7 @@ from .planned import Planned
 from .recipe import uniform
 from .recipes import DEFAULT_RHO, EVOLUTIONARY, Recipe, check_plans
 from .search_evolution import evolutionary
-from .search_factors import Share, add_factors
+from .search_factors import Share, find_ranks, with_factors
 from .search_greedy import measure, share_in_layers
 from .search_sensitivity import Sensitivity, sensitivities, share_out
 from .search_trials import choose, halved
@@ -92,10 +92,11 @@ def plan_linears(
     for share in ways.values():
         plans = dict(share(options.sparsity))
         if metrics:
-            plans = add_factors(
-                model, linears, first, found, share, options.sparsity, options.seed,
-                snapshots, recipe.correction,
+            ranks = find_ranks(
+                model, linears, first, found, plans, options.seed, snapshots,
+                recipe.correction,
             )  # fmt: skip
+            plans = with_factors(linears, ranks, share, options.sparsity)
     if plans is None and recipe.allocation in EVOLUTIONARY:
         plans = evolutionary(
             model,

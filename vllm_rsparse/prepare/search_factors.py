@@ -31,36 +31,34 @@ from .thresholds import channel_thresholds, score_threshold
 Share = Callable[[float], Mapping[str, LinearPlan]]
 
 
-def add_factors(
+def find_ranks(
     model: StreamedModel,
     linears: Sequence[Linear],
     first: int,
     found: Mapping[str, Sensitivity],
-    share: Share,
-    sparsity: float,
+    plans: Mapping[str, LinearPlan],
     seed: int,
     snapshots: Snapshots,
     correction: bool,
-) -> dict[str, LinearPlan]:
-    """Plans with factors where they pay, at the same sparsity.
+) -> dict[str, int]:
+    """Rank of the factors that each linear's dropped part is worth; 0 for most.
 
     Args:
         model: the streamed base model.
         linears: all linears that take part, layer by layer.
         first: leading positions of each window that stay dense and do not count.
         found: what ``sensitivities`` found.
-        share: sparsity -> plans without factors.
-        sparsity: of the model, factors counted.
+        plans: without factors; they say what is dropped.
         seed: of the subspace iteration.
         snapshots: where ``sensitivities`` kept what enters each layer; the ranks of a
             layer are kept too.
         correction: whether a constant makes up for the mean of what is dropped.
     """
-    plans = share(sparsity)
     ranks: dict[str, int] = {}
+    way = "corrected" if correction else "plain"
     layers = [(i, list(group)) for i, group in groupby(linears, lambda one: one.layer)]
     for position, (index, members) in enumerate(tqdm(layers, "factors", unit="layer")):
-        kept = f"ranks.{position}"
+        kept = f"ranks.{way}.{position}"
         if kept not in snapshots:
             hidden = snapshots.get(f"entering.{position}")[0]["hidden"]
             with model.layer(index) as layer:
@@ -73,6 +71,20 @@ def add_factors(
                     ),
                 )  # fmt: skip
         ranks |= snapshots.get(kept)[1]
+    return ranks
+
+
+def with_factors(
+    linears: Sequence[Linear], ranks: Mapping[str, int], share: Share, sparsity: float
+) -> dict[str, LinearPlan]:
+    """Plans of the same sparsity, with factors paid for by keeping fewer channels.
+
+    Args:
+        linears: all linears that take part.
+        ranks: from ``find_ranks``; linears that are not in it have none.
+        share: sparsity -> plans without factors.
+        sparsity: of the model, factors counted.
+    """
     dense = sum(one.shape[0] * one.shape[1] for one in linears)
     factors = sum(ranks.get(one.name, 0) * sum(one.shape) for one in linears)
     shares = share(min(sparsity + factors / dense, 1.0))
