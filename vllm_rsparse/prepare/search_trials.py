@@ -4,23 +4,23 @@
 What gradients say about sharing out ("sensitivity") holds for small errors only, so it
 starves the first layers of a deep model; measured errors ("greedy") are of one linear
 at a time; at high sparsity neither holds, and shares closer to even ones lose less. The
-constant correction is the best for a linear's own output, and yet: it restores what
-all tokens have in common but not what tells them apart, and the norms after it shrink
-the latter. Perplexity over dense on text kept apart, without factors, loss-gradient
-score:
+constant correction is the best for a linear's own output, and harms deep models all
+the same (docs/recipes.md has what it does by kind). Nor do factors always pay. KL
+divergence in nats on the text of the trials, with factors but in the last row:
 
-                                         7.9 M, 4 layers       47 M, 16 layers
-                                         50%      70%          50%      70%
-    gradients                            1.350    4.246        1.047    1.512
-    measured errors                      1.362    4.384        -        1.423
-    half of each                         1.344    4.078        -        1.396
-    half of that, half even              1.373    -            -        1.319
-    the same, corrected                  1.371    -            1.062    1.692
-    half of each, corrected              1.331    3.786        -        1.909
+    parameters, layers             7.9 M, 4         117 M, 10        47 M, 16
+                                   50%     70%      50%     70%      70%
+    sensitivity                    0.275   1.330    0.038   0.488    0.472
+      corrected                    0.265   1.220    0.045   0.806    0.845
+    greedy                         0.290   1.550    0.030   0.226    0.454
+      corrected                    0.274   1.343    0.032   0.336    0.766
+    half of each                   0.276   1.407    0.033   0.300    0.410
+      corrected                    0.270   1.247    0.037   0.482    0.738
+    the best so far, half evenly   0.306   1.385    0.030   0.198    0.322
+    the best so far, no factors    0.293   1.390    0.031   0.213    0.297
 
-So each is calibrated as the artifact will be, on ``TRIED_TOKENS`` tokens, and kept if
-it stays nearer to the dense model's predictions: first the way to share out, then half
-of it even, then the correction, the factors, or both.
+So each is calibrated as the artifact will be, on ``TRIED_TOKENS`` tokens, and the one
+is taken that stays nearest to the dense model's predictions.
 """
 
 import logging
