@@ -77,7 +77,7 @@ def choose(
         linears: all linears that take part, layer by layer.
         start: the recipe, whose correction is tried if it is true; its plans are not
             used.
-        ways: to share out the sparsity, by name.
+        ways: to share out the sparsity, by name; one at least.
         found: what ``sensitivities`` found; it left what enters each layer in
             ``snapshots``.
         windows: int64 [samples, tokens].
@@ -91,9 +91,8 @@ def choose(
     options = [start.with_correction(False)]
     if start.recipe.correction:
         options.append(start.with_correction(True))
-    # Ranks hardly depend on how the sparsity is shared out: they are of the last way.
-    for share in ways.values():
-        plans = share(sparsity)
+    # Ranks hardly depend on how the sparsity is shared out: the last way's serve all.
+    plans = list(ways.values())[-1](sparsity)
     ranks: dict[bool, dict[str, int]] = {False: {}, True: {}}
     if start.metrics:
         for option in options:
