@@ -2,8 +2,7 @@
 """What ``best`` finds out by trying it on the calibration text."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from vllm_rsparse.prepare.linears import Linear, find_linears
 from vllm_rsparse.prepare.planned import Planned
 from vllm_rsparse.prepare.recipe import LinearPlan, uniform
 from vllm_rsparse.prepare.recipes import RECIPES, Recipe
+from vllm_rsparse.prepare.search_sensitivity import sensitivities
 from vllm_rsparse.prepare.search_trials import TRIED_TOKENS, choose
 from vllm_rsparse.prepare.snapshots import Snapshots
 from vllm_rsparse.prepare.streaming import StreamedModel
@@ -89,22 +89,19 @@ def test_the_candidate_nearest_to_the_dense_model_is_taken(
     monkeypatch.setattr(search_trials, "find_ranks", find_ranks)
 
     class Model:
+        device = torch.device("cpu")
+
         def embed(self, windows: Tensor) -> Tensor:
             return windows
 
-        @contextmanager
-        def layer(self, index: int) -> Iterator[None]:
-            yield
-
-        def run_layer(self, index: int, hidden: Tensor) -> None:
-            pass
-
     start = Planned(RECIPES["best"], {}, 1.0, {}, {"l0": torch.eye(8)}, FIRST)
     windows = torch.zeros(20, TRIED_TOKENS // 3)
+    snapshots = Snapshots(tmp_path / "search", {})
+    snapshots.put("entering.4", {"hidden": windows})
     with Journal(tmp_path / "journal", {}) as journal:
         best = choose(
             Model(), linears, start, ways, {}, windows, SPARSITY, 0,  # type: ignore[arg-type]
-            journal, Snapshots(tmp_path / "search", {}),
+            journal, snapshots,
         )  # fmt: skip
     assert asked == [False, True]  # the factors' covariance depends on it
     assert [(name, tried) for name, tried, _ in seen] == [(name, 4) for name in TRIED]
@@ -140,13 +137,14 @@ def test_on_the_reference_model(pyllama: Path, tmp_path: Path) -> None:
         "bad": lambda sparsity: without_down,
         "good": lambda sparsity: uniform(linears, sparsity, 1.0),
     }
+    snapshots = Snapshots(tmp_path / "search", {})
+    sensitivities(model, linears, windows, FIRST, 0, snapshots)
     recipe = Recipe("two", "norm", "uniform", "sparse", True)
     start = Planned(recipe, {}, 1.0, {}, {}, FIRST)
 
     def chosen(members: list[Linear], journal: Journal) -> Planned:
         return choose(
-            model, members, start, ways, {}, windows, SPARSITY, 0, journal,
-            Snapshots(tmp_path / "search", {}),
+            model, members, start, ways, {}, windows, SPARSITY, 0, journal, snapshots
         )  # fmt: skip
 
     path = tmp_path / "journal"

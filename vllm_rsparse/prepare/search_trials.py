@@ -78,8 +78,8 @@ def choose(
         start: the recipe, whose correction is tried if it is true; its plans are not
             used.
         ways: to share out the sparsity, by name; one at least.
-        found: what ``sensitivities`` found; it left what enters each layer in
-            ``snapshots``.
+        found: what ``sensitivities`` found; it left what enters each layer, and what
+            leaves the last one, in ``snapshots``.
         windows: int64 [samples, tokens].
         sparsity: of the model, factors counted.
         seed: of the randomised methods.
@@ -87,7 +87,9 @@ def choose(
         snapshots: keep the ranks.
     """
     tried = math.ceil(TRIED_TOKENS / windows.shape[1])
-    trials = _Trials(model, linears, windows[:tried], seed, journal)
+    layers = len({one.layer for one in linears})
+    dense = snapshots.get(f"entering.{layers}")[0]["hidden"][:tried]
+    trials = _Trials(model, linears, windows[:tried], dense, seed, journal)
     options = [start.with_correction(False)]
     if start.recipe.correction:
         options.append(start.with_correction(True))
@@ -134,28 +136,36 @@ class _Trials:
         model: StreamedModel,
         linears: Sequence[Linear],
         windows: Tensor,
+        dense: Tensor,
         seed: int,
         journal: Journal,
     ) -> None:
         self._model = model
         self._linears = linears
         self._windows = windows
+        self._dense = dense.to(model.device)
         self._seed = seed
         self._journal = journal
-        self._leaving: Tensor | None = None
-        self._best: list[tuple[Planned, Share]] = []
+        self._candidates: dict[str, tuple[Planned, Share]] = {}
         self.divergences: dict[str, float] = {}
 
     def add(self, name: str, planned: Planned, share: Share) -> None:
-        """Try a candidate; it is the best one if it has less than all before it."""
-        least = min(self.divergences.values(), default=math.inf)
-        if self._try(name, planned) < least or not self._best:
-            self._best = [(planned, share)]
+        """Try a candidate."""
+        key = f"divergence {name}"
+        known = self._journal.get(key)
+        if known is None:
+            hidden = self._model.embed(self._windows)
+            run_sparse(self._model, self._linears, planned, hidden, self._seed, name)
+            known = divergence(self._model, hidden, self._dense, planned.first)
+            self._journal.note({key: known})
+        self.divergences[name] = known
+        self._candidates[name] = planned, share
 
     @property
     def best(self) -> tuple[Planned, Share]:
-        """The candidate with the least, and how it shares out."""
-        return self._best[0]
+        """The candidate with the least, the first of equal ones; how it shares out."""
+        name = min(self.divergences, key=lambda name: self.divergences[name])
+        return self._candidates[name]
 
     def report(self) -> None:
         """Log what was found."""
@@ -165,22 +175,3 @@ class _Trials:
             len(self._windows),
             ", ".join(f"{name} {kl:.4f}" for name, kl in self.divergences.items()),
         )
-
-    def _try(self, name: str, planned: Planned) -> float:
-        key = f"divergence {name}"
-        known = self._journal.get(key)
-        if known is None:
-            hidden = self._model.embed(self._windows)
-            run_sparse(self._model, self._linears, planned, hidden, self._seed, name)
-            known = divergence(self._model, hidden, self._dense(), planned.first)
-            self._journal.note({key: known})
-        self.divergences[name] = known
-        return known
-
-    def _dense(self) -> Tensor:
-        if self._leaving is None:
-            self._leaving = self._model.embed(self._windows)
-            for index in dict.fromkeys(one.layer for one in self._linears):
-                with self._model.layer(index):
-                    self._model.run_layer(index, self._leaving)
-        return self._leaving
