@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the metrics cost on a CPU: time spent counting, as a share of the linears' time.
+"""What the metrics cost: time spent counting, as a share of the linears' time.
 
-    python benchmarks/metrics_cost.py --shape llama-1b
+    python benchmarks/metrics_cost.py --shape llama-1b                     (CPU)
+    python benchmarks/metrics_cost.py --shape llama-3-8b --device cuda
 
 The linears of a whole model are called as a decode step calls them, with random weights
-and half of the channels kept, while a clock runs around every call of the observer. A
-real step does more than its linears, so the share printed is an upper bound. Means, not
-medians: the sampled steps are few and the dear ones.
+and half of the channels kept. A real step does more than its linears, so the share
+printed is an upper bound. On a CPU a clock runs around every call of the observer:
+means, not medians, as the sampled steps are few and the dear ones. On a GPU the calls
+are captured twice, counted and not, and the graphs replayed in turn: medians, and the
+spread of the difference. The counts must be right at the end.
 """
 
 import argparse
-import tempfile
+import statistics
 import time
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_rsparse import ops
+from vllm_rsparse.metrics import layout
 from vllm_rsparse.metrics.counters import Counters, Settings
+from vllm_rsparse.metrics.directory import CountsDirectory
 from vllm_rsparse.ops import resolve_backend
 
 # Name -> layers, and (N of each shard, K) of the fused linears of a layer.
@@ -34,6 +40,15 @@ SHAPES = {
             ([2048], 2048),
             ([8192, 8192], 2048),
             ([2048], 8192),
+        ],
+    ),
+    "llama-3-8b": (
+        32,
+        [
+            ([4096, 1024, 1024], 4096),
+            ([4096], 4096),
+            ([14336, 14336], 4096),
+            ([4096], 14336),
         ],
     ),
 }
@@ -53,44 +68,104 @@ class Clock:
         self.seconds += time.perf_counter() - start
 
 
+def make_calls(shape: str, device: str, counters: Counters) -> list[tuple[Any, ...]]:
+    """Arguments of the op for every linear of the model, each layer registered."""
+    layers, linears = SHAPES[shape]
+    calls: list[tuple[Any, ...]] = []
+    for _ in range(layers):
+        for names, (sizes, k) in zip(KINDS, linears, strict=True):
+            n = sum(sizes)
+            empty = partial(torch.empty, dtype=torch.bfloat16, device=device)
+            weight = torch.randn(k, n, dtype=torch.bfloat16, device=device).t()
+            thresholds = torch.full((len(sizes), k), 0.674, device=device)
+            ranks = [0] * len(sizes)
+            counters.register(names, thresholds, sizes, ranks, 2)
+            x = torch.randn(1, k, dtype=torch.bfloat16, device=device)
+            factors = (empty(n, 0), empty(0, k))
+            calls.append((x, weight, thresholds, *factors, None, None, sizes, ranks))
+    return calls
+
+
+def measure_cpu(
+    calls: list[tuple[Any, ...]], counters: Counters, args: argparse.Namespace
+) -> tuple[str, int]:
+    """The result in words, and the steps that must have been counted."""
+    backend = int(resolve_backend("auto", "cpu"))
+    clock = Clock(counters)
+    ops.set_observer(clock)
+    for warm_up in (True, False):
+        clock.seconds = 0.0
+        start = time.perf_counter()
+        for _ in range(args.interval if warm_up else args.steps):
+            for call in calls:
+                ops.linear(*call, 1, backend)
+        total = time.perf_counter() - start
+    step_us, counting_us = (1e6 * t / args.steps for t in (total, clock.seconds))
+    text = (
+        f"{torch.get_num_threads()} threads, {args.steps} steps, every"
+        f" {args.interval}th sampled: {step_us:.0f} us each, {counting_us:.1f} us of it"
+        f" counting = {100 * counting_us / step_us:.3f}%"
+    )
+    return text, args.interval + args.steps
+
+
+def measure_cuda(
+    calls: list[tuple[Any, ...]], counters: Counters, args: argparse.Namespace
+) -> tuple[str, int]:
+    """The result in words, and the steps that must have been counted."""
+    backend = int(resolve_backend("triton", "cuda"))
+
+    def step() -> None:
+        for call in calls:
+            ops.linear(*call, 1, backend)
+
+    graphs = []
+    for observer in (counters.observe, None):
+        ops.set_observer(observer)
+        step()  # compile, map
+        torch.cuda.synchronize()
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            step()
+    rounds, replays = 21, max(1, args.steps // 21)
+    times: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for graph, found in zip(graphs, times, strict=True):
+            graph.replay()  # the same state before each timing
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            for _ in range(replays):
+                graph.replay()
+            last.record()
+            torch.cuda.synchronize()
+            found.append(1e3 * first.elapsed_time(last) / replays)
+    differences = sorted(a - b for a, b in zip(*times, strict=True))
+    plain = statistics.median(times[1])
+    extra = statistics.median(differences)
+    text = (
+        f"{torch.cuda.get_device_name()}, {rounds} rounds of {replays} replays:"
+        f" {plain:.1f} us a step, counting adds {extra:.2f} us"
+        f" ({differences[0]:.2f} to {differences[-1]:.2f}) = {100 * extra / plain:.3f}%"
+    )
+    return text, 1 + rounds * (1 + replays)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--interval", type=int, default=250)
     args = parser.parse_args()
-    layers, linears = SHAPES[args.shape]
-    calls = []
-    backend = int(resolve_backend("auto", "cpu"))
-    with tempfile.TemporaryDirectory() as directory:
-        clock = Clock(Counters(Settings(Path(directory), args.interval), rank=0))
-        for _ in range(layers):
-            for names, (sizes, k) in zip(KINDS, linears, strict=True):
-                n = sum(sizes)
-                weight = torch.randn(k, n, dtype=torch.bfloat16).t()
-                thresholds = torch.full((len(sizes), k), 0.674)
-                none = (
-                    torch.empty(n, 0, dtype=torch.bfloat16),
-                    torch.empty(0, k, dtype=torch.bfloat16),
-                )
-                ranks = [0] * len(sizes)
-                clock.counters.register(names, thresholds, sizes, ranks, 2)
-                x = torch.randn(1, k, dtype=torch.bfloat16)
-                calls.append((x, weight, thresholds, *none, None, None, sizes, ranks))
-        ops.set_observer(clock)
-        for warm_up in (True, False):
-            clock.seconds = 0.0
-            start = time.perf_counter()
-            for _ in range(args.interval if warm_up else args.steps):
-                for call in calls:
-                    ops.linear(*call, 1, backend)
-            total = time.perf_counter() - start
-    step_us, counting_us = (1e6 * t / args.steps for t in (total, clock.seconds))
-    print(
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.shape},"
-        f" {args.steps} steps, every {args.interval}th sampled: {step_us:.0f} us each,"
-        f" {counting_us:.1f} us of it counting = {100 * counting_us / step_us:.3f}%"
-    )
+    directory = CountsDirectory()
+    counters = Counters(Settings(directory.path, args.interval), rank=0)
+    calls = make_calls(args.shape, args.device, counters)
+    measure = {"cpu": measure_cpu, "cuda": measure_cuda}[args.device]
+    result, steps = measure(calls, counters, args)
+    ((_, slots),) = layout.read_ranks(directory.path)
+    if slots[layout.step_slot(0, 1)] != steps:
+        raise SystemExit(f"counted {slots[layout.step_slot(0, 1)]} steps of {steps}")
+    print(f"torch {torch.__version__}, {args.shape}, {result}")
 
 
 if __name__ == "__main__":

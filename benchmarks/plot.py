@@ -26,15 +26,11 @@ def read(name: str) -> Any:
 
 
 def draw_batches(axes: plt.Axes) -> None:
-    """Each engine over the dense row measured in its own run, the one of its time."""
-    rows = read("bench_serve_NVIDIA_H200.json")
+    """Each engine over the dense one of the same run."""
+    rows = {row["engine"]: row for row in read("bench_serve_NVIDIA_H200.json")}
+    dense = rows["dense"]
     for engine, label in ENGINES.items():
-        row = next(row for row in rows if row["engine"] == engine)
-        dense = next(
-            other
-            for other in rows
-            if other["engine"] == "dense" and other["time"] == row["time"]
-        )
+        row = rows[engine]
         batches = list(row["decode_ms"])
         ratios = [
             dense["decode_ms"][b]["median"] / row["decode_ms"][b]["median"]

@@ -65,7 +65,7 @@ def make_config(directory, **options):
     config = RSparseConfig("rsparse", backend="reference", **options)
     config.packed_modules_mapping = PACKED
     config.maybe_update_config(str(directory))
-    config._checked = True  # one layer is built, not a model
+    config.worker.checked = True  # one layer is built, not a model
     return config
 
 

@@ -14,6 +14,7 @@ from vllm_rsparse import envs, ops
 from vllm_rsparse.artifact import Artifact
 from vllm_rsparse.metrics import exporter, layout
 from vllm_rsparse.metrics.counters import Counters, Settings, open_counters
+from vllm_rsparse.metrics.directory import CountsDirectory
 from vllm_rsparse.metrics.exporter import Exporter
 from vllm_rsparse.ops import Backend
 
@@ -273,13 +274,15 @@ def test_what_cannot_be_exported_is_said(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_graph_replays_are_counted(tmp_path: Path) -> None:
+def test_cuda_graph_replays_are_counted() -> None:
+    directory = CountsDirectory()  # in shared memory, as served
+    path = directory.path
     model = Model("cuda")
-    count(tmp_path, model)
+    count(path, model)
     x = torch.randn(1, K, device="cuda")
     model.step(x)  # eager: mapped here, masks counted
     torch.cuda.synchronize()
-    eager = scrape(Exporter(tmp_path))
+    eager = scrape(Exporter(path))
     for kind, (seen, kept, read) in model.expected(x).items():
         assert eager["sampled_channels_total", kind] == seen
         assert eager["sampled_channels_kept_total", kind] == kept
@@ -291,12 +294,34 @@ def test_cuda_graph_replays_are_counted(tmp_path: Path) -> None:
         with torch.cuda.graph(graph):
             model.step(inputs)
         graphs.append(graph)
-    assert scrape(Exporter(tmp_path)) == eager  # capturing runs nothing
+    assert scrape(Exporter(path)) == eager  # capturing runs nothing
     for _ in range(5):
         graphs[0].replay()
     graphs[1].replay()
     torch.cuda.synchronize()
-    samples = scrape(Exporter(tmp_path))
+    samples = scrape(Exporter(path))
     assert samples["step_tokens_count", "sparse"] == 1 + 5
     assert samples["step_tokens_sum", "dense"] == 8
     assert samples["sampled_tokens_total",] == 1  # not inside graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_that_cuda_cannot_map_serves_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = Model("cuda"), torch.randn(1, K, device="cuda")
+    expected = model.step(x)
+    real = torch.from_file
+    # What is locked already cannot be locked again, by any kernel.
+    twice: list[torch.Tensor] = []
+
+    def locked_once(*args: Any, **options: Any) -> torch.Tensor:
+        twice.append(real(*args, **options).pin_memory())
+        return twice[-1]
+
+    monkeypatch.setattr(torch, "from_file", locked_once)
+    count(tmp_path, model)
+    assert torch.equal(model.step(x), expected)
+    torch.cuda.synchronize()
+    assert "rank 0 does not count: cuMemHostRegister" in caplog.text

@@ -25,30 +25,16 @@ from vllm_rsparse.agreement import (
     require_agreement,
 )
 from vllm_rsparse.artifact import FORMAT_VERSION, Artifact, ArtifactError
+from vllm_rsparse.config_keys import HOW_TO, check_keys
 from vllm_rsparse.coverage import refuse_gap, refuse_unclaimed
 from vllm_rsparse.locate import locate_artifact
 from vllm_rsparse.metrics import exporter
-from vllm_rsparse.metrics.counters import Counters, Settings, open_counters
-from vllm_rsparse.ops import Backend, resolve_backend, set_observer
+from vllm_rsparse.metrics.counters import Settings
+from vllm_rsparse.ops import Backend, resolve_backend
 from vllm_rsparse.routing import default_max_sparse_tokens
+from vllm_rsparse.worker_state import WorkerState
 
 logger = logging.getLogger(__name__)
-
-_KEYS = (
-    "quant_method",
-    "format_version",
-    "artifact",
-    "artifact_sha256",
-    "sparsity",
-    "max_sparse_tokens",
-    "backend",
-)
-_HOW_TO = (
-    "Serve a directory written by `vllm-rsparse prepare MODEL OUTPUT --sparsity S"
-    " --calibration-data FILE...`, or point a plain checkpoint at an artifact with"
-    ' --hf-overrides \'{"quantization_config": {"quant_method": "rsparse",'
-    ' "artifact": "/absolute/path"}}\''
-)
 
 
 class RSparseConfig(QuantizationConfig):
@@ -87,21 +73,11 @@ class RSparseConfig(QuantizationConfig):
         self.backend: Backend | None = None
         self.max_sparse_tokens = 0
         self.metrics: Settings | None = None
-        self._counters: Counters | None = None
-        self._counting = False
         self._resolved_on: Report | None = None
-        self._artifact: Artifact | None = None
-        self._ranks_agree = False
-        self._claimed: set[str] = set()
-        self._loaded: set[str] = set()
-        self._bytes = [0, 0]
-        self._checked = False
+        self.worker = WorkerState()
 
     def __getstate__(self) -> dict[str, Any]:
-        # What belongs to this process.
-        mine: dict[str, Any] = {"_artifact": None, "_claimed": set(), "_loaded": set()}
-        mine |= {"_counters": None, "_counting": False, "_ranks_agree": False}
-        return {**self.__dict__, **mine}
+        return {**self.__dict__, "worker": WorkerState()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Arrive in another process, perhaps on a node with other versions.
@@ -138,35 +114,11 @@ class RSparseConfig(QuantizationConfig):
         Raises:
             ValueError: unknown key, wrong type or value, unsupported format version.
         """
-        where = "quantization_config"
-        for key in config:
-            if key not in _KEYS:
-                raise ValueError(
-                    f"{where}: unknown key {key!r}; rsparse knows {', '.join(_KEYS)}"
-                )
-        version = config.get("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{where}: format_version is {version!r}, this release reads"
-                f" {FORMAT_VERSION}; prepare the model again, or install the release"
-                " of vllm-rsparse that wrote it"
-            )
-        for key in ("artifact", "artifact_sha256", "backend"):
-            value = config.get(key)
-            if value is not None and (not isinstance(value, str) or not value):
-                raise ValueError(f"{where}: {key} must be a string, got {value!r}")
-        limit = config.get("max_sparse_tokens")
-        if limit is not None and (
-            not isinstance(limit, int) or isinstance(limit, bool) or limit < 0
-        ):
-            raise ValueError(
-                f"{where}: max_sparse_tokens must be an integer >= 0 (0 serves dense),"
-                f" got {limit!r}"
-            )
+        check_keys(config)
         return cls(
             artifact=config.get("artifact"),
             artifact_sha256=config.get("artifact_sha256"),
-            max_sparse_tokens=limit,
+            max_sparse_tokens=config.get("max_sparse_tokens"),
             backend=config.get("backend"),
         )
 
@@ -228,54 +180,19 @@ class RSparseConfig(QuantizationConfig):
         Raises:
             ArtifactError: none was named, it cannot be found, or it is damaged.
         """
-        if self._artifact is None:
+        if self.worker.artifact is None:
             if self.artifact_source is None or self.model_name is None:
                 raise ArtifactError(
                     f"--quantization rsparse: {self.model_name or 'the model'} names no"
-                    f" artifact in its config. {_HOW_TO}"
+                    f" artifact in its config. {HOW_TO}"
                 )
             directory = locate_artifact(
                 self.artifact_source, self.model_name, self.revision
             )
             artifact = Artifact(directory)
             artifact.verify_digest(self.artifact_sha256)
-            self._artifact = artifact
-        return self._artifact
-
-    def open_counters(self) -> Counters | None:
-        """This worker's counters, once they see the op's calls; None: metrics are off.
-
-        Called once every layer exists, like ``check_all_claimed``.
-        """
-        if not self._counting:
-            self._counting = True
-            distributed = torch.distributed.is_initialized()
-            rank = torch.distributed.get_rank() if distributed else 0
-            self._counters = open_counters(self.metrics, rank)
-            observe = None if self._counters is None else self._counters.observe
-            set_observer(observe)
-        return self._counters
-
-    def note_loaded(
-        self, names: list[str], weight_bytes: int, artifact_bytes: int
-    ) -> None:
-        """Log what this worker's layers hold, when the last of them is loaded.
-
-        Args:
-            names: checkpoint names of the layer's shards.
-            weight_bytes: of the layer's weight on this rank.
-            artifact_bytes: of its thresholds, factors and correction.
-        """
-        self._loaded.update(names)
-        self._bytes[0] += weight_bytes
-        self._bytes[1] += artifact_bytes
-        if self._loaded == self._claimed:
-            logger.info(
-                "rsparse: %d linears loaded: %.1f MiB of weights, %.1f MiB of"
-                " thresholds and factors beside them",
-                len(self._loaded),
-                *(size / (1 << 20) for size in self._bytes),
-            )
+            self.worker.artifact = artifact
+        return self.worker.artifact
 
     def _require_agreement(self) -> None:
         """Compare this rank's artifact and routing with those of all others, once.
@@ -283,7 +200,7 @@ class RSparseConfig(QuantizationConfig):
         A rank that cannot open its artifact takes part too: raising alone, it would
         leave the others waiting.
         """
-        if self._ranks_agree:
+        if self.worker.ranks_agree:
             return
         try:
             artifact = self.open_artifact().sha256
@@ -295,7 +212,7 @@ class RSparseConfig(QuantizationConfig):
             max_sparse_tokens=str(self.max_sparse_tokens),
         )
         require_agreement(gather_reports(mine, _world_group()))
-        self._ranks_agree = True
+        self.worker.ranks_agree = True
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
@@ -316,7 +233,7 @@ class RSparseConfig(QuantizationConfig):
         if len(listed) < len(names):
             refuse_gap(artifact, names, listed)
             return UnquantizedLinearMethod()
-        self._claimed.update(names)
+        self.worker.claimed.update(names)
         if self.max_sparse_tokens == 0:
             return UnquantizedLinearMethod()
         from vllm_rsparse.linear import RSparseLinearMethod
@@ -332,13 +249,13 @@ class RSparseConfig(QuantizationConfig):
         Raises:
             ArtifactError: names the linear.
         """
-        if self._checked:
+        if self.worker.checked:
             return
-        self._checked = True
+        self.worker.checked = True
         config = get_current_vllm_config()
         refuse_unclaimed(
             self.open_artifact(),
-            self._claimed,
+            self.worker.claimed,
             model=str(self.model_name),
             layers=config.model_config.hf_text_config.num_hidden_layers,
             staged=config.parallel_config.pipeline_parallel_size > 1,

@@ -128,8 +128,8 @@ class RSparseLinearMethod(LinearMethodBase):
             frozen = None if tensor is None else Parameter(tensor, requires_grad=False)
             layer.register_parameter(f"rsparse_{name}", frozen)
         extra = sum(t.nbytes for t in tensors.values() if t is not None)
-        self.config.note_loaded(self.names, weight.nbytes, extra)
-        counters = self.config.open_counters()
+        self.config.worker.note_loaded(self.names, weight.nbytes, extra)
+        counters = self.config.worker.open_counters(self.config.metrics)
         if counters is not None:
             counters.register(
                 self.names,

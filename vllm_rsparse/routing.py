@@ -4,9 +4,9 @@
 from vllm_rsparse.ops import Backend
 
 # Largest number of tokens for which the sparse route was faster than the dense one at
-# 50% kept: on the H200 two (1.21x in vLLM), not four, whose masks together want 94% of
-# the channels (kernels/README.md); on CPUs two (docs/cpu.md). Both are sizes for which
-# vLLM captures a CUDA graph.
+# 50% kept: on the H200 two (1.17x and 1.21x in two runs of vLLM), not four, whose masks
+# together want 94% of the channels (kernels/README.md); on CPUs two (docs/cpu.md). Both
+# are sizes for which vLLM captures a CUDA graph.
 _DEFAULTS = {
     Backend.CPU: 2,
     Backend.CPU_TORCH: 1,

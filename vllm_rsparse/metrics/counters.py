@@ -9,7 +9,6 @@ The masks are not counted inside a graph: an own launch for every linear costs m
 the 0.5% of a step that metrics may take.
 """
 
-import ctypes
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.metrics import layout
+from vllm_rsparse.metrics.mapped import on_device
 from vllm_rsparse.reference import kept_mask
 
 logger = logging.getLogger(__name__)
-
-_HOST_REGISTER_MAPPED = 2  # cudaHostRegisterMapped
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Counters:
         self._sparse_steps = 0
         self._sampling = False
         self._slots: Tensor | None = None
-        self._add: Callable[[int, int], None]
+        self._add: Callable[[dict[int, int]], None]
 
     def register(
         self,
@@ -128,15 +126,16 @@ class Counters:
                 logger.warning("rsparse: rank %d does not count: %s", self._rank, error)
                 self._linears.clear()
                 return
-        self._add(layout.step_slot(int(dense), tokens), 1)
-        self._add(layout.token_slot(int(dense)), tokens)
+        route = int(dense)
+        counts = {layout.step_slot(route, tokens): 1, layout.token_slot(route): tokens}
         # A sampled step stays sampled until the next one begins.
         self._sampling = (
             not dense and not capturing and self._sparse_steps % self._interval == 0
         )
         self._sparse_steps += not dense
         if self._sampling:
-            self._add(layout.SAMPLED_TOKENS, tokens)
+            counts[layout.SAMPLED_TOKENS] = tokens
+        self._add(counts)
 
     def _count_channels(self, linear: _Linear, x: Tensor, thresholds: Tensor) -> None:
         assert self._slots is not None  # a step was counted before
@@ -155,19 +154,22 @@ class Counters:
         slots = torch.from_file(
             str(path), shared=True, size=header.slots, dtype=torch.int64
         )
-        self._slots = _on_device(slots, device)
+        self._slots = on_device(slots, device)
         if device.type == "cpu":
             # Ten times as fast as adding to an element of a tensor.
             array = slots.numpy()
 
-            def add(slot: int, amount: int) -> None:
-                array[slot] += amount
+            def add(counts: dict[int, int]) -> None:
+                for slot, amount in counts.items():
+                    array[slot] += amount
 
         else:
             view = self._slots
 
-            def add(slot: int, amount: int) -> None:
-                view[slot].add_(amount)
+            def add(counts: dict[int, int]) -> None:
+                # One launch: each would wait for its own read of the host's memory.
+                # Two cost 4.1 us a step on an H200, 0.9% of a 1B model's linears.
+                torch._foreach_add_([view[slot] for slot in counts], [*counts.values()])
 
         self._add = add
         layout.write_header(self._directory, header)
@@ -185,39 +187,3 @@ def open_counters(settings: Settings | None, rank: int) -> Counters | None:
         )
         return None
     return Counters(settings, rank)
-
-
-def _on_device(slots: Tensor, device: torch.device) -> Tensor:
-    """The same memory as the device sees it: page-locked, and mapped for a GPU."""
-    if device.type == "cpu":
-        return slots
-    torch.cuda.check_error(
-        torch.cuda.cudart().cudaHostRegister(
-            slots.data_ptr(), slots.nbytes, _HOST_REGISTER_MAPPED
-        )
-    )
-    return torch.as_tensor(_MappedMemory(slots), device=device)
-
-
-class _MappedMemory:
-    """Page-locked host memory, at the address by which the GPU reaches it.
-
-    Raises:
-        RuntimeError: the GPU cannot reach it.
-    """
-
-    def __init__(self, slots: Tensor) -> None:
-        self.slots = slots  # must outlive the view
-        pointer = ctypes.c_uint64()
-        # torch's binding of the runtime lacks this call; the driver is loaded already.
-        status = ctypes.CDLL("libcuda.so.1").cuMemHostGetDevicePointer_v2(
-            ctypes.byref(pointer), ctypes.c_void_p(slots.data_ptr()), ctypes.c_uint(0)
-        )
-        if status != 0:
-            raise RuntimeError(f"cuMemHostGetDevicePointer failed with error {status}")
-        self.__cuda_array_interface__ = {
-            "shape": tuple(slots.shape),
-            "typestr": "<i8",
-            "data": (pointer.value, False),
-            "version": 3,
-        }

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host memory that a GPU adds to, so that nobody has to copy the counts or to wait."""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_REGISTER_DEVICEMAP = 2  # CU_MEMHOSTREGISTER_DEVICEMAP
+
+
+def on_device(slots: Tensor, device: torch.device) -> Tensor:
+    """The same memory as the device sees it: page-locked, and mapped for a GPU.
+
+    Args:
+        slots: contiguous host memory; for a GPU it stays locked until the process ends.
+        device: where it is to be used; its CUDA context is current.
+
+    Raises:
+        RuntimeError: the GPU cannot map it, which Linux refuses since 6.5 for files on
+            a disk. Nothing else fails for it.
+    """
+    if device.type == "cpu":
+        return slots
+    return torch.as_tensor(_Mapped(slots), device=device)
+
+
+class _Mapped:
+    """Page-locked host memory, at the address by which the GPU reaches it.
+
+    By the driver, not the runtime: an error that the runtime returns is kept, and the
+    next kernel of PyTorch's raises it again. Seen on an H200 (torch 2.11, a file on a
+    disk): the step failed that was only to be counted.
+    """
+
+    def __init__(self, slots: Tensor) -> None:
+        self.slots = slots  # must outlive the view
+        driver = ctypes.CDLL("libcuda.so.1")
+        host, pointer = ctypes.c_void_p(slots.data_ptr()), ctypes.c_uint64()
+        _check(
+            driver,
+            "cuMemHostRegister_v2",
+            host,
+            ctypes.c_size_t(slots.nbytes),
+            ctypes.c_uint(_REGISTER_DEVICEMAP),
+        )
+        _check(
+            driver,
+            "cuMemHostGetDevicePointer_v2",
+            ctypes.byref(pointer),
+            host,
+            ctypes.c_uint(0),
+        )
+        self.__cuda_array_interface__ = {
+            "shape": tuple(slots.shape),
+            "typestr": "<i8",
+            "data": (pointer.value, False),
+            "version": 3,
+        }
+
+
+def _check(driver: ctypes.CDLL, function: str, *arguments: Any) -> None:
+    status = getattr(driver, function)(*arguments)
+    if status != 0:
+        raise RuntimeError(f"{function} failed with CUDA driver error {status}")
