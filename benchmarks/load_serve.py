@@ -6,14 +6,12 @@
 
 For the base model (``max_sparse_tokens`` 0) and then for the sparse one: vLLM's own
 client (``vllm bench serve``) with prompts of mixed lengths at each number of users,
-then one request of every other kind; their outcomes must be alike. Last the sparse
-server alone is kept busy with all of it, resident memory sampled. Prefix caching and
-chunked prefill are on. Exit status 1 when the sparse server gives an error that the
-base does not.
+then one request of every other kind; their outcomes must be alike. Last each server is
+kept busy with all of it, resident memory sampled. Prefix caching and chunked prefill
+are on. Exit status 1 when the sparse server gives an error that the base does not.
 """
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -23,27 +21,17 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import psutil
+from request_kinds import MAX_MODEL_LEN, Kinds
 
 from vllm_rsparse.serving import ServerProcess, exit_on_signals
 
 BIN = Path(sys.executable).parent
-MAX_MODEL_LEN = 512
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 8},
-        "age": {"type": "integer"},
-    },
-    "required": ["name", "age"],
-}
-PROMPTS = ["def read_lines(path):\n", "import os\n\n\nclass Walker:\n", "for key in "]
+ENGINES = ("dense", "rsparse")
 
 
 def serve(model: Path, log: Path, sparse: bool, options: list[str]) -> ServerProcess:
@@ -74,7 +62,9 @@ def bench(
     command += ["--max-concurrency", users, "--ignore-eos", "--disable-tqdm"]
     command += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,95"]
     command += ["--save-result", "--result-dir", folder, "--result-filename", "r.json"]
-    subprocess.run([str(c) for c in command], check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"vllm bench serve failed:\n{done.stderr[-3000:]}")
     result = json.loads((folder / "r.json").read_text())
     return {
         "users": users,
@@ -87,105 +77,19 @@ def bench(
     }
 
 
-class Kinds:
-    """One request of every kind that is not a plain completion; each says how it went.
-
-    An outcome is "ok", an HTTP status, or what was wrong with an answer.
-    """
-
-    def __init__(self, server: ServerProcess) -> None:
-        self.url = f"{server.base_url}/v1"
-        self.client = openai.OpenAI(
-            base_url=self.url, api_key="none", max_retries=0, timeout=300
-        )
-        self.all: dict[str, Callable[[], str]] = {
-            "streamed": self.streamed,
-            "cancelled": self.cancelled,
-            "logprobs": self.logprobs,
-            "n = 3": self.several,
-            "stop string": self.stop_string,
-            "structured output": self.structured,
-            "unknown model": lambda: self.invalid(model="other"),
-            "negative max_tokens": lambda: self.invalid(max_tokens=-1),
-            "prompt too long": lambda: self.invalid(prompt=[5] * (MAX_MODEL_LEN + 1)),
-            "temperature below 0": lambda: self.invalid(temperature=-1),
-            "LoRA that is not loaded": lambda: self.invalid(model="some-lora"),
-            "not JSON": self.not_json,
-        }
-
-    def complete(self, **options: Any) -> Any:
-        arguments = {"model": "m", "prompt": random.choice(PROMPTS), "max_tokens": 32}
-        return self.client.completions.create(**{**arguments, **options})
-
-    def streamed(self) -> str:
-        chunks = list(self.complete(stream=True, extra_body={"ignore_eos": True}))
-        return "ok" if chunks[-1].choices[0].finish_reason == "length" else "cut off"
-
-    def cancelled(self) -> str:
-        stream = self.complete(stream=True, max_tokens=300)
-        for _ in itertools.islice(stream, 3):
-            pass
-        stream.close()
-        return "ok"
-
-    def logprobs(self) -> str:
-        # Keyed by token: two tokens that are parts of characters decode to the same
-        # text, and would leave four entries of five.
-        body = {"return_tokens_as_token_ids": True}
-        choice = self.complete(logprobs=5, extra_body=body).choices[0]
-        top = choice.logprobs.top_logprobs
-        bad = [t for t in top if len(t) < 5 or max(t.values()) > 0]
-        return "ok" if top and not bad else f"bad log probabilities: {bad[:1]}"
-
-    def several(self) -> str:
-        choices = self.complete(n=3, temperature=1).choices
-        return "ok" if [c.index for c in choices] == [0, 1, 2] else "bad choices"
-
-    def stop_string(self) -> str:
-        choice = self.complete(stop=["\n"], max_tokens=64).choices[0]
-        return "ok" if "\n" not in choice.text else "stop string in the text"
-
-    def structured(self) -> str:
-        body = {"structured_outputs": {"json": SCHEMA}}
-        choice = self.complete(max_tokens=200, extra_body=body).choices[0]
-        if choice.finish_reason == "length":
-            return "ok"  # valid so far; a small model may fill it with spaces
-        try:
-            return (
-                "ok" if set(json.loads(choice.text)) == {"name", "age"} else "bad JSON"
-            )
-        except ValueError as error:
-            return f"bad JSON: {error}"
-
-    def invalid(self, **options: Any) -> str:
-        try:
-            self.complete(**options)
-        except openai.APIStatusError as error:
-            return str(error.status_code)
-        return "accepted"
-
-    def not_json(self) -> str:
-        return str(httpx.post(f"{self.url}/completions", content=b"{").status_code)
-
-    def run(self, name: str) -> str:
-        try:
-            return self.all[name]()
-        except openai.APIStatusError as error:
-            return str(error.status_code)
-        except (openai.APIError, httpx.HTTPError) as error:
-            return type(error).__name__
-
-
-def resident_mib(server: ServerProcess) -> float:
-    """Resident memory of the server and its children."""
+def resident_mib(server: ServerProcess) -> dict[str, float]:
+    """Resident memory by title of the server's processes: engine, worker, ..."""
     parent = psutil.Process(server.pid)
-    total = 0
+    found: dict[str, float] = {}
     for process in [parent, *parent.children(recursive=True)]:
         try:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:
+            size, title = process.memory_info().rss / 2**20, process.cmdline()[0]
+        except (psutil.NoSuchProcess, IndexError):
             continue
-    return total / 2**20
+        title = title.split()[0] if title.startswith("VLLM::") else "other"
+        title = "API server" if process == parent else title
+        found[title] = found.get(title, 0) + size
+    return found
 
 
 def soak(server: ServerProcess, minutes: float, users: int) -> dict[str, Any]:
@@ -202,7 +106,7 @@ def soak(server: ServerProcess, minutes: float, users: int) -> dict[str, Any]:
     threads = [threading.Thread(target=user, args=(seed,)) for seed in range(users)]
     for thread in threads:
         thread.start()
-    samples = []
+    samples: list[dict[str, float]] = []
     while time.monotonic() < end:
         samples.append(resident_mib(server))
         time.sleep(5)
@@ -213,7 +117,21 @@ def soak(server: ServerProcess, minutes: float, users: int) -> dict[str, Any]:
         "users": users,
         "rss_mib": samples,
         "outcomes": outcomes,
+        "left running": running(server),
     }
+
+
+def print_soak(engine: str, result: dict[str, Any]) -> None:
+    """How memory went, process by process, and how every request ended."""
+    samples = result["rss_mib"]
+    marks = [0, 12, *(len(samples) * i // 4 for i in (1, 2, 3)), -1]
+    print(f"\n{engine}, {result['minutes']} minutes: MiB resident at the start, after")
+    print("a minute, at each quarter and at the end")
+    for title in samples[-1]:
+        values = [samples[min(mark, len(samples) - 1)].get(title, 0) for mark in marks]
+        print(f"  {title:20}" + "".join(f"{value:8.0f}" for value in values))
+    for name, count in sorted(result["outcomes"].items()):
+        print(f"{count:6} {name}")
 
 
 def running(server: ServerProcess) -> float:
@@ -235,6 +153,9 @@ def running(server: ServerProcess) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="directory written by prepare")
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="which"
+    )
     parser.add_argument("--users", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--seconds", type=int, default=30, help="per run, roughly")
     parser.add_argument("--soak-minutes", type=float, default=0)
@@ -244,27 +165,29 @@ def main() -> int:
     arguments = parser.parse_args()
     exit_on_signals()
     model, options = arguments.model.resolve(), arguments.serve_options.split()
-    result: dict[str, Any] = {"rows": [], "kinds": {}}
+    engines: list[str] = arguments.engines
+    result: dict[str, Any] = {"rows": [], "kinds": {}, "soak": {}}
     print(
         "| engine | users | requests | errors | tok/s | TTFT ms (p95) | TPOT ms | RSS |"
     )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for engine in ("dense", "rsparse"):
+        for engine in engines:
             log = folder / f"{engine}.log"
             with serve(model, log, engine == "rsparse", options) as server:
                 bench(server, model, 4, 4, folder)  # warm
                 for users in arguments.users:
-                    before = resident_mib(server)
+                    before = sum(resident_mib(server).values())
                     row = bench(server, model, users, arguments.seconds, folder)
-                    row |= {"engine": engine, "rss_mib": [before, resident_mib(server)]}
+                    after = sum(resident_mib(server).values())
+                    row |= {"engine": engine, "rss_mib": [before, after]}
                     result["rows"].append(row)
                     print(
                         f"| {engine} | {users} | {row['requests']} | {row['errors']} |"
                         f" {row['tokens_per_s']:.0f} | {row['ttft_ms']:.0f}"
                         f" ({row['ttft_p95_ms']:.0f}) | {row['tpot_ms']:.1f} |"
-                        f" {before:.0f} to {row['rss_mib'][1]:.0f} MiB |",
+                        f" {before:.0f} to {after:.0f} MiB |",
                         flush=True,
                     )
                 kinds = Kinds(server)
@@ -274,26 +197,24 @@ def main() -> int:
                     httpx.get(f"{server.base_url}/health").status_code
                 )
                 result["kinds"][engine] = outcome
-                if engine == "rsparse" and arguments.soak_minutes:
-                    result["soak"] = soak(
+                if arguments.soak_minutes:
+                    result["soak"][engine] = soak(
                         server, arguments.soak_minutes, arguments.soak_users
                     )
-                    result["soak"]["left running"] = running(server)
-    dense, sparse = result["kinds"]["dense"], result["kinds"]["rsparse"]
-    print("\n| request | dense | rsparse |\n|---|---|---|")
-    for name in dense:
-        print(f"| {name} | {dense[name]} | {sparse[name]} |")
-    if "soak" in result:
-        samples = result["soak"]["rss_mib"]
-        print(f"\nsoak: {len(samples)} samples of RSS, first {samples[0]:.0f} MiB,")
-        print(f"after a minute {samples[min(12, len(samples) - 1)]:.0f}, last")
-        print(f"{samples[-1]:.0f}, largest {max(samples):.0f}")
-        for name, count in sorted(result["soak"]["outcomes"].items()):
-            print(f"{count:6} {name}")
+    print("\n| request | " + " | ".join(engines) + " |")
+    print("|---" * (1 + len(engines)) + "|")
+    for name in result["kinds"][engines[0]]:
+        outcomes = (result["kinds"][engine][name] for engine in engines)
+        print(f"| {name} | " + " | ".join(outcomes) + " |")
+    for engine, soaked in result["soak"].items():
+        print_soak(engine, soaked)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))
     errors = {row["engine"]: row["errors"] for row in result["rows"] if row["errors"]}
-    return int(dense != sparse or errors.get("rsparse", 0) > errors.get("dense", 0))
+    alike = all(
+        kinds == result["kinds"][engines[0]] for kinds in result["kinds"].values()
+    )
+    return int(not alike or errors.get("rsparse", 0) > errors.get("dense", 0))
 
 
 if __name__ == "__main__":

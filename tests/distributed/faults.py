@@ -172,6 +172,9 @@ def main() -> int:
     arguments = parser.parse_args()
     keep = arguments.keep and arguments.keep.resolve()
     chosen = arguments.only.split(",")
+    unknown = set(chosen) - set(FAULTS)
+    if unknown:
+        parser.error(f"--only: no fault {', '.join(unknown)}; see --help")
     enter_namespaces()
     exit_on_signals()
     problems = []

@@ -209,6 +209,9 @@ def main() -> int:
     arguments = parser.parse_args()
     json_path = arguments.json and arguments.json.resolve()
     chosen = arguments.only.split(",")
+    unknown = set(chosen) - {layout.name for layout in LAYOUTS}
+    if unknown:
+        parser.error(f"--only: no layout {', '.join(unknown)}; see --help")
     enter_namespaces()
     exit_on_signals()
     prompts = read_prompts(arguments.prompts)
