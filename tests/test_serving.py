@@ -184,6 +184,8 @@ def test_signal_to_the_program_leaves_no_server(
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        # Under nohup the suite ignores SIGHUP, and so would the program.
+        preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL),
     )
     try:
         assert wait_until(lambda: log.exists() and "mode is" in log.read_text())
