@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from random_model import SHAPES
 from torch import Tensor
 
 from vllm_rsparse import ops
@@ -27,32 +28,13 @@ from vllm_rsparse.metrics.counters import Counters, Settings
 from vllm_rsparse.metrics.directory import CountsDirectory
 from vllm_rsparse.ops import resolve_backend
 
-# Name -> layers, and (N of each shard, K) of the fused linears of a layer.
-SHAPES = {
-    "pyllama-8m": (
-        4,
-        [([384, 128, 128], 384), ([384], 384), ([1024, 1024], 384), ([384], 1024)],
-    ),
-    "llama-1b": (
-        16,
-        [
-            ([2048, 512, 512], 2048),
-            ([2048], 2048),
-            ([8192, 8192], 2048),
-            ([2048], 8192),
-        ],
-    ),
-    "llama-3-8b": (
-        32,
-        [
-            ([4096, 1024, 1024], 4096),
-            ([4096], 4096),
-            ([14336, 14336], 4096),
-            ([4096], 14336),
-        ],
-    ),
-}
-KINDS = (["q", "k", "v"], ["o"], ["gate", "up"], ["down"])
+# The linears of a decoder layer that vLLM fuses into one.
+FUSED = (
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
+)
 
 
 class Clock:
@@ -70,10 +52,11 @@ class Clock:
 
 def make_calls(shape: str, device: str, counters: Counters) -> list[tuple[Any, ...]]:
     """Arguments of the op for every linear of the model, each layer registered."""
-    layers, linears = SHAPES[shape]
+    linears = SHAPES[shape].linears
     calls: list[tuple[Any, ...]] = []
-    for _ in range(layers):
-        for names, (sizes, k) in zip(KINDS, linears, strict=True):
+    for _ in range(SHAPES[shape].layers):
+        for names in FUSED:
+            sizes, k = [linears[name][0] for name in names], linears[names[0]][1]
             n = sum(sizes)
             empty = partial(torch.empty, dtype=torch.bfloat16, device=device)
             weight = torch.randn(k, n, dtype=torch.bfloat16, device=device).t()

@@ -52,6 +52,7 @@ class Shape:
 
 
 SHAPES = {
+    "pyllama-8m": Shape(384, 1024, 4, 6, 2, 4096),  # the bundled model's
     "llama-1b": Shape(2048, 8192, 16, 32, 8, 32768),
     "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256),
     "tiny": Shape(256, 512, 2, 4, 2, 512),
