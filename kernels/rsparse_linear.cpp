@@ -23,13 +23,11 @@
 
 #include <omp.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "elements.h"
 
 namespace {
+
+using namespace rsparse;
 
 // Rows added in one pass over the sums. 4 reads a fifth slower on AMD Zen 4 (2 threads):
 // the more rows are open, the more cache lines are on their way from memory.
@@ -39,82 +37,11 @@ constexpr int ROWS = 8;
 constexpr int TOKENS = 2;
 // Channels of a block of the first step: fixed, since it sets the order of summation.
 constexpr int64_t BLOCK = 256;
-// Bytes of a row below which K is cut, into parts that make up for it. 4 KiB rows read 6 to
-// 17% faster whole than in halves (Zen 4, 2 threads); 32 KiB ones do not care.
-constexpr int64_t PART_BYTES = 16 << 10;
-// Bytes of weight below which waking other threads costs more than they save.
-constexpr int64_t MIN_BYTES_PER_THREAD = 64 << 10;
-// Bytes of a cache line; columns of a cut, as well.
-constexpr int64_t LINE = 64;
-// Columns that a thread finishes at a time.
-constexpr int64_t CHUNK = 512;
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline float to_float(float value) { return value; }
-
-inline float to_float(Bfloat16 value) { return from_bits(uint32_t(value.bits) << 16); }
-
-// In integers, because compilers vectorise this everywhere and _Float16 nowhere alike.
-inline float to_float(Half value) {
-  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
-  const uint32_t magnitude = value.bits & 0x7fff;
-  const uint32_t rebias = magnitude >= 0x7c00 ? 224u << 23 : 112u << 23;  // inf, NaN
-  const uint32_t normal = (magnitude << 13) + rebias;
-  const uint32_t subnormal = bits_of(float(int32_t(magnitude)) * 0x1p-24f);
-  return from_bits(sign | (magnitude < 0x0400 ? subnormal : normal));
-}
-
-// Rounding to nearest, ties to even; a NaN stays one.
-inline void store(float *out, float value) { *out = value; }
-
-inline void store(Bfloat16 *out, float value) {
-  const uint32_t bits = bits_of(value);
-  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-  out->bits = nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline void store(Half *out, float value) {
-  const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffff;
-  uint32_t half;
-  if (magnitude > 0x7f800000) {
-    half = 0x7e00;
-  } else if (magnitude >= 0x47800000) {  // 65536 and above
-    half = 0x7c00;
-  } else if (magnitude < 0x38800000) {  // the ulp of 0.5f is half's smallest number
-    half = bits_of(from_bits(magnitude) + 0.5f) - 0x3f000000;
-  } else {  // a carry out of the mantissa ends in the exponent, where it belongs
-    half = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  }
-  out->bits = uint16_t(half | (bits >> 16 & 0x8000));
-}
 
 struct Problem {
   int64_t tokens, n, k, x_stride, shards, rank_sum;
   const int64_t *sizes, *ranks;
 };
-
-// Sizes only grow, so that a warm engine allocates nothing.
-template <typename V> void grow(V &vector, int64_t size) {
-  if (int64_t(vector.size()) < size) vector.resize(size);
-}
 
 // What the first step leaves for the second, per block and shard.
 struct Selection {
@@ -188,11 +115,6 @@ struct Cell {
   // One row more, for the sums: a cell without rows is written all the same.
   int64_t cost() const { return (rows + 1) * columns; }
 };
-
-int64_t part_count(const Problem &p, int64_t element_bytes) {
-  const int64_t blocks = (p.k + BLOCK - 1) / BLOCK;
-  return std::clamp<int64_t>(PART_BYTES / (p.n * element_bytes), 1, blocks);
-}
 
 std::vector<Cell> &list_cells(const Problem &p, const Selection &selection,
                               int64_t parts, std::vector<Cell> &cells) {
@@ -315,22 +237,6 @@ void stream(const Problem &p, const Rows<T> &rows, int64_t begin, int64_t end,
                    values + row * p.tokens, p.tokens, begin, end, sums + begin, p.n);
 }
 
-// out of columns [begin, end) from the sums [parts, tokens, N].
-template <typename T>
-void finish(const Problem &p, const float *sums, int64_t parts, int64_t begin,
-            int64_t end, const float *correction, const T *bias, T *out) {
-  for (int64_t m = 0; m < p.tokens; ++m) {
-    for (int64_t c = begin; c < end; ++c) {
-      float value = sums[m * p.n + c];
-      for (int64_t part = 1; part < parts; ++part)
-        value += sums[(part * p.tokens + m) * p.n + c];
-      if (correction) value += correction[c];
-      if (bias) value += to_float(bias[c]);
-      store(out + m * p.n + c, value);
-    }
-  }
-}
-
 template <typename T>
 void rsparse_linear(const Problem &p, const T *x, const T *weight,
                     const float *thresholds, const T *u, const T *v,
@@ -340,7 +246,7 @@ void rsparse_linear(const Problem &p, const T *x, const T *weight,
   static thread_local std::vector<float> own_sums;
   Selection &selection = own_selection;
   selection.resize(p);
-  const int64_t parts = part_count(p, sizeof(T));
+  const int64_t parts = part_count(p.n, sizeof(T), selection.blocks);
   grow(own_sums, parts * p.tokens * p.n);
   float *sums = own_sums.data();
   const int64_t bytes = p.n * p.k * int64_t(sizeof(T));
@@ -374,10 +280,7 @@ void rsparse_linear(const Problem &p, const T *x, const T *weight,
       stream(p, rows, from, to, sums + cell.part * p.tokens * p.n);
     }
 #pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t chunk = 0; chunk < (p.n + CHUNK - 1) / CHUNK; ++chunk)
-      finish(p, sums, parts, chunk * CHUNK, std::min(p.n, (chunk + 1) * CHUNK),
-             correction, bias, out);
+    finish(p.tokens, p.n, sums, parts, p.n, correction, bias, out);
   }
 }
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU backend: the call into ``kernels/rsparse_linear.cpp``.
+"""The CPU backend: the calls into ``kernels/*.cpp``.
 
 A call costs 7 us here and 12 us through the op, beside the kernel's time (AMD EPYC).
-The kernel keeps its scratch memory: the output is all that a call allocates.
+The kernels keep their scratch memory: the output is all that a call allocates.
 """
 
 import ctypes
@@ -18,21 +18,28 @@ _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
+# Tokens up to which ``dense_linear`` is faster than torch's product on [K, N] storage:
+# bfloat16 on AMD EPYC (docs/cpu.md); the other types gain beyond it.
+MAX_DENSE_TOKENS = 48
+
+
 @lru_cache(maxsize=1)
-def _kernel() -> Callable[..., int]:
-    function = cpu_build.load().vllm_rsparse_linear
-    function.restype = ctypes.c_int
-    function.argtypes = [ctypes.c_int, *[_I64] * 5, *[_POINTER] * 10]
-    return function
+def _kernels() -> tuple[Callable[..., int], Callable[..., int]]:
+    library = cpu_build.load()
+    sparse, dense = library.vllm_rsparse_linear, library.vllm_rsparse_dense_linear
+    sparse.restype = dense.restype = ctypes.c_int
+    sparse.argtypes = [ctypes.c_int, *[_I64] * 5, *[_POINTER] * 10]
+    dense.argtypes = [ctypes.c_int, *[_I64] * 4, *[_POINTER] * 4]
+    return sparse, dense
 
 
 def build() -> None:
-    """Compile and load the kernel, so that no request has to wait for it.
+    """Compile and load the kernels, so that no request has to wait for it.
 
     Raises:
         cpu_build.BuildError: that is not possible here.
     """
-    _kernel()
+    _kernels()
 
 
 def rsparse_linear(
@@ -63,11 +70,7 @@ def rsparse_linear(
         cpu_build.BuildError: the kernel was not built yet and cannot be.
     """
     (tokens, k), (n, columns), dtype = x.shape, weight.shape, weight.dtype
-    if weight.stride() != (1, n) and not weight.t().is_contiguous():
-        raise ValueError(
-            f"weight [N, K] = {tuple(weight.shape)} has strides {weight.stride()}; the"
-            " cpu backend needs [K, N] storage, strides (1, N)"
-        )
+    _check_storage(weight)
     if (
         dtype not in _ELEMENTS
         or not dtype == x.dtype == u.dtype == v.dtype
@@ -106,7 +109,8 @@ def rsparse_linear(
     u_t, v_t = (u.t().contiguous(), v.t().contiguous()) if any(ranks) else (u, v)
     correction = None if correction is None else correction.contiguous()
     bias = None if bias is None else bias.contiguous()
-    _kernel()(
+    sparse, _ = _kernels()
+    sparse(
         _ELEMENTS[dtype],
         tokens,
         n,
@@ -125,6 +129,63 @@ def rsparse_linear(
         out.data_ptr(),
     )
     return out
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``torch.nn.functional.linear`` for a few tokens on a weight stored [K, N].
+
+    The result is the same bits for any number of threads, and for a token whatever
+    other tokens are in the call.
+
+    Args:
+        x: [M, K] in the weight's dtype (float32, bfloat16 or float16).
+        weight: [N, K] whose transpose is contiguous.
+        bias: [N] or None.
+
+    Raises:
+        ValueError: the weight is not stored [K, N], or a dtype or shape does not fit.
+        cpu_build.BuildError: the kernel was not built yet and cannot be.
+    """
+    (tokens, k), (n, columns), dtype = x.shape, weight.shape, weight.dtype
+    _check_storage(weight)
+    if (
+        dtype not in _ELEMENTS
+        or x.dtype != dtype
+        or k != columns
+        or (bias is not None and (bias.dtype != dtype or bias.shape != (n,)))
+    ):
+        given = "" if bias is None else f", bias {tuple(bias.shape)} {bias.dtype}"
+        raise ValueError(
+            f"x {tuple(x.shape)} {x.dtype}{given} do not fit the weight"
+            f" {tuple(weight.shape)} {dtype}; allowed are float32, bfloat16 and float16"
+        )
+    out = torch.empty(tokens, n, dtype=dtype)
+    if tokens == 0:
+        return out
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    _, dense = _kernels()
+    dense(
+        _ELEMENTS[dtype],
+        tokens,
+        n,
+        k,
+        x.stride(0),
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def _check_storage(weight: Tensor) -> None:
+    if weight.stride() != (1, weight.shape[0]) and not weight.t().is_contiguous():
+        raise ValueError(
+            f"weight [N, K] = {tuple(weight.shape)} has strides {weight.stride()}; the"
+            " cpu backend needs [K, N] storage, strides (1, N)"
+        )
 
 
 @lru_cache(maxsize=256)

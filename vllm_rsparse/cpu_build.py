@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile ``kernels/rsparse_linear.cpp`` for this machine, once, and load it.
+"""Compile the kernels for CPUs for this machine, once, and load them.
 
 The compiler is the one that ``torch.compile`` uses on CPUs (``$CXX``, else ``g++``), so
-where vLLM serves on a CPU it is there. Not ``torch.utils.cpp_extension``: the source
-includes nothing of torch, and that would want ninja on PATH, rebuild nothing when the
+where vLLM serves on a CPU it is there. Not ``torch.utils.cpp_extension``: the sources
+include nothing of torch, and that would want ninja on PATH, rebuild nothing when the
 processor changes under a shared home directory, and wait for ever for a builder that
 was killed. Here a build is written beside its place and renamed: processes that build
 at the same time do double work and nothing else.
@@ -22,7 +22,9 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).parent / "kernels" / "rsparse_linear.cpp"
+_KERNELS = Path(__file__).parent / "kernels"
+_SOURCES = [_KERNELS / "rsparse_linear.cpp", _KERNELS / "dense_linear.cpp"]
+_HEADERS = [_KERNELS / "elements.h"]
 _NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 _FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared"]
 # GCC takes 256-bit vectors on several processors that have AVX-512; here they cost
@@ -46,7 +48,8 @@ def load() -> ctypes.CDLL:
     # What the compiler says of itself and of this processor: version, instruction sets.
     macros = _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256()
-    for part in (macros, " ".join([compiler, *flags]).encode(), _SOURCE.read_bytes()):
+    texts = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
+    for part in (macros, " ".join([compiler, *flags]).encode(), *texts):
         key.update(part)
     name = f"rsparse_linear-{key.hexdigest()[:16]}.so"
     cached = _cache_directory() / name
@@ -88,7 +91,7 @@ def _compile(command: list[str], target: Path) -> None:
     descriptor, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(descriptor)
     try:
-        _run([*command, "-o", name, str(_SOURCE)])
+        _run([*command, "-o", name, *map(str, _SOURCES)])
         os.replace(name, target)
     finally:
         Path(name).unlink(missing_ok=True)

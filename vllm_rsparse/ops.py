@@ -13,7 +13,7 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as dense_linear
+from torch.nn.functional import linear as torch_linear
 
 from vllm_rsparse import cpu, cpu_torch, reference
 from vllm_rsparse.cpu_build import BuildError
@@ -127,6 +127,15 @@ def sparse_linear(
     return reference.rsparse_linear(*args)
 
 
+def dense_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, backend: int
+) -> Tensor:
+    """The dense route: x [M, K] times weight [N, K], as ``functional.linear``."""
+    if backend == Backend.CPU and x.shape[0] <= cpu.MAX_DENSE_TOKENS:
+        return cpu.dense_linear(x, weight, bias)
+    return torch_linear(x, weight, bias)
+
+
 # Called with (x, thresholds, whether the call goes dense) before each call.
 _observer: Callable[[Tensor, Tensor, bool], None] | None = None
 
@@ -154,7 +163,7 @@ def _linear(
     if _observer is not None:
         _observer(x, thresholds, dense)
     if dense:
-        return dense_linear(x, weight, bias)
+        return dense_linear(x, weight, bias, backend)
     return sparse_linear(
         x, weight, thresholds, u, v, correction, bias, shard_sizes, ranks, backend
     )

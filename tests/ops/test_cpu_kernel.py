@@ -202,17 +202,17 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "tiny.cpp"
     source.write_text(TINY)
-    monkeypatch.setattr(cpu_build, "_SOURCE", source)
+    monkeypatch.setattr(cpu_build, "_SOURCES", [source])
     return cpu_build.load.__wrapped__
 
 
 @pytest.fixture
 def forgetful(monkeypatch):
     """A process that has not loaded the kernel yet; restored afterwards."""
-    for cached in (cpu_build.load, cpu._kernel):
+    for cached in (cpu_build.load, cpu._kernels):
         cached.cache_clear()
     yield
-    for cached in (cpu_build.load, cpu._kernel):
+    for cached in (cpu_build.load, cpu._kernels):
         cached.cache_clear()
 
 
@@ -233,7 +233,7 @@ def test_another_source_is_another_build(fresh, tmp_path):
 def test_processes_may_build_at_the_same_time(fresh, tmp_path):
     code = (
         "import pathlib, sys; from vllm_rsparse import cpu_build;"
-        "cpu_build._SOURCE = pathlib.Path(sys.argv[1]); cpu_build.load()"
+        "cpu_build._SOURCES = [pathlib.Path(sys.argv[1])]; cpu_build.load()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "tiny.cpp")]
     processes = [subprocess.Popen(command) for _ in range(2)]
