@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vllm_rsparse.artifact import (
     JSON_NAME,
@@ -104,6 +104,62 @@ def write_artifact() -> Callable[..., dict[str, dict[str, torch.Tensor]]]:
         return tensors
 
     return write
+
+
+@pytest.fixture
+def write_prepared(
+    pyllama: Path, tmp_path: Path
+) -> Callable[[str, Callable[[str, int, int], dict[str, torch.Tensor]]], Path]:
+    """Write a prepared directory of the reference model, independently of ``prepare``.
+
+    Called with its name and with what gives the tensors of a linear from its name, N
+    and K: {"thresholds"}, and maybe {"u", "v"} and {"bias"}.
+    """
+
+    def write(
+        name: str, tensors_of: Callable[[str, int, int], dict[str, torch.Tensor]]
+    ) -> Path:
+        directory = tmp_path / name
+        artifact = directory / "rsparse"
+        artifact.mkdir(parents=True)
+        for file in pyllama.iterdir():
+            if file.suffix in (".safetensors", ".json") and file.name != "config.json":
+                (directory / file.name).symlink_to(file)
+        entries, tensors = {}, {}
+        for weight, value in load_file(pyllama / "model.safetensors").items():
+            if not weight.endswith("_proj.weight"):
+                continue
+            linear = weight.removesuffix(".weight")
+            n, k = value.shape
+            mine = tensors_of(linear, n, k)
+            rank = mine["v"].shape[0] if "v" in mine else 0
+            entries[linear] = LinearEntry(
+                (n, k), 0.5, 1, rank, 0.5, bias="bias" in mine
+            )
+            tensors |= {f"{linear}.{suffix}": t for suffix, t in mine.items()}
+        save_file(tensors, artifact / TENSORS_NAME)
+        digest = file_sha256(artifact / TENSORS_NAME)
+        info = ArtifactInfo(0.5, entries, "float32", digest)
+        (artifact / JSON_NAME).write_text(info.to_json())
+        config = json.loads((pyllama / "config.json").read_text())
+        config["quantization_config"] = {
+            "quant_method": "rsparse",
+            "format_version": 1,
+            "artifact": "rsparse",
+            "artifact_sha256": digest,
+        }
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    """A text file of some windows, to measure losses on."""
+    path = tmp_path / "held-out.txt"
+    path.write_text(Path(json.__file__).read_text()[:2500])
+    return path
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counters in a worker, read back through the exporter as Prometheus would see them."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_rsparse import envs, ops
+from vllm_rsparse import ops
 from vllm_rsparse.artifact import Artifact
 from vllm_rsparse.metrics import exporter, layout
 from vllm_rsparse.metrics.counters import Counters, Settings, open_counters
@@ -227,49 +226,6 @@ def test_facts(write_artifact: Any, tmp_path: Path) -> None:
     assert samples["calibrated_kept_fraction", "q_proj"] == 0.5
     (info,) = [key for key in samples if key[0] == "info"]
     assert {"cpu", "4"} < set(info)
-
-
-@pytest.fixture
-def facts(write_artifact: Any, tmp_path: Path) -> exporter.Facts:
-    write_artifact(tmp_path, {"layers.0.q_proj": (8, 16, 0, False)})
-    return exporter.facts(Artifact(tmp_path).info, "cpu", 1)
-
-
-def test_started_twice_registers_once(
-    facts: exporter.Facts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    first, second = (exporter.start(50, facts) for _ in range(2))
-    assert first == second
-    assert first is not None
-    assert first.directory.is_dir()
-
-
-def test_off(facts: exporter.Facts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(envs.METRICS_INTERVAL, "0")
-    assert exporter.start(envs.metrics_interval(), facts) is None
-    monkeypatch.setenv(envs.METRICS_INTERVAL, "often")
-    with pytest.raises(ValueError, match="0 turns metrics off"):
-        envs.metrics_interval()
-
-
-def test_what_cannot_be_exported_is_said(
-    facts: exporter.Facts,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setitem(os.environ, "PROMETHEUS_MULTIPROC_DIR", "/somewhere")
-    assert exporter.start(50, facts) is None
-    assert "not exported: with several API servers" in caplog.text
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR")
-    monkeypatch.setattr(exporter, "_exporter", None)
-
-    def full(**options: Any) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
-    assert exporter.start(50, facts) is None
-    assert "No space left on device" in caplog.text
 
 
 @pytest.mark.gpu

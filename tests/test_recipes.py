@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: what a search finds, against independent computations of it."""
+"""Artifacts that recipes give, against independent computations of what they are."""
 
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,8 @@ from vllm_rsparse.prepare.linears import Linear, find_linears
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.prepare.recipe import LinearPlan
-from vllm_rsparse.prepare.recipes import RECIPES, Recipe, check_plans, load_recipe
-from vllm_rsparse.prepare.search_greedy import LEVELS, allocate, share_in_layers
-from vllm_rsparse.prepare.search_sensitivity import (
-    Sensitivity,
-    sensitivities,
-    share_out,
-)
-from vllm_rsparse.prepare.search_trials import halved
+from vllm_rsparse.prepare.recipes import RECIPES, Recipe, load_recipe
+from vllm_rsparse.prepare.search_sensitivity import sensitivities
 from vllm_rsparse.prepare.snapshots import Snapshots
 from vllm_rsparse.prepare.streaming import StreamedModel
 from vllm_rsparse.prepare.texts import choose_windows, load_tokenizer, read_texts
@@ -129,32 +122,6 @@ def test_sensitivity_is_the_gradient_of_the_whole_model(
             expected = outer[linear.name] / tokens
             scale = expected.diagonal().mean().item()
             torch.testing.assert_close(metric, expected, rtol=2e-3, atol=1e-3 * scale)
-
-
-def counts_of(scores: Tensor) -> Tensor:
-    return torch.bincount(scores.view(torch.int32) >> 16, minlength=1 << 16)
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.9])
-def test_sharing_out_uses_one_threshold_and_the_whole_budget(sparsity: float) -> None:
-    shapes = {"a": (8, 16), "b": (32, 16), "c": (8, 64)}
-    linears = [Linear(name, 0, name, shape) for name, shape in shapes.items()]
-    scores = {name: 10 ** (i - 1) * torch.rand(4096) for i, name in enumerate(shapes)}
-    found = {
-        name: Sensitivity(torch.ones(shapes[name][1]), counts_of(scores[name]))
-        for name in shapes
-    }
-    plans = share_out(linears, found, sparsity)
-    sizes = {name: n * k for name, (n, k) in shapes.items()}
-    total = sum(plans[name].sparsity * size for name, size in sizes.items())
-    assert total / sum(sizes.values()) == pytest.approx(sparsity, abs=1e-9)
-    assert plans["a"].sparsity >= plans["b"].sparsity >= plans["c"].sparsity
-    # Below a common threshold lies the planned fraction of each; a bin is 1% wide.
-    if sparsity > 0:
-        threshold = scores["c"].quantile(plans["c"].sparsity).item()
-        for name in ("a", "b"):
-            below = (scores[name] <= threshold).float().mean().item()
-            assert plans[name].sparsity == pytest.approx(below, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -264,133 +231,6 @@ def test_an_edited_recipe_is_obeyed(
     for name, entry in info.linears.items():
         assert 1 - entry.kept_fraction == pytest.approx(plans[name].sparsity, abs=2e-3)
     assert model_sparsity(info.linears) == pytest.approx(sparsity, abs=2e-3)
-
-
-def test_allocation_takes_the_cheapest_bytes_first() -> None:
-    errors = {
-        "cheap": [0.1 * level for level in LEVELS],
-        "dear": [10.0 * level**2 for level in LEVELS],
-    }
-    shares = allocate(errors, {"cheap": 100, "dear": 300}, 0.225)
-    assert shares == pytest.approx({"cheap": 0.9, "dear": 0.0})
-    shares = allocate(errors, {"cheap": 100, "dear": 300}, 0.5)
-    assert shares["cheap"] == pytest.approx(0.9)
-    assert 100 * shares["cheap"] + 300 * shares["dear"] == pytest.approx(200)
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.95])
-def test_allocation_meets_the_budget(sparsity: float) -> None:
-    # Not convex: a linear that is worse at 30% than at 40%, through noise.
-    errors = {
-        "a": [0, 1, 5, 4, 6, 9, 13, 20, 40],
-        "b": [0, 2, 3, 5, 8, 13, 21, 34, 55],
-    }
-    sizes = {"a": 7, "b": 5}
-    shares = allocate(errors, sizes, sparsity)
-    total = sum(shares[name] * size for name, size in sizes.items())
-    assert total == pytest.approx(sparsity * 12)
-    assert all(0 <= share < 1 for share in shares.values())
-
-
-def test_greedy_shares_out_in_layers_and_halved_is_the_mean() -> None:
-    linears = [
-        Linear(f"model.layers.{layer}.{kind}", layer, kind, (8, 16))
-        for layer in range(2)
-        for kind in ("self_attn.o_proj", "mlp.up_proj")
-    ]
-    # Errors that grow with the level, the second linear's of a layer ten times faster.
-    errors = {
-        one.name: [(1 + 9 * (i % 2)) * level**2 for level in LEVELS]
-        for i, one in enumerate(linears)
-    }
-
-    def first_layer_pays(sparsity: float) -> dict[str, LinearPlan]:
-        return {
-            one.name: LinearPlan(2 * sparsity * (one.layer == 0), 1.0)
-            for one in linears
-        }
-
-    in_layers = partial(share_in_layers, linears, errors)
-    plans = in_layers(0.4)
-    for layer in range(2):
-        o, up = (plans[one.name].sparsity for one in linears if one.layer == layer)
-        assert o > up
-        assert (o + up) / 2 == pytest.approx(0.4)
-    mean = halved(in_layers, first_layer_pays, 0.4)
-    for one in linears:
-        other = 0.8 * (one.layer == 0)
-        expected = (plans[one.name].sparsity + other) / 2
-        assert mean[one.name].sparsity == pytest.approx(expected)
-    assert sum(plan.sparsity for plan in mean.values()) / 4 == pytest.approx(0.4)
-
-
-def test_recipes_survive_json(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.json"
-    for recipe in RECIPES.values():
-        fixed = recipe.with_plans({"model.layers.0.mlp.up_proj": LinearPlan(0.4, 0.9)})
-        for one in (recipe, fixed):
-            path.write_text(one.to_json())
-            assert load_recipe(str(path)) == one
-
-
-PLAN = {"sparsity": 0.5, "rho": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"score": "l1"},
-            "score must be one of magnitude, norm, sensitivity, got 'l1'",
-        ),
-        ({"allocation": "sensitivity"}, "needs score 'sensitivity', got 'norm'"),
-        ({"factors": "regressed"}, "needs score 'sensitivity', got 'norm'"),
-        ({"factors": "qr"}, "factors must be one of svd, regressed, got 'qr'"),
-        ({"activations": None}, "activations must be one of dense, sparse, got None"),
-        ({"correction": 1}, "correction must be true or false"),
-        ({"extra": 1}, "unknown key 'extra'; known are name, score"),
-        ({"linears": []}, "`linears` must be an object"),
-        ({"linears": {"x": 0.5}}, r"linears\['x'\]: expected an object"),
-        ({"linears": {"x": {"sparsity": 0.5}}}, "key 'rho' is missing"),
-        ({"linears": {"x": PLAN | {"sparsity": 1.5}}}, "sparsity is out of range"),
-        ({"linears": {"x": PLAN | {"rho": 0}}}, "rho is out of range"),
-    ],
-    ids=str,
-)
-def test_bad_recipe_files(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    path = tmp_path / "recipe.json"
-    path.write_text(json.dumps(json.loads(RECIPES["wina"].to_json()) | change))
-    with pytest.raises(PrepareError, match=message):
-        load_recipe(str(path))
-
-
-def test_bad_recipe_names(tmp_path: Path) -> None:
-    with pytest.raises(PrepareError, match="neither one of uniform, teal, wina"):
-        load_recipe("besst")
-    path = tmp_path / "recipe.json"
-    path.write_text("{")
-    with pytest.raises(PrepareError, match="cannot be read as JSON"):
-        load_recipe(str(path))
-    path.write_text("[]")
-    with pytest.raises(PrepareError, match="expected a JSON object"):
-        load_recipe(str(path))
-    path.write_text('{"name": "x"}')
-    with pytest.raises(PrepareError, match="key 'score' is missing"):
-        load_recipe(str(path))
-
-
-def test_recipe_of_another_model_or_budget() -> None:
-    linears = [Linear("a", 0, "a", (4, 4)), Linear("b", 0, "b", (4, 4))]
-    plan = LinearPlan(0.5, 1.0)
-    with pytest.raises(PrepareError, match="lacks b"):
-        check_plans(RECIPES["wina"].with_plans({"a": plan}), linears, 0.5)
-    three = {"a": plan, "b": plan, "c": plan}
-    with pytest.raises(PrepareError, match="lists c"):
-        check_plans(RECIPES["wina"].with_plans(three), linears, 0.5)
-    two = RECIPES["wina"].with_plans({"a": plan, "b": plan})
-    check_plans(two, linears, 0.5)
-    with pytest.raises(PrepareError, match=r"adds up to a sparsity of 0\.5000"):
-        check_plans(two, linears, 0.4)
 
 
 def test_factors_are_refused_where_the_search_gives_none(make: Prepare) -> None:

@@ -5,109 +5,28 @@ On a machine without CUDA the kernels run in Triton's interpreter, program after
 program; with CUDA they are compiled and the same tests run on the device.
 """
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    # Read by triton.jit when the kernels are imported below.
-    os.environ["TRITON_INTERPRET"] = "1"
+from triton_case import (
+    CONFIG_IDS,
+    CONFIGS,
+    DEVICE,
+    DOT,
+    LISTED,
+    TOLERANCE,
+    VECTOR,
+    assert_close,
+    make_case,
+)
 
 pytest.importorskip("triton")
 
 from vllm_rsparse import reference
 from vllm_rsparse.kernels import rsparse_linear as backend
-from vllm_rsparse.packing import pack_factors
 from vllm_rsparse.tuning import LaunchConfig
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-# Root mean square of the error over that of the expected output, which the inputs keep
-# near 1. float32: both sides round sums of up to a few thousand terms. The half types
-# round the output once, at 2^-9 and 2^-12 relative; Triton's interpreter truncates to
-# bfloat16 instead of rounding, which doubles the error.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 6e-3}
-
-VECTOR = LaunchConfig(32, 64, 1, 2, 1, use_dot=False)
-# Lists of up to 128 channels at K = 77, steps of 16: whole steps and a remainder.
-LISTED = LaunchConfig(32, 16, 1, 1, 1, use_dot=False, listed=True)
-DOT = LaunchConfig(32, 32, 1, 2, 2, use_dot=True)
-CONFIGS = [VECTOR, LISTED, DOT]
-CONFIG_IDS = ["masked", "listed", "dot"]
-
-
-@dataclass
-class Case:
-    """Arguments of one call."""
-
-    x: Tensor
-    weight: Tensor
-    thresholds: Tensor
-    u: Tensor
-    v: Tensor
-    correction: Tensor | None
-    bias: Tensor | None
-    shard_sizes: list[int]
-    ranks: list[int]
-
-    def args(self) -> tuple:
-        return tuple(vars(self).values())
-
-    def expected(self) -> Tensor:
-        return reference.rsparse_linear(*self.args())
-
-
-def make_case(
-    tokens: int = 1,
-    k: int = 77,
-    shard_sizes: tuple[int, ...] = (40, 17, 9),
-    ranks: tuple[int, ...] = (5, 0, 19),
-    dtype: torch.dtype = torch.float32,
-    constants: bool = True,
-    seed: int = 0,
-) -> Case:
-    """Random tensors scaled for outputs near 1, about half of the channels kept."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator) * scale
-
-    n = sum(shard_sizes)
-    factors = [
-        (
-            randn(size, rank, scale=rank**-0.5).to(DEVICE),
-            randn(rank, k, scale=max(k, 1) ** -0.5).to(DEVICE),
-        )
-        if rank
-        else None
-        for size, rank in zip(shard_sizes, ranks, strict=True)
-    ]
-    u, v, padded = pack_factors(factors, list(shard_sizes), k, dtype, DEVICE)
-    return Case(
-        x=randn(tokens, k).to(DEVICE, dtype),
-        weight=randn(k, n, scale=max(k, 1) ** -0.5).to(DEVICE, dtype).t(),
-        thresholds=torch.rand(len(shard_sizes), k, generator=generator).to(DEVICE)
-        * 1.35,
-        u=u,
-        v=v,
-        correction=randn(n).to(DEVICE) if constants else None,
-        bias=randn(n).to(DEVICE, dtype) if constants else None,
-        shard_sizes=list(shard_sizes),
-        ranks=padded,
-    )
-
-
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    assert actual.dtype == expected.dtype
-    assert actual.shape == expected.shape
-    assert torch.equal(actual.isnan(), expected.isnan())
-    error = (actual.float() - expected.float()).nan_to_num()
-    size = expected.float().nan_to_num().pow(2).mean().sqrt()
-    ratio = (error.pow(2).mean().sqrt() / size).item() if size > 0 else error.max()
-    assert ratio < TOLERANCE[expected.dtype], f"relative error {ratio:.2e}"
 
 
 @pytest.fixture
@@ -249,44 +168,6 @@ class TestMask:
         assert_close(backend.rsparse_linear(*case.args(), config), expected)
 
 
-class TestLayouts:
-    @pytest.mark.parametrize("tokens", [1, 4])
-    def test_rows_of_x_may_lie_apart(self, tokens: int) -> None:
-        case = make_case(tokens)
-        expected = case.expected()
-        wide = torch.full((tokens, 100), float("nan"), device=DEVICE)
-        wide[:, 5:82] = case.x
-        case.x = wide[:, 5:82]
-        assert_close(backend.rsparse_linear(*case.args()), expected)
-
-    def test_channels_of_x_may_lie_apart(self) -> None:
-        case = make_case(2)
-        expected = case.expected()
-        case.x = case.x.t().contiguous().t()
-        assert_close(backend.rsparse_linear(*case.args()), expected)
-
-    def test_factors_in_any_layout(self) -> None:
-        case = make_case(2)
-        expected = case.expected()
-        case.u, case.v = case.u.contiguous(), case.v.contiguous()
-        assert_close(backend.rsparse_linear(*case.args()), expected)
-
-    def test_weight_rows_may_lie_apart(self) -> None:
-        case = make_case(2)
-        wide = torch.full((77, 80), float("nan"), device=DEVICE)
-        wide[:, :66] = case.weight.t()
-        expected = case.expected()
-        case.weight = wide[:, :66].t()
-        assert_close(backend.rsparse_linear(*case.args()), expected)
-
-    def test_unpadded_factors_are_the_defaults(self) -> None:
-        case = make_case(shard_sizes=(30,), ranks=(6,))
-        u, v = case.u[:, :6], case.v[:6]
-        out = backend.rsparse_linear(case.x, case.weight, case.thresholds, u, v)
-        expected = reference.rsparse_linear(case.x, case.weight, case.thresholds, u, v)
-        assert_close(out, expected)
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
 def test_bitwise_repeatable(config: LaunchConfig) -> None:
     case = make_case(16 if config is DOT else 3, k=500, dtype=torch.bfloat16)
@@ -348,33 +229,3 @@ def test_replayed_graph_follows_its_inputs(tokens: int) -> None:
         expected = case.expected()
         for out in outs:
             assert_close(out, expected)
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"x": torch.zeros(1, 76)}, r"x must be \[M, 77\]"),
-            ({"x": torch.zeros(1, 77, dtype=torch.int32)}, "x must be bfloat16"),
-            ({"weight": torch.zeros(66, 77)}, r"must be stored \[K, N\]"),
-            ({"thresholds": torch.zeros(2, 77)}, r"thresholds must be \[3, 77\]"),
-            (
-                {"thresholds": torch.zeros(3, 77, dtype=torch.bfloat16)},
-                "thresholds must be torch.float32",
-            ),
-            ({"v": torch.zeros(3, 77)}, r"v must be \[48, 77\]"),
-            ({"u": torch.zeros(66, 3)}, r"u must be \[66, 32\]"),
-            ({"correction": torch.zeros(65)}, r"correction must be \[66\]"),
-            ({"bias": torch.zeros(132, device=DEVICE)[::2]}, "bias must be contiguous"),
-            ({"shard_sizes": [40, 17, 8]}, "must add up to N = 66"),
-        ],
-        ids=lambda value: value if isinstance(value, str) else next(iter(value)),
-    )
-    def test_names_the_parameter(self, change: dict, message: str) -> None:
-        change = {
-            name: value.to(DEVICE) if isinstance(value, Tensor) else value
-            for name, value in change.items()
-        }
-        case = replace(make_case(), **change)
-        with pytest.raises(ValueError, match=message):
-            backend.rsparse_linear(*case.args())

@@ -15,7 +15,7 @@ from .inputs import Inputs, bytes_read, kept_fraction, rotation
 from .layers import Layer
 from .timing import Timing, time_calls
 
-# The output is rounded once to a half type; see tests/ops/test_triton.py.
+# The output is rounded once to a half type; see tests/ops/triton_case.py.
 GATE = 4e-3
 
 
