@@ -73,6 +73,7 @@ def main() -> None:
         type=int,
         help="switch point of the route (default: the plug-in's)",
     )
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="RANKS")
     parser.add_argument("--out", type=Path, default=Path(".bench/serve"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -97,6 +98,9 @@ def main() -> None:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "shape": args.shape,
     }
+    if args.tensor_parallel > 1:
+        facts["tensor_parallel"] = args.tensor_parallel
+        job["engine"] = {"tensor_parallel_size": args.tensor_parallel}
     rows: list[dict[str, Any]] = []
 
     def record(label: str, values: dict[str, Any]) -> None:
@@ -125,8 +129,9 @@ def main() -> None:
             for rho in args.rho:
                 run_sparse(rho)
         else:
-            options = {"quantization": "fp8"} if engine == "fp8" else {}
-            dense = {**job, "model": str(plain), "engine": options}
+            dense = {**job, "model": str(plain)}
+            if engine == "fp8":
+                dense["engine"] = {**job.get("engine", {}), "quantization": "fp8"}
             record(engine, run_worker(dense, args.out / f"{engine}.log"))
     print_table(rows)
 

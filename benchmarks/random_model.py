@@ -55,6 +55,7 @@ SHAPES = {
     "pyllama-8m": Shape(384, 1024, 4, 6, 2, 4096),  # the bundled model's
     "llama-1b": Shape(2048, 8192, 16, 32, 8, 32768),
     "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256),
+    "llama-3-70b": Shape(8192, 28672, 80, 64, 8, 128256),
     "tiny": Shape(256, 512, 2, 4, 2, 512),
 }
 

@@ -9,11 +9,12 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-# In-process engine: the calibration hooks reach the model, and no scheduler process
-# adds its own latency to a step.
+# In-process engine: no scheduler process adds its own latency to a step. Functions of
+# this file then reach the workers of several ranks by name.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch
@@ -71,7 +72,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     llm = make_engine(job)
     result: dict[str, Any] = {"start_s": time.perf_counter() - started}
     if torch.cuda.is_available():
-        result["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        result["memory_gib"] = max(llm.apply_model(allocated)) / 2**30
     short, long = 8, 8 + job["new_tokens"]
     result["decode_ms"] = {}
     for batch in job["batches"]:
@@ -99,6 +100,68 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
+# What runs inside the engine's workers, one a rank.
+
+
+def sparse_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [m for m in model.modules() if hasattr(m, "rsparse_thresholds")]
+
+
+def watch(tokens: int, model: torch.nn.Module) -> None:
+    """Keep |x| of every call of at most that many tokens."""
+    for layer in sparse_layers(model):
+        layer.bench_seen = []
+        layer.register_forward_pre_hook(partial(_see, tokens))
+
+
+def _see(tokens: int, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    if inputs[0].shape[0] <= tokens:
+        layer.bench_seen.append(inputs[0].float().abs().cpu())
+
+
+def take_seen(layer: torch.nn.Module) -> torch.Tensor:
+    values = torch.cat(layer.bench_seen).flatten()
+    layer.bench_seen.clear()
+    return values
+
+
+def quantiles(kept_share: float, model: torch.nn.Module) -> dict[str, float]:
+    """By checkpoint name, the threshold that would have kept this share."""
+    thresholds = {}
+    for layer in sparse_layers(model):
+        values = take_seen(layer)
+        rank = max(1, round((1 - kept_share) * values.numel()))
+        threshold = values.kthvalue(rank).values.item()
+        thresholds |= dict.fromkeys(layer.quant_method.names, threshold)
+    return thresholds
+
+
+def set_thresholds(thresholds: dict[str, float], model: torch.nn.Module) -> None:
+    for layer in sparse_layers(model):
+        for index, name in enumerate(layer.quant_method.names):
+            layer.rsparse_thresholds[index] = thresholds[name]
+
+
+def kept_fractions(
+    thresholds: dict[str, float], model: torch.nn.Module
+) -> dict[str, float]:
+    """By checkpoint name, the share of what was seen that is over the threshold."""
+    kept = {}
+    for layer in sparse_layers(model):
+        values = take_seen(layer)
+        for name in layer.quant_method.names:
+            kept[name] = (values > thresholds[name]).float().mean().item()
+    return kept
+
+
+def allocated(model: torch.nn.Module) -> int:
+    return torch.cuda.max_memory_allocated()
+
+
+def mean_over_ranks(values: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.mean(v[name] for v in values) for name in values[0]}
+
+
 def calibrate(job: dict[str, Any]) -> dict[str, Any]:
     """Set thresholds that keep the wanted fraction, and count what decoding keeps.
 
@@ -106,41 +169,15 @@ def calibrate(job: dict[str, Any]) -> dict[str, Any]:
     sparse model's own decode steps, a few rounds, and the last round counts.
     """
     llm = make_engine(job, enforce_eager=True)
-    observed: dict[str, list[torch.Tensor]] = {}
-    layers: dict[str, torch.nn.Module] = {}
-
-    def observe(name: str) -> Any:
-        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            if inputs[0].shape[0] <= len(batch):
-                observed[name].append(inputs[0].float().abs().cpu())
-
-        return hook
-
-    def attach(model: torch.nn.Module) -> None:
-        for name, module in model.named_modules():
-            if hasattr(module, "rsparse_thresholds"):
-                layers[name] = module
-                module.register_forward_pre_hook(observe(name))
-
-    llm.apply_model(attach)
     batch = prompts(job, 4, 32)
     kept_share = job["rho"] * (1 - job["sparsity"])
-    kept: dict[str, float] = {}
-    thresholds: dict[str, float] = {}
-    for last in (False, False, False, True):
-        observed.update({name: [] for name in layers})
+    llm.apply_model(partial(watch, len(batch)))
+    for _ in range(3):
         seconds(llm, batch, 24)
-        for name, module in layers.items():
-            values = torch.cat(observed[name]).flatten()
-            for index, checkpoint in enumerate(module.quant_method.names):
-                if last:
-                    keep = (values > thresholds[checkpoint]).float().mean().item()
-                    kept[checkpoint] = keep
-                else:
-                    rank = max(1, round((1 - kept_share) * values.numel()))
-                    threshold = values.kthvalue(rank).values.item()
-                    thresholds[checkpoint] = threshold
-                    module.rsparse_thresholds[index] = threshold
+        thresholds = mean_over_ranks(llm.apply_model(partial(quantiles, kept_share)))
+        llm.apply_model(partial(set_thresholds, thresholds))
+    seconds(llm, batch, 24)
+    kept = mean_over_ranks(llm.apply_model(partial(kept_fractions, thresholds)))
     write_sparse_model(
         Path(job["model"]),
         SHAPES[job["shape"]],

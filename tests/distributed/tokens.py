@@ -9,6 +9,9 @@ answers the same prompts in every layout; the first layout is what the others ar
 compared with. Its six heads do not divide by four: it gets two more whose weights are
 zero, which is the same function. Exit status 1 when fewer than 75% of the prompts get
 equal tokens, 77 where namespaces cannot be made.
+
+Where there are GPUs, the layouts of one node that fit them run on those, and Ray is the
+cluster that vLLM starts by itself.
 """
 
 import argparse
@@ -32,6 +35,7 @@ from vllm_rsparse.serving import ServerProcess, exit_on_signals
 
 MODEL = Path(__file__).resolve().parents[1] / "assets/pyllama-8m"
 NEW_TOKENS = 24
+ON_GPU = torch.cuda.is_available()
 # Ranks add their parts of a sum in another order, compiled code in another than eager.
 # That moves x by 1e-7, a channel near its threshold falls on the other side, and what
 # follows sees another mask. 3 of 50 prompts turned; a wrong slice turns them all.
@@ -56,7 +60,7 @@ class Layout:
         return name + (f"-{self.backend}" if self.backend != "auto" else "")
 
 
-LAYOUTS = [
+ALL_LAYOUTS = [
     Layout("mp", 1, 1, 1),
     # Controls: one rank that only adds in another order.
     Layout("mp", 1, 1, 1, compiled=True),
@@ -71,6 +75,12 @@ LAYOUTS = [
     Layout("ray", 2, 4, 1),
     Layout("ray", 2, 1, 2, compiled=True),
     Layout("ray", 2, 2, 2, compiled=True),
+]
+LAYOUTS = [
+    layout
+    for layout in ALL_LAYOUTS
+    if not ON_GPU
+    or (layout.nodes == 1 and layout.tp * layout.pp <= torch.cuda.device_count())
 ]
 
 
@@ -174,7 +184,7 @@ def run(
     """Start the layout's cluster and server, ask everything, stop both."""
     options, env = serve_options(layout, dense)
     with ExitStack() as stack:
-        if layout.executor == "ray":
+        if layout.executor == "ray" and not ON_GPU:
             folder.mkdir()
             devices = layout.tp * layout.pp // layout.nodes
             cluster = RayCluster(folder, layout.nodes, devices)
@@ -212,7 +222,8 @@ def main() -> int:
     unknown = set(chosen) - {layout.name for layout in LAYOUTS}
     if unknown:
         parser.error(f"--only: no layout {', '.join(unknown)}; see --help")
-    enter_namespaces()
+    if not ON_GPU:
+        enter_namespaces()
     exit_on_signals()
     prompts = read_prompts(arguments.prompts)
     rows, failed = [], False
