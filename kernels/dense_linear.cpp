@@ -249,26 +249,17 @@ void dense_linear(int64_t tokens, int64_t n, int64_t k, int64_t x_stride, const 
 
 }  // namespace
 
-// Element types by number: 0 float32, 1 bfloat16, 2 float16. Layouts, row-major:
+// Element types as in with_element, whose result is returned. Layouts, row-major:
 //   x [tokens, K] with rows x_stride apart, weight [K, N], bias [N] or null, out
-//   [tokens, N]. Pointers need no alignment beyond their element's. Returns 0, or 1 for
-//   an unknown element type.
+//   [tokens, N]. Pointers need no alignment beyond their element's.
 extern "C" int vllm_rsparse_dense_linear(int element, int64_t tokens, int64_t n,
                                          int64_t k, int64_t x_stride, const void *x,
                                          const void *weight, const void *bias,
                                          void *out) {
-#define CASE(number, T)                                                             \
-  case number:                                                                      \
-    dense_linear(tokens, n, k, x_stride, static_cast<const T *>(x),                 \
-                 static_cast<const T *>(weight), static_cast<const T *>(bias),      \
-                 static_cast<T *>(out));                                            \
-    return 0;
-  switch (element) {
-    CASE(0, float)
-    CASE(1, Bfloat16)
-    CASE(2, Half)
-    default:
-      return 1;
-  }
-#undef CASE
+  return with_element(element, [&](auto like) {
+    using T = decltype(like);
+    dense_linear(tokens, n, k, x_stride, static_cast<const T *>(x),
+                 static_cast<const T *>(weight), static_cast<const T *>(bias),
+                 static_cast<T *>(out));
+  });
 }

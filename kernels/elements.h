@@ -80,6 +80,17 @@ inline void store(Half *out, float value) {
   out->bits = uint16_t(half | (bits >> 16 & 0x8000));
 }
 
+// Call with a value of the element type of this number: 0 float32, 1 bfloat16, 2 float16.
+// Returns 0, or 1 for an unknown number.
+template <typename Call> int with_element(int number, Call call) {
+  switch (number) {
+    case 0: call(float()); return 0;
+    case 1: call(Bfloat16()); return 0;
+    case 2: call(Half()); return 0;
+    default: return 1;
+  }
+}
+
 // Sizes only grow, so that a warm engine allocates nothing.
 template <typename V> void grow(V &vector, int64_t size) {
   if (int64_t(vector.size()) < size) vector.resize(size);

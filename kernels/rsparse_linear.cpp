@@ -286,11 +286,11 @@ void rsparse_linear(const Problem &p, const T *x, const T *weight,
 
 }  // namespace
 
-// Element types by number: 0 float32, 1 bfloat16, 2 float16. Layouts, row-major:
+// Element types as in with_element, whose result is returned. Layouts, row-major:
 //   x [tokens, K] with rows x_stride apart, weight [K, N], thresholds float32 [S, K],
 //   u [max rank, N], v [K, sum of ranks], correction float32 [N] or null, bias [N] or
 //   null, out [tokens, N]; sizes and ranks [S]. Pointers need no alignment beyond their
-//   element's. Returns 0, or 1 for an unknown element type.
+//   element's.
 extern "C" int vllm_rsparse_linear(int element, int64_t tokens, int64_t n, int64_t k,
                                    int64_t x_stride, int64_t shards,
                                    const int64_t *sizes, const int64_t *ranks,
@@ -300,18 +300,10 @@ extern "C" int vllm_rsparse_linear(int element, int64_t tokens, int64_t n, int64
                                    const void *bias, void *out) {
   Problem p{tokens, n, k, x_stride, shards, 0, sizes, ranks};
   for (int64_t s = 0; s < shards; ++s) p.rank_sum += ranks[s];
-#define CASE(number, T)                                                              \
-  case number:                                                                       \
-    rsparse_linear(p, static_cast<const T *>(x), static_cast<const T *>(weight),     \
-                   thresholds, static_cast<const T *>(u), static_cast<const T *>(v), \
-                   correction, static_cast<const T *>(bias), static_cast<T *>(out)); \
-    return 0;
-  switch (element) {
-    CASE(0, float)
-    CASE(1, Bfloat16)
-    CASE(2, Half)
-    default:
-      return 1;
-  }
-#undef CASE
+  return with_element(element, [&](auto like) {
+    using T = decltype(like);
+    rsparse_linear(p, static_cast<const T *>(x), static_cast<const T *>(weight),
+                   thresholds, static_cast<const T *>(u), static_cast<const T *>(v),
+                   correction, static_cast<const T *>(bias), static_cast<T *>(out));
+  });
 }

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from bits import same_bits
 from torch.nn.functional import linear
 
 from vllm_rsparse import cpu, ops
@@ -14,7 +15,6 @@ from vllm_rsparse.ops import Backend
 # Inputs are exact and sums are float32; the output is rounded once.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 DTYPES = list(TOLERANCE)
-INTEGERS = {torch.float32: torch.int32}
 
 # (tokens, K, N): around tiles of 128 rows and 256 columns, panels of 32 columns and
 # groups of 8 tokens; narrow layers, whose K is cut into parts; wide ones.
@@ -30,22 +30,9 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def threads():
-    """Set the number of threads, for this test only."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def make_inputs(tokens, k, n, dtype):
     weight = (torch.randn(k, n) / k**0.5).to(dtype).t()
     return torch.randn(tokens, k).to(dtype), weight, torch.randn(n).to(dtype)
-
-
-def same_bits(a, b):
-    kind = INTEGERS.get(a.dtype, torch.int16)
-    return torch.equal(a.view(kind), b.view(kind))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from bits import same_bits
 
 from vllm_rsparse import cpu, cpu_build
 from vllm_rsparse.cpu_build import BuildError
@@ -18,7 +19,6 @@ from vllm_rsparse.packing import pack_factors
 from vllm_rsparse.reference import rsparse_linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-INTEGERS = {torch.float32: torch.int32}
 # As in test_linear_op.py; z is not rounded here, which only helps.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -30,14 +30,6 @@ CASES = [
     pytest.param(2, 700, [1025], [48], id="one-shard"),
     pytest.param(7, 513, [64] * 9, [16] * 9, id="many-shards-7-tokens"),
 ]
-
-
-@pytest.fixture
-def threads():
-    """Set the number of threads, for this test only."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def make_inputs(tokens, k, sizes, ranks, dtype, scale=1.5):
@@ -58,11 +50,6 @@ def make_inputs(tokens, k, sizes, ranks, dtype, scale=1.5):
         "shard_sizes": sizes,
         "ranks": ranks,
     }
-
-
-def same_bits(a, b):
-    kind = INTEGERS.get(a.dtype, torch.int16)
-    return torch.equal(a.view(kind), b.view(kind))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
