@@ -171,6 +171,8 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder for the servers' logs")
     arguments = parser.parse_args()
     keep = arguments.keep and arguments.keep.resolve()
+    if keep:
+        keep.mkdir(parents=True, exist_ok=True)
     chosen = arguments.only.split(",")
     unknown = set(chosen) - set(FAULTS)
     if unknown:

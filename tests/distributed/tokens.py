@@ -2,7 +2,7 @@
 """Greedy tokens over tensor and pipeline parallel sizes, executors and nodes.
 
     python tests/distributed/tokens.py [--only NAME,...] [--prompts 50] [--json FILE]
-                                       [--recipe best] [--dense]
+                                       [--recipe best] [--dense] [--keep FOLDER]
 
 The bundled model, prepared at 50% with factors and served in float32 by ``vllm serve``,
 answers the same prompts in every layout; the first layout is what the others are
@@ -179,7 +179,12 @@ def ask(server: ServerProcess, model: str, prompt: str) -> Answer:
 
 
 def run(
-    layout: Layout, model: Path, prompts: list[str], folder: Path, dense: bool
+    layout: Layout,
+    model: Path,
+    prompts: list[str],
+    folder: Path,
+    log: Path,
+    dense: bool,
 ) -> list[Answer]:
     """Start the layout's cluster and server, ask everything, stop both."""
     options, env = serve_options(layout, dense)
@@ -190,7 +195,6 @@ def run(
             cluster = RayCluster(folder, layout.nodes, devices)
             env |= stack.enter_context(cluster).environment()
         argv = [BIN / "vllm", "serve", model, "--quantization", "rsparse", *options]
-        log = folder.with_suffix(".log")
         server = ServerProcess([str(a) for a in argv], log, env=env)
         stack.enter_context(server)
         return [ask(server, str(model), prompt) for prompt in prompts]
@@ -215,9 +219,12 @@ def main() -> int:
     parser.add_argument("--recipe", default="uniform", help="default %(default)s")
     parser.add_argument("--dense", action="store_true", help="max_sparse_tokens 0")
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--keep", action="store_true", help="keep the logs, say where")
+    parser.add_argument("--keep", type=Path, help="folder for the servers' logs")
     arguments = parser.parse_args()
     json_path = arguments.json and arguments.json.resolve()
+    keep = arguments.keep and arguments.keep.resolve()
+    if keep:
+        keep.mkdir(parents=True, exist_ok=True)
     chosen = arguments.only.split(",")
     unknown = set(chosen) - {layout.name for layout in LAYOUTS}
     if unknown:
@@ -236,7 +243,9 @@ def main() -> int:
         print("|---|---|---|---|", flush=True)
         for layout in [item for item in LAYOUTS if item.name in chosen]:
             started = time.monotonic()
-            answers = run(layout, model, prompts, folder / layout.name, arguments.dense)
+            log = (keep or folder) / f"{layout.name}.log"
+            place = folder / layout.name
+            answers = run(layout, model, prompts, place, log, arguments.dense)
             first = first or answers
             equal, gaps = compare(answers, first)
             failed |= equal < LEAST_EQUAL * len(prompts)
