@@ -16,6 +16,8 @@ from typing import Any
 # In-process engine: no scheduler process adds its own latency to a step. Functions of
 # this file then reach the workers of several ranks by name.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+# GiB on a CPU, where the default is a share of the machine and fails if others hold it.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
 import torch
 from random_model import SHAPES, write_sparse_model

@@ -20,7 +20,7 @@ _I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 # Tokens up to which ``dense_linear`` is faster than torch's product on [K, N] storage:
 # bfloat16 on AMD EPYC (docs/cpu.md); the other types gain beyond it.
-MAX_DENSE_TOKENS = 48
+MAX_DENSE_TOKENS = 64
 
 
 @lru_cache(maxsize=1)

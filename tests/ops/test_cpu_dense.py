@@ -16,17 +16,17 @@ from vllm_rsparse.ops import Backend
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 DTYPES = list(TOLERANCE)
 
-# (tokens, K, N): around tiles of 128 rows and 256 columns, panels of 32 columns and
+# (tokens, K, N): around passes of 16 rows and 512 columns, strips of 32 columns and
 # groups of 8 tokens; narrow layers, whose K is cut into parts; wide ones.
 CASES = [
     pytest.param(1, 1, 1, id="one-by-one"),
     pytest.param(3, 77, 33, id="odd"),
-    pytest.param(8, 128, 256, id="one-tile"),
-    pytest.param(9, 129, 257, id="tile-and-a-bit"),
+    pytest.param(8, 16, 512, id="one-pass"),
+    pytest.param(9, 17, 513, id="pass-and-a-bit"),
     pytest.param(4, 1000, 515, id="parts-unaligned"),
     pytest.param(17, 2047, 2048, id="odd-rows-17-tokens"),
-    pytest.param(48, 300, 9001, id="wide-48-tokens"),
-    pytest.param(2, 640, 31, id="less-than-a-panel"),
+    pytest.param(64, 300, 9001, id="wide-64-tokens"),
+    pytest.param(2, 640, 31, id="less-than-a-strip"),
 ]
 
 
