@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable
 from enum import IntEnum
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -133,7 +134,18 @@ def dense_linear(
     """The dense route: x [M, K] times weight [N, K], as ``functional.linear``."""
     if backend == Backend.CPU and x.shape[0] <= cpu.MAX_DENSE_TOKENS:
         return cpu.dense_linear(x, weight, bias)
+    if x.dtype == torch.float16 and _float16_is_emulated(x.device.type):
+        # torch's own product of float16 on [K, N] storage: 11 s for 64 tokens on 2048 x
+        # 16384 (AMD EPYC, Zen 5), this 0.07 s.
+        bias = None if bias is None else bias.float()
+        return torch_linear(x.float(), weight.float(), bias).half()
     return torch_linear(x, weight, bias)
+
+
+@lru_cache(maxsize=2)
+def _float16_is_emulated(device_type: str) -> bool:
+    """Whether the device has no product of float16 that oneDNN knows."""
+    return device_type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 # Called with (x, thresholds, whether the call goes dense) before each call.

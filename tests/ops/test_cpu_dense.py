@@ -158,3 +158,21 @@ def test_the_op_takes_it_for_a_few_tokens_of_its_backend(monkeypatch):
             )
             assert (out - linear(x, weight, bias)).abs().max() < 1e-5
     assert calls == [3, limit]
+
+
+@pytest.mark.parametrize("tokens", [3, cpu.MAX_DENSE_TOKENS + 1])
+def test_float16_where_the_processor_has_none(monkeypatch, tokens):
+    """torch's product of float16 on [K, N] storage is a scalar loop there."""
+    dtypes = []
+    monkeypatch.setattr(ops, "_float16_is_emulated", lambda device_type: True)
+    monkeypatch.setattr(
+        ops, "torch_linear", lambda *args: dtypes.append(args[0].dtype) or linear(*args)
+    )
+    x, weight, bias = make_inputs(tokens, 77, 33, torch.float16)
+    right = linear(x.double(), weight.double(), bias.double())
+    for backend in (Backend.CPU, Backend.CPU_TORCH):
+        out = ops.dense_linear(x, weight, bias, backend)
+        assert out.dtype == torch.float16
+        assert (out - right).norm() < TOLERANCE[torch.float16] * right.norm()
+    calls = 1 if tokens <= cpu.MAX_DENSE_TOKENS else 2
+    assert dtypes == [torch.float32] * calls
