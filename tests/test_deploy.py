@@ -85,14 +85,21 @@ def test_images_are_not_root_and_report_their_health(name: str) -> None:
     assert "WORKDIR /home/rsparse" in last_stage  # not a checkout
 
 
+def find_compose() -> list[str] | None:
+    """Docker may be installed without the plugin, which is a package of its own."""
+    if shutil.which("docker-compose"):
+        return ["docker-compose"]
+    if shutil.which("docker"):
+        asked = subprocess.run(["docker", "compose", "version"], capture_output=True)
+        return ["docker", "compose"] if asked.returncode == 0 else None
+    return None
+
+
 def test_compose_configuration() -> None:
     """`docker compose config`, version 1 or 2, where it is installed."""
     path = DEPLOY / "docker/compose.yaml"
-    if shutil.which("docker-compose"):
-        command = ["docker-compose"]
-    elif shutil.which("docker"):
-        command = ["docker", "compose"]
-    else:
+    command = find_compose()
+    if command is None:
         pytest.skip("docker compose is not installed")
     profiles = [f"--profile={name}" for name in ("cuda", "cpu", "prepare")]
     env = {**os.environ, "MODEL": "m", "GRAFANA_PASSWORD": "p"}
