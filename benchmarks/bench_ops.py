@@ -24,14 +24,14 @@ from peer import CONFIGS as PEER_CONFIGS
 from peer import peer_linear
 from torch.nn.functional import linear as dense_linear
 
-from vllm_rsparse import tuning
 from vllm_rsparse.bench.bandwidth import read_bandwidth
 from vllm_rsparse.bench.command import provenance
 from vllm_rsparse.bench.inputs import Inputs, bytes_read, kept_fraction, rotation
 from vllm_rsparse.bench.layers import SHAPES, Layer
 from vllm_rsparse.bench.measure import check, row, time_dense, time_sparse
 from vllm_rsparse.bench.timing import Timing, time_calls
-from vllm_rsparse.ops import Backend
+from vllm_rsparse.op import tuning
+from vllm_rsparse.op.ops import Backend
 
 
 def time_peer(inputs: list[Inputs], kept: float) -> tuple[Timing, tuple[int, int, int]]:

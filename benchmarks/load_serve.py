@@ -28,7 +28,7 @@ import httpx
 import psutil
 from request_kinds import MAX_MODEL_LEN, Kinds
 
-from vllm_rsparse.serving import ServerProcess, exit_on_signals
+from vllm_rsparse.testing.server import ServerProcess, exit_on_signals
 
 BIN = Path(sys.executable).parent
 ENGINES = ("dense", "rsparse")

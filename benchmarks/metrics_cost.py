@@ -22,11 +22,11 @@ import torch
 from random_model import SHAPES
 from torch import Tensor
 
-from vllm_rsparse import ops
 from vllm_rsparse.metrics import layout
 from vllm_rsparse.metrics.counters import Counters, Settings
 from vllm_rsparse.metrics.directory import CountsDirectory
-from vllm_rsparse.ops import resolve_backend
+from vllm_rsparse.op import ops
+from vllm_rsparse.op.ops import resolve_backend
 
 # The linears of a decoder layer that vLLM fuses into one.
 FUSED = (

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
-from vllm_rsparse.prepare.recipes import RECIPES
+from vllm_rsparse.prepare.recipe.recipes import RECIPES
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "tests/assets/pyllama-8m"
 

@@ -13,14 +13,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from vllm_rsparse.artifact import (
-    ARTIFACT_DIR,
+from vllm_rsparse.artifact.schema import (
     FORMAT_VERSION,
-    JSON_NAME,
-    TENSORS_NAME,
     ArtifactInfo,
     LinearEntry,
     factor_rank,
+)
+from vllm_rsparse.artifact.tensors import (
+    ARTIFACT_DIR,
+    JSON_NAME,
+    TENSORS_NAME,
     file_sha256,
 )
 

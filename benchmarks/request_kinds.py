@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import openai
 
-from vllm_rsparse.serving import ServerProcess
+from vllm_rsparse.testing.server import ServerProcess
 
 MAX_MODEL_LEN = 512
 SCHEMA = {

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vllm_rsparse.serving import ServerError, ServerProcess, exit_on_signals
+from vllm_rsparse.testing.server import ServerError, ServerProcess, exit_on_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "tests/assets/pyllama-8m"

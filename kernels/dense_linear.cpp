@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // y = W x + bias on CPUs for a few tokens, W stored [K, N] as the sparse route needs it;
-// called by vllm_rsparse/cpu.py. torch's product turns such a weight over at every call,
+// called by vllm_rsparse/op/cpu.py. torch's product turns such a weight over at every call,
 // which costs as much as reading it twice; measured in docs/cpu.md.
 //
 // W is read as the sparse route reads it, a few rows at a time along their columns, and

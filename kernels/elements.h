@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What the kernels for CPUs share: element types, and how sums of parts become outputs.
-// Like them it includes nothing of torch (vllm_rsparse/cpu_build.py).
+// Like them it includes nothing of torch (vllm_rsparse/op/cpu_build.py).
 
 #pragma once
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Sparse-plus-low-rank linear layer on CPUs; what it computes: vllm_rsparse/reference.py,
+// Sparse-plus-low-rank linear layer on CPUs; what it computes: vllm_rsparse/op/reference.py,
 // how fast and why so: docs/cpu.md. Compiled on the machine that runs it, for its
-// instruction set (vllm_rsparse/cpu_build.py); called by vllm_rsparse/cpu.py. It includes
+// instruction set (vllm_rsparse/op/cpu_build.py); called by vllm_rsparse/op/cpu.py. It includes
 // nothing of torch: two seconds to compile, and a new torch needs no new build.
 //
 // Decoding is bound by memory, so the code is about reading weights. W is stored [K, N]:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_rsparse.tuning import LaunchConfig, launch_config
+from vllm_rsparse.op.tuning import LaunchConfig, launch_config
 
 from .channels import GROUP
 from .programs import finish_kernel, sums_kernel
@@ -39,7 +39,7 @@ def rsparse_linear(
     ranks: list[int] | None = None,
     config: LaunchConfig | None = None,
 ) -> Tensor:
-    """Sparse-plus-low-rank linear; the op that ``vllm_rsparse.reference`` defines.
+    """Sparse-plus-low-rank linear; the op that ``vllm_rsparse.op.reference`` defines.
 
     Sums are float32 in a fixed order: equal inputs give bitwise equal outputs. Nothing
     waits for the host and no launch depends on data, so a call can be captured in a
@@ -51,12 +51,12 @@ def rsparse_linear(
         thresholds: float32 [S, K], contiguous.
         u: [N, >= max(ranks)] in x's dtype, any strides; fast when stored [R, N].
         v: [sum(ranks), K] in x's dtype, any strides; fast when stored [K, R]
-            (``vllm_rsparse.packing``).
+            (``vllm_rsparse.op.packing``).
         correction: float32 [N] or None.
         bias: [N], any float dtype, or None.
         shard_sizes: rows of each shard; default one shard of N rows.
         ranks: rank of each shard; default one shard of rank ``v.shape[0]``.
-        config: how to cut up the work; None looks it up (``vllm_rsparse.tuning``).
+        config: how to cut up the work; None looks it up (``vllm_rsparse.op.tuning``).
 
     Returns:
         [M, N] in x's dtype, contiguous.

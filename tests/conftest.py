@@ -13,13 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_rsparse.artifact import (
-    JSON_NAME,
-    TENSORS_NAME,
-    ArtifactInfo,
-    LinearEntry,
-    file_sha256,
-)
+from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry
+from vllm_rsparse.artifact.tensors import JSON_NAME, TENSORS_NAME, file_sha256
 
 # Without a GPU the kernels run in Triton's interpreter. Triton reads this when it is
 # first imported, and vLLM imports it: it must be set before any test module is.

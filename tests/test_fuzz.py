@@ -19,15 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_rsparse import locate
-from vllm_rsparse.artifact import (
-    JSON_NAME,
-    TENSORS_NAME,
-    Artifact,
-    ArtifactError,
-    ArtifactInfo,
-)
-from vllm_rsparse.inspect_artifact import describe
+from vllm_rsparse.artifact import locate
+from vllm_rsparse.artifact.inspect import describe
+from vllm_rsparse.artifact.schema import ArtifactInfo
+from vllm_rsparse.artifact.tensors import JSON_NAME, TENSORS_NAME, Artifact
+from vllm_rsparse.errors import ArtifactError
 
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
 LINEARS = {
@@ -272,7 +268,7 @@ def test_any_config_of_a_model(tmp_path: Path) -> None:
 
 
 def test_any_quantization_config() -> None:
-    config = pytest.importorskip("vllm_rsparse.config").RSparseConfig
+    config = pytest.importorskip("vllm_rsparse.serving.config").RSparseConfig
     base = {
         "quant_method": "rsparse",
         "format_version": 1,

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm_rsparse.config import RSparseConfig
 from vllm_rsparse.plugin import register
+from vllm_rsparse.serving.config import RSparseConfig
 
 
 def test_entry_point_is_installed():

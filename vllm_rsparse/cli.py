@@ -13,14 +13,14 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from . import __version__
+from vllm_rsparse import __version__
 
 # Subcommand -> module, one line of help.
 COMMANDS = {
     "prepare": ("vllm_rsparse.prepare.command", "make a sparse model from a dense one"),
     "evaluate": ("vllm_rsparse.evaluate", "measure what the sparse model loses"),
     "bench": ("vllm_rsparse.bench.command", "measure what the kernels gain here"),
-    "inspect": ("vllm_rsparse.inspect_artifact", "show what a prepared model holds"),
+    "inspect": ("vllm_rsparse.artifact.inspect", "show what a prepared model holds"),
     "doctor": ("vllm_rsparse.doctor", "check the installation, and a prepared model"),
 }
 

@@ -17,7 +17,7 @@ def register() -> None:
     )
 
     from vllm_rsparse import envs
-    from vllm_rsparse.config import RSparseConfig
+    from vllm_rsparse.serving.config import RSparseConfig
 
     register_quantization_config("rsparse")(RSparseConfig)
     vllm.envs.environment_variables.update(envs.VLLM_ENVIRONMENT)

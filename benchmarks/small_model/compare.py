@@ -37,7 +37,7 @@ from vllm_rsparse.evaluate.measure import dense_positions, measure
 from vllm_rsparse.evaluate.windows import read_windows
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
-from vllm_rsparse.prepare.recipes import RECIPES
+from vllm_rsparse.prepare.recipe.recipes import RECIPES
 from vllm_rsparse.text_table import align
 
 START = time.monotonic()

@@ -32,7 +32,7 @@ from scene import (
 from stream_client import Client
 from tokens import Layout
 
-from vllm_rsparse.serving import ServerError, exit_on_signals
+from vllm_rsparse.testing.server import ServerError, exit_on_signals
 
 SITE_PACKAGES = Path(openai.__file__).resolve().parents[1]
 MP = Layout("mp", 1, 2, 1)

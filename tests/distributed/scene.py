@@ -13,7 +13,7 @@ from cluster import BIN, RayCluster
 from stream_client import Client
 from tokens import Layout, prepare, read_prompts, serve_options
 
-from vllm_rsparse.serving import ServerError, ServerProcess
+from vllm_rsparse.testing.server import ServerError, ServerProcess
 
 CLIENTS = 4
 

@@ -31,7 +31,7 @@ from cluster import BIN, RayCluster, enter_namespaces
 from openai import OpenAI
 from safetensors.torch import load_file, save_file
 
-from vllm_rsparse.serving import ServerProcess, exit_on_signals
+from vllm_rsparse.testing.server import ServerProcess, exit_on_signals
 
 MODEL = Path(__file__).resolve().parents[1] / "assets/pyllama-8m"
 NEW_TOKENS = 24

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from vllm_rsparse.serving import ServerProcess
+from vllm_rsparse.testing.server import ServerProcess
 
 # Importlib mode does not put it there: for served.py, which test files import.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 from served import ALWAYS, NEW_TOKENS, PROMPTS, assert_same_tokens, client, complete
 
-from vllm_rsparse.serving import ServerError
+from vllm_rsparse.testing.server import ServerError
 
 pytestmark = pytest.mark.serve
 

@@ -3,7 +3,7 @@
 
 import torch
 
-from .timing import time_calls
+from vllm_rsparse.bench.timing import time_calls
 
 _BYTES = 2**31
 
@@ -21,7 +21,7 @@ def read_bandwidth(device: str) -> float:
         timing = time_calls([source.sum], replays=5)
     else:
         # Imported here: on a machine without Triton the CPU can still be measured.
-        from .read_kernel import read_all
+        from vllm_rsparse.bench.read_kernel import read_all
 
         sums = read_all(source)
         if sums.sum().item() != source.numel():

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from vllm_rsparse import __version__, tuning
-from vllm_rsparse.artifact import Artifact
-from vllm_rsparse.locate import find_artifact
-from vllm_rsparse.ops import resolve_backend
+from vllm_rsparse import __version__
+from vllm_rsparse.artifact.locate import find_artifact
+from vllm_rsparse.artifact.tensors import Artifact
+from vllm_rsparse.bench.bandwidth import read_bandwidth
+from vllm_rsparse.bench.layers import SHAPES, Layer, layers_of
+from vllm_rsparse.bench.measure import measure_layer
+from vllm_rsparse.op import tuning
+from vllm_rsparse.op.ops import resolve_backend
 from vllm_rsparse.text_table import align
-
-from .bandwidth import read_bandwidth
-from .layers import SHAPES, Layer, layers_of
-from .measure import measure_layer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tune:
         if device == "cpu":
             raise ValueError("--tune searches GPU kernels and found no CUDA device")
-        from .tuner import tune
+        from vllm_rsparse.bench.tuner import tune
 
         path = tune(layers, args.tokens, dtype, provenance())
         print(f"wrote {path}", file=sys.stderr)

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_rsparse import reference
-from vllm_rsparse.packing import pack_factors
-
-from .layers import Layer
+from vllm_rsparse.bench.layers import Layer
+from vllm_rsparse.op import reference
+from vllm_rsparse.op.packing import pack_factors
 
 # Weights and inputs rotate over this many bytes, several times the H200's 60 MB L2.
 ROTATED_BYTES = 600e6

@@ -4,7 +4,7 @@
 import re
 from dataclasses import dataclass, replace
 
-from vllm_rsparse.artifact import ArtifactInfo, LinearEntry, factor_rank
+from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry, factor_rank
 
 # Linears of one input, which the engine fuses into one layer, in its order.
 _FUSED = {

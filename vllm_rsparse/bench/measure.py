@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from vllm_rsparse import reference
-from vllm_rsparse.ops import Backend, sparse_linear
+from vllm_rsparse.bench.inputs import Inputs, bytes_read, kept_fraction, rotation
+from vllm_rsparse.bench.layers import Layer
+from vllm_rsparse.bench.timing import Timing, time_calls
+from vllm_rsparse.op import reference
+from vllm_rsparse.op.ops import Backend, sparse_linear
 
-from .inputs import Inputs, bytes_read, kept_fraction, rotation
-from .layers import Layer
-from .timing import Timing, time_calls
-
-# The output is rounded once to a half type; see tests/ops/triton_case.py.
+# The output is rounded once to a half type; see tests/op/triton_case.py.
 GATE = 4e-3
 
 

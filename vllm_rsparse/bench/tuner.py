@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from vllm_rsparse import reference, tuning
+from vllm_rsparse.bench.inputs import Inputs, make_inputs, rotation
+from vllm_rsparse.bench.layers import Layer
+from vllm_rsparse.bench.measure import check, time_dense
+from vllm_rsparse.bench.timing import time_calls
 from vllm_rsparse.kernels.rsparse_linear import listed_channels, rsparse_linear
-from vllm_rsparse.tuning import LaunchConfig, TunedEntry
-
-from .inputs import Inputs, make_inputs, rotation
-from .layers import Layer
-from .measure import check, time_dense
-from .timing import time_calls
+from vllm_rsparse.op import reference, tuning
+from vllm_rsparse.op.tuning import LaunchConfig, TunedEntry
 
 # How many of the coarse ranking are timed again with care.
 _FINALISTS = 5

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm-rsparse doctor``: whether this installation, and a model, can be served."""
 
-from .command import add_arguments, run
+from vllm_rsparse.doctor.command import add_arguments, run
 
 __all__ = ["add_arguments", "run"]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from . import installation, model
-from .finding import Finding, Level
+from vllm_rsparse.doctor import installation, model
+from vllm_rsparse.doctor.finding import Finding, Level
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

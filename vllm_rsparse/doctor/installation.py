@@ -15,8 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from vllm_rsparse import __version__
-
-from .finding import Finding, Level
+from vllm_rsparse.doctor.finding import Finding, Level
 
 _GIB = 1 << 30
 
@@ -120,8 +119,8 @@ def backend() -> Iterator[Finding]:
     from vllm.platforms import current_platform
 
     from vllm_rsparse import envs
-    from vllm_rsparse.ops import resolve_backend
-    from vllm_rsparse.routing import default_max_sparse_tokens
+    from vllm_rsparse.op.ops import resolve_backend
+    from vllm_rsparse.serving.route import default_max_sparse_tokens
 
     asked = envs.backend()
     chosen = resolve_backend(asked, current_platform.device_type)
@@ -140,7 +139,7 @@ def tuned_shapes() -> Iterator[Finding]:
     """Whether launch configurations are shipped for this GPU."""
     from vllm.platforms import current_platform
 
-    from vllm_rsparse.tuning import device_table
+    from vllm_rsparse.op.tuning import device_table
 
     if current_platform.device_type != "cuda":
         yield Finding(Level.OK, "tuned shapes", "only the triton backend uses them")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_rsparse.artifact import LinearTensors
-from vllm_rsparse.ops import Backend, sparse_linear
-from vllm_rsparse.packing import pack_factors
-from vllm_rsparse.reference import kept_mask, rsparse_linear
+from vllm_rsparse.artifact.tensors import LinearTensors
+from vllm_rsparse.op.ops import Backend, sparse_linear
+from vllm_rsparse.op.packing import pack_factors
+from vllm_rsparse.op.reference import kept_mask, rsparse_linear
 
 # Relative error of a sum of rounded products: a few units in the last place of the
 # output's dtype (2^-8, 2^-11), and for float32 the order of the sums.

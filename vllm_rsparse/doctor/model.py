@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_rsparse.artifact import JSON_NAME, Artifact, ArtifactError, LinearTensors
-from vllm_rsparse.locate import find_artifact
-from vllm_rsparse.ops import resolve_backend
-
-from .finding import Finding, Level
-from .layer import TOLERANCE, FusedLayer, compare
+from vllm_rsparse.artifact.locate import find_artifact
+from vllm_rsparse.artifact.tensors import JSON_NAME, Artifact, LinearTensors
+from vllm_rsparse.doctor.finding import Finding, Level
+from vllm_rsparse.doctor.layer import TOLERANCE, FusedLayer, compare
+from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.op.ops import resolve_backend
 
 # Linears that the engine fuses, because they share an input.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"))
@@ -39,7 +39,7 @@ def tuned_shapes(directory: Path) -> Iterator[Finding]:
     """Which of the model's fused layers have a launch configuration for this GPU."""
     from vllm.platforms import current_platform
 
-    from vllm_rsparse.tuning import device_table
+    from vllm_rsparse.op.tuning import device_table
 
     if current_platform.device_type != "cuda":
         yield Finding(Level.OK, "tuned shapes", "only the triton backend uses them")
@@ -131,7 +131,7 @@ def _weights(directory: Path, opened: Artifact, names: list[str]) -> dict[str, T
         dtype = getattr(torch, opened.info.dtype)
         shapes = {name: opened.entry(name).shape for name in names}
         return {n: (torch.randn(s) / s[1] ** 0.5).to(dtype) for n, s in shapes.items()}
-    from vllm_rsparse.prepare.checkpoint import Checkpoint
+    from vllm_rsparse.model.checkpoint import Checkpoint
 
     read = Checkpoint(directory).read(f"{name}.weight" for name in names)
     weights = {name.removesuffix(".weight"): tensor for name, tensor in read.items()}
@@ -160,7 +160,7 @@ def _digest_of_config(directory: Path) -> str | None:
     """The digest that config.json promises; None for a bare artifact."""
     if (directory / JSON_NAME).is_file():
         return None
-    from vllm_rsparse.prepare.checkpoint import read_json
+    from vllm_rsparse.model.checkpoint import read_json
 
     digest = read_json(directory / "config.json")["quantization_config"].get(
         "artifact_sha256"

@@ -6,6 +6,6 @@ windows, dense and every sparse variant on the same tokens) -> report (table, JS
 engine takes the place of measure where vLLM and its kernels are to compute.
 """
 
-from .command import add_arguments, run
+from vllm_rsparse.evaluate.command import add_arguments, run
 
 __all__ = ["add_arguments", "run"]

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_rsparse import __version__
+from vllm_rsparse.evaluate.plot import check_plot, draw
 from vllm_rsparse.text_table import align
-
-from .plot import check_plot, draw
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .loading import PreparedModel
-    from .measure import Loss
+    from vllm_rsparse.evaluate.loading import PreparedModel
+    from vllm_rsparse.evaluate.measure import Loss
 
 logger = logging.getLogger(__name__)
 
@@ -117,9 +116,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from transformers import AutoTokenizer
 
-    from .loading import PreparedModel
-    from .measure import dense_positions
-    from .windows import read_windows
+    from vllm_rsparse.evaluate.loading import PreparedModel
+    from vllm_rsparse.evaluate.measure import dense_positions
+    from vllm_rsparse.evaluate.windows import read_windows
 
     first = dense_positions(args.window, args.dense_fraction)
     prepared = [PreparedModel.open(path) for path in (args.directory, *args.compare)]
@@ -178,8 +177,8 @@ def _measure_torch(
 ) -> "tuple[list[Loss], _Ran]":
     import torch
 
-    from .loading import SwitchableModel
-    from .measure import measure
+    from vllm_rsparse.evaluate.loading import SwitchableModel
+    from vllm_rsparse.evaluate.measure import measure
 
     device = _device(args.device)
     dtype = args.dtype
@@ -196,7 +195,7 @@ def _measure_vllm(
     windows: "Tensor",
     first: int,
 ) -> "tuple[list[Loss], _Ran]":
-    from .engine import check_engine, measure_served
+    from vllm_rsparse.evaluate.engine import check_engine, measure_served
 
     check_engine(prepared[0], args.window)
     losses, run = measure_served(prepared, windows, first, args.dtype)

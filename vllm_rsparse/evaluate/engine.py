@@ -22,10 +22,10 @@ from typing import Any
 from torch import Tensor
 
 from vllm_rsparse import envs
-from vllm_rsparse.artifact import ArtifactError, model_sparsity
-
-from .loading import PreparedModel
-from .measure import Loss, sparsity_by_kind
+from vllm_rsparse.artifact.schema import model_sparsity
+from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.evaluate.loading import PreparedModel
+from vllm_rsparse.evaluate.measure import Loss, sparsity_by_kind
 
 WORKER = "vllm_rsparse.evaluate.engine_worker"
 

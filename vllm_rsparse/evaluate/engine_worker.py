@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_rsparse import ops
-from vllm_rsparse.reference import kept_mask
+from vllm_rsparse.op import ops
+from vllm_rsparse.op.reference import kept_mask
 
 
 class KeptChannels:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vllm_rsparse.artifact import Artifact, ArtifactError, LinearEntry, file_sha256
-from vllm_rsparse.attention import attention_implementation
-from vllm_rsparse.locate import locate_artifact
-from vllm_rsparse.reference import kept_mask
+from vllm_rsparse.artifact.locate import locate_artifact
+from vllm_rsparse.artifact.schema import LinearEntry
+from vllm_rsparse.artifact.tensors import Artifact, file_sha256
+from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.model.attention import attention_implementation
+from vllm_rsparse.op.reference import kept_mask
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from vllm_rsparse.artifact import Artifact, LinearEntry, model_sparsity
-
-from .loading import PreparedModel, SwitchableModel
+from vllm_rsparse.artifact.schema import LinearEntry, model_sparsity
+from vllm_rsparse.artifact.tensors import Artifact
+from vllm_rsparse.evaluate.loading import PreparedModel, SwitchableModel
 
 # Logits in flight, dense and sparse, as float32: bounds the batch of windows.
 BATCH_BYTES = 256 << 20

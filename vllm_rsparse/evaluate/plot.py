@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .measure import Loss
+    from vllm_rsparse.evaluate.measure import Loss
 
 MARKERS = "osD^vPX*"
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vllm_rsparse.metrics import layout
 from vllm_rsparse.metrics.mapped import on_device
-from vllm_rsparse.reference import kept_mask
+from vllm_rsparse.op.reference import kept_mask
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from vllm_rsparse import __version__
-from vllm_rsparse.artifact import ArtifactInfo
+from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.metrics import layout
 from vllm_rsparse.metrics.counters import Settings
 from vllm_rsparse.metrics.directory import CountsDirectory

@@ -5,7 +5,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from .options import DEFAULT_TOKENS, DEVICES, DTYPES, PrepareOptions
+from vllm_rsparse.prepare.options import DEFAULT_TOKENS, DEVICES, DTYPES, PrepareOptions
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +122,8 @@ def run(args: argparse.Namespace) -> int:
         revision=args.revision,
     )
     # torch and transformers take seconds to import; bad options are told before.
-    from .pipeline import prepare
-    from .report import summary
+    from vllm_rsparse.prepare.pipeline import prepare
+    from vllm_rsparse.prepare.report import summary
 
     info = prepare(options)
     print(summary(info))

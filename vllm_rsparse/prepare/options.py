@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import PrepareError
+from vllm_rsparse.errors import PrepareError
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -9,28 +9,26 @@ from typing import Any
 import torch
 
 from vllm_rsparse import __version__
-from vllm_rsparse.artifact import (
+from vllm_rsparse.artifact.schema import FORMAT_VERSION, ArtifactInfo
+from vllm_rsparse.artifact.tensors import (
     ARTIFACT_DIR,
-    FORMAT_VERSION,
     JSON_NAME,
     TENSORS_NAME,
     Artifact,
-    ArtifactInfo,
     file_sha256,
 )
-
-from .calibrate_layers import calibrate_layers
-from .checkpoint import Checkpoint, resolve_model
-from .errors import PrepareError
-from .journal import Journal
-from .linears import find_linears
-from .options import DEFAULT_TOKENS, PrepareOptions
-from .output import StagedOutput, check_output, write_text
-from .planning import plan_linears, search_identity
-from .recipes import load_recipe
-from .snapshots import Snapshots
-from .streaming import StreamedModel
-from .texts import choose_windows, load_tokenizer, read_texts
+from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
+from vllm_rsparse.model.families import find_linears
+from vllm_rsparse.model.streaming import StreamedModel
+from vllm_rsparse.model.texts import choose_windows, load_tokenizer, read_texts
+from vllm_rsparse.prepare.calibration.layers import calibrate_layers
+from vllm_rsparse.prepare.options import DEFAULT_TOKENS, PrepareOptions
+from vllm_rsparse.prepare.recipe.recipes import load_recipe
+from vllm_rsparse.prepare.search.planning import plan_linears, search_identity
+from vllm_rsparse.prepare.store.journal import Journal
+from vllm_rsparse.prepare.store.output import StagedOutput, check_output, write_text
+from vllm_rsparse.prepare.store.snapshots import Snapshots
 
 
 def prepare(options: PrepareOptions) -> ArtifactInfo:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The closing table of ``prepare``: one row per kind of linear."""
 
-from vllm_rsparse.artifact import ArtifactInfo, LinearEntry, model_sparsity
-
-from .linears import KINDS
+from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry, model_sparsity
+from vllm_rsparse.model.families import KINDS
 
 
 def summary(info: ArtifactInfo) -> str:

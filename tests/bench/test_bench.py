@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-rsparse bench``: layers of a model, inputs, the gate, and the command."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_rsparse import cli
+from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry
+from vllm_rsparse.bench import inputs as bench_inputs
+from vllm_rsparse.bench import timing
+from vllm_rsparse.bench.inputs import bytes_read, kept_fraction, make_inputs
+from vllm_rsparse.bench.layers import SHAPES, Layer, layers_of
+from vllm_rsparse.bench.measure import check
+from vllm_rsparse.bench.tuner import candidates
+from vllm_rsparse.op import reference
+
+SMALL = Layer("qkv", (64, 32, 32), 96, kept=0.5, ranks=(0, 7, 0))
+
+
+def info_of(layers: int = 2) -> ArtifactInfo:
+    """A decoder whose layers differ in what they keep and in rank."""
+    shapes = {
+        "self_attn.q_proj": (64, 64),
+        "self_attn.k_proj": (32, 64),
+        "self_attn.v_proj": (32, 64),
+        "self_attn.o_proj": (64, 64),
+        "mlp.gate_proj": (128, 64),
+        "mlp.up_proj": (128, 64),
+        "mlp.down_proj": (64, 128),
+    }
+    linears = {
+        f"model.layers.{index}.{name}": LinearEntry(
+            shape, 0.5, 1.0, 4 * index, 0.4 + 0.2 * index
+        )
+        for index in range(layers)
+        for name, shape in shapes.items()
+    }
+    return ArtifactInfo(0.5, linears, "bfloat16", "0" * 64)
+
+
+def test_layers_are_fused_and_counted_as_the_engine_sees_them() -> None:
+    layers = {layer.name: layer for layer in layers_of(info_of(), 1)}
+    assert {n: (la.shard_sizes, la.k) for n, la in layers.items()} == {
+        "qkv": ((64, 32, 32), 64),
+        "o": ((64,), 64),
+        "gate_up": ((128, 128), 64),
+        "down": ((64,), 128),
+    }
+    for layer in layers.values():
+        assert layer.count == 2
+        assert layer.kept == pytest.approx(0.5)
+        assert set(layer.ranks) == {2}
+
+
+def test_tensor_parallel_halves_rows_or_columns() -> None:
+    layers = {layer.name: layer for layer in layers_of(info_of(), 2)}
+    assert layers["qkv"].shard_sizes == (32, 16, 16)
+    assert (layers["down"].n, layers["down"].k) == (64, 64)
+    with pytest.raises(ValueError, match="--tensor-parallel-size 3 does not divide"):
+        layers_of(info_of(), 3)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.25, 1.0])
+def test_inputs_keep_what_the_layer_says(kept: float) -> None:
+    layer = Layer("o", (16,), 4096, kept)
+    made = [make_inputs(layer, 1, torch.bfloat16, "cpu", seed) for seed in range(4)]
+    # A fraction of 16384 draws: its standard deviation is at most 0.004.
+    assert kept_fraction(made) == pytest.approx(kept, abs=0.02)
+    weights = kept_fraction(made) * layer.n * layer.k * 2
+    small = 4 * layer.k + 2 * layer.k
+    assert bytes_read(layer, made, kept_fraction(made)) == pytest.approx(
+        weights + small
+    )
+
+
+def test_inputs_carry_the_factors() -> None:
+    one = make_inputs(SMALL, 2, torch.float32, "cpu", 0)
+    assert one.ranks == [0, 16, 0]
+    assert one.call(reference.rsparse_linear).shape == (2, 128)
+
+
+def test_wrong_results_are_not_timed() -> None:
+    good = torch.randn(4, 64)
+    check(good, good, "op")
+    with pytest.raises(RuntimeError, match="op: relative error"):
+        check(good * 1.01, good, "op")
+    with pytest.raises(RuntimeError, match="relative error nan"):
+        check(good * float("nan"), good, "op")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("layer", SHAPES["qwen3-32b"], ids=lambda layer: layer.name)
+def test_candidates_are_distinct_and_fit_the_shape(layer: Layer, tokens: int) -> None:
+    configs = candidates(layer, tokens, processors=132)
+    assert len(set(configs)) == len(configs) > 4
+    assert all(config.use_dot == (tokens > 2) for config in configs)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few inputs and replays: what is printed is tested here, not how fast it is."""
+    monkeypatch.setattr(bench_inputs, "ROTATED_BYTES", 1)
+    monkeypatch.setattr("vllm_rsparse.bench.bandwidth._BYTES", 2**20)
+    monkeypatch.setattr(timing, "_time_on_cpu", lambda calls, replays: _Once(calls))
+
+
+class _Once(timing.Timing):
+    def __init__(self, calls: list) -> None:
+        for call in calls:
+            call()
+        super().__init__(2.0, 1.0, 3.0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="times on the CPU")
+@pytest.mark.usefixtures("quick")
+def test_command_prints_a_table_and_writes_rows(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(SHAPES, "llama-3-8b", (SMALL, Layer("o", (64,), 96)))
+    output = tmp_path / "rows.json"
+    command = ["bench", "--shapes", "llama-3-8b", "--tokens", "1", "3"]
+    assert cli.main([*command, "--rho", "0.9", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 x qkv" in printed
+    assert printed.count("all") == 2
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["dense", "rsparse"] * 4
+    assert all(0 < row["kept"] <= 1 for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a device to tune for")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "0"], "--tokens must be at least 1, got 0"),
+        (["--sparsity", "1"], r"--sparsity must lie in \[0, 1\)"),
+        (["--rho", "0"], "--rho in"),
+        (["--tune"], "found no CUDA device"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_command_refuses(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "--shapes", "llama-3-8b", *options]) == 1
+    assert re.search(f"vllm-rsparse bench: error: .*{message}", capsys.readouterr().err)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``doctor``: passes on a sound installation, and names each thing that is not."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("vllm")
+
+from vllm_rsparse.artifact.tensors import TENSORS_NAME, file_sha256
+from vllm_rsparse.cli import main
+from vllm_rsparse.doctor import installation
+from vllm_rsparse.op import cpu
+
+# name -> (N, K, rank, has bias): one layer of a model with every fused group, a layer
+# that must be left alone, factors in some shards, a correction in one.
+SHAPES = {
+    "self_attn.q_proj": (48, 32, 4, False),
+    "self_attn.k_proj": (16, 32, 0, False),
+    "self_attn.v_proj": (16, 32, 0, True),
+    "self_attn.o_proj": (32, 48, 0, False),
+    "mlp.gate_proj": (64, 32, 0, False),
+    "mlp.up_proj": (64, 32, 8, False),
+    "mlp.down_proj": (32, 64, 0, False),
+}
+LINEARS = {f"model.layers.{i}.{n}": s for i in range(2) for n, s in SHAPES.items()}
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("VLLM_RSPARSE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")  # doctor would set it
+
+
+@pytest.fixture
+def prepared(write_artifact: Any, tmp_path: Path) -> Path:
+    """A prepared directory with the weights of a small random model."""
+    write_artifact(tmp_path / "rsparse", LINEARS)
+    digest = file_sha256(tmp_path / "rsparse" / TENSORS_NAME)
+    config = {"quant_method": "rsparse", "artifact": "rsparse"}
+    config["artifact_sha256"] = digest
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    weights = {f"{n}.weight": torch.randn(s[0], s[1]) for n, s in LINEARS.items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def doctor(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call with arguments: exit status, and the findings as name -> line."""
+
+    def run(*arguments: str | Path) -> tuple[int, dict[str, str]]:
+        status = main(["doctor", *map(str, arguments)])
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) <= 24  # one screen
+        return status, {line[5:19].strip(): line for line in lines[:-1]}
+
+    return run
+
+
+def test_sound_installation(doctor: Any) -> None:
+    status, lines = doctor()
+    assert status == 0
+    assert all(line.startswith(("ok", "warn")) for line in lines.values())
+    assert {"versions", "vllm", "plug-in", "device", "backend"} < set(lines)
+    assert "equals the definition" in lines["one layer"]
+
+
+def test_prepared_directory_with_its_weights(doctor: Any, prepared: Path) -> None:
+    status, lines = doctor(prepared)
+    assert status == 0
+    assert "14 linears" in lines["artifact"]
+    assert "model.layers.0, checkpoint's weights" in lines["one layer"]
+
+
+def test_bare_artifact(doctor: Any, prepared: Path) -> None:
+    status, lines = doctor(prepared / "rsparse")
+    assert status == 0
+    assert "random weights" in lines["one layer"]
+
+
+def test_changed_tensors(doctor: Any, prepared: Path) -> None:
+    path = prepared / "rsparse" / TENSORS_NAME
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    status, lines = doctor(prepared)
+    assert status == 1
+    assert lines["artifact"].startswith("FAIL")
+    assert "sha256" in lines["artifact"]
+
+
+def test_infinite_factor(doctor: Any, prepared: Path, edit_json: Any) -> None:
+    path = prepared / "rsparse" / TENSORS_NAME
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.u"][0, 0] = float("inf")
+    save_file(tensors, path)
+    digest = file_sha256(path)
+    edit_json(
+        prepared / "rsparse" / "rsparse.json",
+        lambda raw: raw.update(tensors_sha256=digest),
+    )
+    status, lines = doctor(prepared / "rsparse")
+    assert status == 1
+    assert "model.layers.1.mlp.up_proj.u holds NaN or infinity" in lines["artifact"]
+
+
+def test_weights_of_another_model(doctor: Any, prepared: Path) -> None:
+    weights = load_file(prepared / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] = torch.randn(16, 64)
+    save_file(weights, prepared / "model.safetensors")
+    status, lines = doctor(prepared)
+    assert status == 1
+    assert "prepared from another model" in lines["one layer"]
+
+
+@pytest.mark.parametrize("fault", [2.0, float("nan")])
+def test_wrong_backend(
+    doctor: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch, fault: float
+) -> None:
+    right = cpu.rsparse_linear
+    monkeypatch.setattr(cpu, "rsparse_linear", lambda *a: right(*a) * fault)
+    monkeypatch.setenv("VLLM_RSPARSE_BACKEND", "cpu")
+    status, lines = doctor(prepared)
+    assert status == 1
+    assert "cpu differs from the definition" in lines["one layer"]
+
+
+def test_no_artifact(doctor: Any, tmp_path: Path) -> None:
+    status, lines = doctor(tmp_path)
+    assert status == 1
+    assert "vllm-rsparse prepare" in lines["artifact"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "status", "line", "words"),
+    [
+        ("VLLM_PLUGINS", "other", 1, "plug-in", "excludes it"),
+        ("VLLM_RSPARSE_BACKEND", "fast", 1, "backend", "allowed are auto"),
+        ("VLLM_RSPARSE_MAX_SPARSE_TOKENS", "-1", 1, "backend", "integer >= 0"),
+        ("VLLM_RSPARSE_MAX_SPARSE_TOKENS", "0", 0, "backend", "served dense"),
+    ],
+)
+def test_settings(
+    doctor: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: str,
+    status: int,
+    line: str,
+    words: str,
+) -> None:
+    monkeypatch.setenv(name, value)
+    found, lines = doctor()
+    assert found == status
+    assert words in lines[line]
+
+
+@pytest.mark.parametrize(
+    ("found", "level", "words"),
+    [
+        ("0.25.1", "warn", "was written for"),
+        ("0.34.0", "warn", "was written for"),
+        (None, "FAIL", "pip install"),
+    ],
+)
+def test_vllm_release(
+    monkeypatch: pytest.MonkeyPatch, found: str | None, level: str, words: str
+) -> None:
+    real = installation._of
+    monkeypatch.setattr(
+        installation, "_of", lambda name: found if name == "vllm" else real(name)
+    )
+    line = [finding.line() for finding in installation.versions()][-1]
+    assert line.startswith(level)
+    assert words in line
+
+
+def test_not_installed(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "entry_points", lambda **kwargs: ())
+    status, lines = doctor()
+    assert status == 1
+    assert "pip install" in lines["plug-in"]

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``evaluate --engine vllm`` without vLLM: arithmetic, counting, errors."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vllm_rsparse.cli import main
+from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.evaluate import engine
+from vllm_rsparse.evaluate.engine import EngineRun, Scores, measure_served, run_engine
+from vllm_rsparse.evaluate.engine_worker import KeptChannels
+from vllm_rsparse.evaluate.loading import PreparedModel
+from vllm_rsparse.op import ops
+
+RUN = EngineRun("cpu", "float32", "0.0")
+
+
+@pytest.fixture
+def directory(tmp_path: Path, write_artifact: Any, pyllama: Path) -> Path:
+    """A prepared directory of two linears, of 8 x 4 and 4 x 8."""
+    write_artifact(
+        tmp_path / "rsparse",
+        {
+            "model.layers.0.mlp.up_proj": (8, 4, 0, False),
+            "model.layers.0.mlp.down_proj": (4, 8, 0, False),
+        },
+    )
+    for file in pyllama.iterdir():
+        if file.name.startswith("tokenizer") or file.suffix == ".safetensors":
+            (tmp_path / file.name).symlink_to(file)
+    config = json.loads((pyllama / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "rsparse", "artifact": "rsparse"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_figures_of_two_engines(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up, down = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
+    kept = {up: 0.5, down: 0.25}
+    engines = {
+        False: Scores([math.log(0.5)] * 4, [1, 2, 3, 4], {}, RUN),
+        True: Scores([math.log(0.25)] * 4, [1, 2, 9, 4], kept, RUN),
+    }
+    monkeypatch.setattr(
+        engine, "run_engine", lambda *args, sparse, **rest: engines[sparse]
+    )
+    prepared = PreparedModel.open(directory)
+    (loss,), run = measure_served([prepared], torch.zeros(1, 5), 0, "auto")
+    assert loss.perplexity_dense == pytest.approx(2)
+    assert loss.perplexity_sparse == pytest.approx(4)
+    assert loss.ratio == pytest.approx(2)
+    assert loss.top1_agreement == 0.75
+    assert loss.kl_divergence is None
+    assert loss.tokens == 4
+    # Both have 32 weights: half of one is skipped, three quarters of the other.
+    assert loss.achieved_sparsity == pytest.approx(0.625)
+    assert loss.by_kind == {"up_proj": 0.5, "down_proj": 0.75}
+    assert run == RUN
+
+
+def test_kept_channels_are_counted_by_linear() -> None:
+    layer = nn.Module()
+    layer.rsparse_thresholds = nn.Parameter(
+        torch.tensor([[0.5, 0.5, 0.5], [2.0, 0.0, 2.0]]), requires_grad=False
+    )
+    layer.quant_method = SimpleNamespace(names=["q", "k"])
+    counts = KeptChannels()
+    try:
+        counts.watch(nn.Sequential(nn.Identity(), layer))
+        x = torch.tensor([[1.0, -1.0, 0.0], [0.5, 0.1, -0.6]])
+        weight, none = torch.ones(4, 3), torch.zeros(0, 3)
+        rest = (torch.zeros(4, 0), none, None, None, [2, 2], [0, 0])
+        for limit in (2, 0):  # sparse, then dense: not counted
+            ops.linear(
+                x,
+                weight,
+                layer.rsparse_thresholds,
+                *rest,
+                limit,
+                int(ops.Backend.REFERENCE),
+            )
+    finally:
+        ops.set_observer(None)
+    assert counts.fractions() == {"q": 3 / 6, "k": 2 / 6}
+
+
+def test_an_engine_that_fails(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A worker that ends with status 0 and leaves no result must not pass either.
+    for worker, status in (("vllm_rsparse.nowhere", 1), ("this", 0)):
+        monkeypatch.setattr(engine, "WORKER", worker)
+        with pytest.raises(
+            ArtifactError, match=rf"exit status {status}.*--engine torch"
+        ):
+            run_engine(
+                PreparedModel.open(directory),
+                torch.zeros(1, 5, dtype=torch.int64),
+                0,
+                "auto",
+                sparse=True,
+            )
+
+
+@pytest.mark.parametrize(
+    ("options", "installed", "message"),
+    [
+        (["--device", "cpu"], True, "--device cpu goes with --engine torch"),
+        (["--window", "2048"], True, "leaves 2047 of the model's 2048 positions"),
+        ([], False, "vLLM is not installed"),
+    ],
+)
+def test_refused_before_an_engine_starts(
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    installed: bool,
+    message: str,
+) -> None:
+    text = directory / "text"
+    text.write_text(Path(json.__file__).read_text() * 2)
+    found = {"vllm": object() if installed else None}
+    util = SimpleNamespace(find_spec=found.__getitem__)
+    monkeypatch.setattr(engine, "importlib", SimpleNamespace(util=util))
+    arguments = [str(directory), "--data", str(text), "--engine", "vllm", *options]
+    assert main(["evaluate", *arguments]) == 1
+    assert message in capsys.readouterr().err

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch configurations: lookup, defaults, and the tables that are shipped."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vllm_rsparse.op import tuning
+from vllm_rsparse.op.tuning import LaunchConfig, TunedEntry
+
+CONFIG = LaunchConfig(128, 32, 4, 2, 1, use_dot=False)
+
+
+@pytest.fixture
+def config_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory of tables; forgets what was looked up before and after."""
+
+    def forget() -> None:
+        for cached in (tuning.device_table, tuning.launch_config, tuning._log_untuned):
+            cached.cache_clear()
+
+    monkeypatch.setattr(tuning, "CONFIG_DIR", tmp_path)
+    forget()
+    yield tmp_path
+    forget()
+
+
+def entry(tokens: int, split_k: int) -> TunedEntry:
+    config = replace(CONFIG, split_k=split_k, use_dot=tokens > 2)
+    return TunedEntry(64, 256, "bfloat16", tokens, config, 5.0, 9.0)
+
+
+def test_written_tables_read_back(config_dir: Path) -> None:
+    path = tuning.config_path("Some GPU")
+    tuning.write_table(path, [entry(8, 2), entry(1, 4)], {"device": "Some GPU"})
+    assert path == config_dir / "Some_GPU.json"
+    assert tuning.read_table(path) == [entry(1, 4), entry(8, 2)]
+    assert json.loads(path.read_text())["device"] == "Some GPU"
+
+
+@pytest.mark.parametrize(("tokens", "split_k"), [(1, 4), (2, 4), (3, 2), (16, 2)])
+def test_nearest_number_of_tokens(config_dir: Path, tokens: int, split_k: int) -> None:
+    tuning.write_table(tuning.config_path("GPU"), [entry(1, 4), entry(8, 2)], {})
+    found = tuning.launch_config("GPU", 64, 256, "bfloat16", tokens)
+    assert found.split_k == split_k
+
+
+def test_many_tokens_go_to_the_matrix_units(config_dir: Path) -> None:
+    tuning.write_table(tuning.config_path("GPU"), [entry(1, 4)], {})
+    assert tuning.launch_config("GPU", 64, 256, "bfloat16", 16).use_dot
+
+
+@pytest.mark.usefixtures("config_dir")
+def test_untuned_shapes_get_the_default_and_one_line_of_advice(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger=tuning.__name__)
+    for n in (64, 128, 192):
+        found = tuning.launch_config("GPU", n, 256, "bfloat16", 1)
+        assert found == tuning.default_config(n, 256, 1)
+    assert len(caplog.records) == 1
+    assert "--tune" in caplog.text
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (6144, 4096), (131072, 50000)])
+def test_default_is_valid_for_any_shape(n: int, k: int, tokens: int) -> None:
+    assert tuning.default_config(n, k, tokens).split_k >= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not a table"),
+        ("[]", "is not a table"),
+        ('{"entries": [{"n": 1}]}', "config"),
+        ('{"entries": [{"config": {"block_n": 1}}]}', "missing or unknown"),
+    ],
+)
+def test_broken_tables_are_named(config_dir: Path, text: str, message: str) -> None:
+    path = config_dir / "GPU.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        tuning.read_table(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"block_n": 48}, {"block_k": 0}, {"num_warps": 3}, {"split_k": 0}],
+    ids=str,
+)
+def test_impossible_configurations_are_refused(change: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        replace(CONFIG, **change)
+
+
+def test_the_matrix_units_do_not_list() -> None:
+    with pytest.raises(ValueError, match="listed must be false"):
+        LaunchConfig(16, 16, 1, 4, 1, use_dot=True, listed=True)
+
+
+def test_dot_needs_tiles_of_the_matrix_units() -> None:
+    with pytest.raises(ValueError, match="use_dot"):
+        LaunchConfig(8, 64, 1, 4, 1, use_dot=True)
+
+
+@pytest.mark.parametrize("path", sorted(tuning.CONFIG_DIR.glob("*.json")), ids=str)
+def test_shipped_tables_are_valid(path: Path) -> None:
+    document = json.loads(path.read_text())
+    assert tuning.config_path(document["device"]) == path
+    entries = tuning.read_table(path)
+    assert len({(e.n, e.k, e.dtype, e.tokens) for e in entries}) == len(entries) > 0

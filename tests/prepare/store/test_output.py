@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The staged output directory: all or nothing, and never the base."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.model.checkpoint import Checkpoint
+from vllm_rsparse.prepare.store.output import StagedOutput
+
+BASE_FILES = (
+    "model.safetensors",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+def _earlier_output(path: Path) -> Path:
+    (path / "rsparse").mkdir(parents=True)
+    (path / "rsparse" / "rsparse.json").write_text("old")
+    return path
+
+
+def _listing(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def test_links_lead_to_the_files_themselves(tmp_path: Path, pyllama: Path) -> None:
+    # As in the Hub's cache, where a snapshot consists of links to blobs.
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in (*BASE_FILES, "config.json"):
+        (snapshot / file).symlink_to(pyllama / file)
+    (snapshot / "consolidated.safetensors").touch()
+    (snapshot / "params.json").touch()
+    output = tmp_path / "out"
+    with StagedOutput(output, snapshot, overwrite=False) as staged:
+        staged.add_base_files(Checkpoint(snapshot), copy=False)
+        staged.write_config({"a": "ü"})
+        staged.commit()
+    assert _listing(output) == sorted((*BASE_FILES, "config.json", "rsparse"))
+    for file in BASE_FILES:
+        assert (output / file).readlink() == (pyllama / file).resolve()
+    assert json.loads((output / "config.json").read_text("utf-8")) == {"a": "ü"}
+
+
+def test_copies_do_not_depend_on_the_base(tmp_path: Path, pyllama: Path) -> None:
+    output = tmp_path / "out"
+    with StagedOutput(output, pyllama, overwrite=False) as staged:
+        staged.add_base_files(Checkpoint(pyllama), copy=True)
+        staged.commit()
+    for file in BASE_FILES:
+        assert not (output / file).is_symlink()
+        assert (output / file).read_bytes() == (pyllama / file).read_bytes()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_failure_leaves_nothing(
+    error: type[BaseException], tmp_path: Path, pyllama: Path
+) -> None:
+    def fail() -> None:
+        with StagedOutput(tmp_path / "out", pyllama, overwrite=False) as staged:
+            staged.write_config({})
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert _listing(tmp_path) == []
+
+
+def test_an_existing_output_is_refused(tmp_path: Path, pyllama: Path) -> None:
+    output = _earlier_output(tmp_path / "out")
+    with pytest.raises(PrepareError, match=r"OUTPUT .*out: exists already.*--overwrit"):
+        StagedOutput(output, pyllama, overwrite=False)
+
+
+def test_overwriting_replaces_all(tmp_path: Path, pyllama: Path) -> None:
+    output = _earlier_output(tmp_path / "out")
+    (output / "leftover").touch()
+    with StagedOutput(output, pyllama, overwrite=True) as staged:
+        (staged.artifact / "rsparse.json").write_text("new")
+        staged.commit()
+    assert _listing(tmp_path) == ["out"]
+    assert _listing(output) == ["rsparse"]
+    assert (output / "rsparse" / "rsparse.json").read_text() == "new"
+
+
+def test_a_failed_overwrite_loses_nothing(tmp_path: Path, pyllama: Path) -> None:
+    output = _earlier_output(tmp_path / "out")
+    staged = StagedOutput(output, pyllama, overwrite=True)
+    with pytest.raises(KeyboardInterrupt), staged:
+        raise KeyboardInterrupt
+    assert _listing(tmp_path) == ["out"]
+    assert (output / "rsparse" / "rsparse.json").read_text() == "old"
+
+
+def test_a_failed_rename_restores_the_old_output(
+    tmp_path: Path, pyllama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    output = _earlier_output(tmp_path / "out")
+    rename = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if str(source).endswith(".partial"):
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    staged = StagedOutput(output, pyllama, overwrite=True)
+    with pytest.raises(OSError, match="no"), staged:
+        staged.commit()
+    assert _listing(tmp_path) == ["out"]
+    assert (output / "rsparse" / "rsparse.json").read_text() == "old"
+
+
+def test_only_what_prepare_wrote_is_overwritten(tmp_path: Path, pyllama: Path) -> None:
+    precious = tmp_path / "home"
+    precious.mkdir()
+    (precious / "thesis.tex").touch()
+    with pytest.raises(PrepareError, match="replaces only a directory that `prepare`"):
+        StagedOutput(precious, pyllama, overwrite=True)
+    link = tmp_path / "link"
+    link.symlink_to(_earlier_output(tmp_path / "out"))
+    with pytest.raises(PrepareError, match="replaces only a directory that `prepare`"):
+        StagedOutput(link, pyllama, overwrite=True)
+
+
+def test_an_output_that_appears_meanwhile_is_kept(
+    tmp_path: Path, pyllama: Path
+) -> None:
+    output = tmp_path / "out"
+    staged = StagedOutput(output, pyllama, overwrite=False)
+    output.mkdir()
+    with pytest.raises(PrepareError, match="exists already"), staged:
+        staged.commit()
+    assert _listing(tmp_path) == ["out"]
+    assert _listing(output) == []
+
+
+def test_the_base_is_never_the_output(tmp_path: Path) -> None:
+    base = _earlier_output(tmp_path / "outer" / "base")
+    for output in (base, base.parent, base / ".." / "base"):
+        with pytest.raises(PrepareError, match="is, or contains, the base model"):
+            StagedOutput(output, base, overwrite=True)

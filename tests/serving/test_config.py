@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RSparseConfig: every way in, what it refuses, and what reaches the compile cache."""
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.model_executor.layers.linear import LinearBase
+
+from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.op.ops import Backend
+from vllm_rsparse.serving import config as config_module
+from vllm_rsparse.serving.config import RSparseConfig
+
+KINDS = ["q_proj", "k_proj", "v_proj"]
+
+
+def names(layers):
+    return [f"model.layers.{i}.self_attn.{kind}" for i in layers for kind in KINDS]
+
+
+@pytest.fixture
+def model_dir(tmp_path, write_artifact):
+    write_artifact(
+        tmp_path / "rsparse", dict.fromkeys(names([0, 1]), (8, 16, 1, False))
+    )
+    return tmp_path
+
+
+def make(model_dir, **options):
+    config = RSparseConfig.from_config(
+        {"quant_method": "rsparse", "artifact": "rsparse", **options}
+    )
+    config.packed_modules_mapping = {"qkv_proj": KINDS}
+    config.maybe_update_config(str(model_dir))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("surprise", 1, "unknown key 'surprise'"),
+        ("format_version", 2, "format_version is 2"),
+        ("artifact", 3, "artifact must be a string"),
+        ("artifact", "", "artifact must be a string"),
+        ("artifact_sha256", 3, "artifact_sha256 must be a string"),
+        ("max_sparse_tokens", -1, "max_sparse_tokens must be an integer >= 0"),
+        ("max_sparse_tokens", True, "max_sparse_tokens must be an integer >= 0"),
+        ("max_sparse_tokens", "4", "max_sparse_tokens must be an integer >= 0"),
+    ],
+)
+def test_bad_config_is_named(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        RSparseConfig.from_config({"quant_method": "rsparse", key: value})
+
+
+def test_plain_checkpoint_without_artifact_gets_directions(tmp_path):
+    with pytest.raises(ArtifactError, match=r"names no artifact.*--hf-overrides"):
+        RSparseConfig().maybe_update_config(str(tmp_path))
+
+
+def test_route_and_digest_enter_the_hashed_config(model_dir):
+    config = RSparseConfig("rsparse", max_sparse_tokens=3)
+    hf_config = SimpleNamespace()
+    config.maybe_update_config(str(model_dir), hf_config)
+    written = hf_config.quantization_config
+    assert written["artifact_sha256"] == config.open_artifact().sha256
+    assert written["max_sparse_tokens"] == 3
+    assert written["backend"] == "cpu"
+    # vLLM may build the config again from what we wrote.
+    assert RSparseConfig.from_config(written).requested_max_sparse_tokens == 3
+
+
+def test_environment_overrides_config(model_dir, monkeypatch):
+    monkeypatch.setenv("VLLM_RSPARSE_MAX_SPARSE_TOKENS", "7")
+    monkeypatch.setenv("VLLM_RSPARSE_BACKEND", "reference")
+    config = make(model_dir, max_sparse_tokens=3, backend="cpu")
+    assert config.max_sparse_tokens == 7
+    assert config.backend is Backend.REFERENCE
+
+
+@pytest.mark.parametrize("value", ["-1", "many", "1.5"])
+def test_bad_environment_is_named(model_dir, monkeypatch, value):
+    monkeypatch.setenv("VLLM_RSPARSE_MAX_SPARSE_TOKENS", value)
+    with pytest.raises(ValueError, match="VLLM_RSPARSE_MAX_SPARSE_TOKENS must be"):
+        make(model_dir)
+
+
+def test_worker_gets_the_decision_and_opens_its_own_artifact(model_dir, monkeypatch):
+    config = make(model_dir, max_sparse_tokens=3)
+    monkeypatch.setenv("VLLM_RSPARSE_MAX_SPARSE_TOKENS", "9")
+    worker = pickle.loads(pickle.dumps(config))
+    assert worker.max_sparse_tokens == 3
+    path = model_dir / "rsparse" / "rsparse.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="sha256"):
+        worker.open_artifact()
+
+
+def test_wrong_digest_is_refused_before_anything_is_built(model_dir):
+    with pytest.raises(ArtifactError, match="artifact_sha256"):
+        make(model_dir, artifact_sha256="0" * 64)
+
+
+class FakeLinear(LinearBase):
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+
+
+def test_missing_shard_of_a_fused_layer(tmp_path, write_artifact):
+    listed = {n: (8, 16, 1, False) for n in names([0]) if "k_proj" not in n}
+    write_artifact(tmp_path / "rsparse", listed)
+    config = make(tmp_path)
+    with pytest.raises(ArtifactError, match=r"layers\.0\.self_attn\.k_proj is missing"):
+        config.get_quant_method(FakeLinear(), "model.layers.0.self_attn.qkv_proj")
+
+
+def test_missing_decoder_layer(model_dir):
+    config = make(model_dir)
+    with pytest.raises(ArtifactError, match=r"layers\.2\.self_attn\.q_proj is missing"):
+        config.get_quant_method(FakeLinear(), "model.layers.2.self_attn.qkv_proj")
+
+
+def test_other_modules_are_left_alone(model_dir):
+    config = make(model_dir)
+    assert config.get_quant_method(torch.nn.Embedding(2, 2), "model.embed") is None
+
+
+def check(config, monkeypatch, layers, stages=1):
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(
+            hf_text_config=SimpleNamespace(num_hidden_layers=layers)
+        ),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+    )
+    monkeypatch.setattr(config_module, "get_current_vllm_config", lambda: engine)
+    config.check_all_claimed()
+
+
+def test_linear_that_the_model_lacks(model_dir, monkeypatch):
+    config = make(model_dir, max_sparse_tokens=1)
+    config.get_quant_method(FakeLinear(), "model.layers.0.self_attn.qkv_proj")
+    with pytest.raises(ArtifactError, match=r"lists model\.layers\.1\.self_attn\.q_pr"):
+        check(config, monkeypatch, layers=1)
+
+
+def test_pipeline_stage_claims_its_own_layers(model_dir, monkeypatch):
+    config = make(model_dir, max_sparse_tokens=1)
+    config.get_quant_method(FakeLinear(), "model.layers.0.self_attn.qkv_proj")
+    check(config, monkeypatch, layers=2, stages=2)
+
+
+def test_pipeline_does_not_hide_a_layer_beyond_the_model(model_dir, monkeypatch):
+    config = make(model_dir, max_sparse_tokens=1)
+    config.get_quant_method(FakeLinear(), "model.layers.0.self_attn.qkv_proj")
+    with pytest.raises(ArtifactError, match=r"lists model\.layers\.1\."):
+        check(config, monkeypatch, layers=1, stages=2)
+
+
+def test_unresolved_config_is_refused(model_dir):
+    from vllm_rsparse.serving.linear import RSparseLinearMethod
+
+    with pytest.raises(ValueError, match="maybe_update_config"):
+        RSparseLinearMethod(RSparseConfig("rsparse"), names([0]))

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-rsparse inspect``: what a prepared directory holds, read from its artifact."""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_rsparse.artifact.locate import find_artifact
+from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry
+from vllm_rsparse.artifact.tensors import Artifact
+from vllm_rsparse.text_table import align
+
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Figure:
+    title: str
+    value: Callable[[LinearEntry], float | None]
+    layout: str
+
+
+_FIGURES = (
+    _Figure("sparsity (factors counted)", lambda e: _sparsity(e), "{:.3f}"),
+    _Figure("kept fraction", lambda e: e.kept_fraction, "{:.3f}"),
+    _Figure("rank", lambda e: e.rank, "{:.0f}"),
+    _Figure("relative error", lambda e: e.relative_error, "{:.3f}"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "directory",
+        metavar="DIR",
+        type=Path,
+        help="directory written by `prepare`, or the artifact inside it",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="OUT.png",
+        help="draw sparsity by layer and kind as a heat map (needs matplotlib)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables; draw the heat map where asked to.
+
+    Raises:
+        ArtifactError: there is no artifact, or it is damaged.
+        ValueError: --plot without matplotlib, or a picture format that it cannot write.
+    """
+    artifact = Artifact(find_artifact(args.directory))
+    artifact.verify_digest()
+    if args.plot is not None:
+        draw(artifact.info, args.plot)
+    print(describe(artifact.info))
+    return 0
+
+
+def describe(info: ArtifactInfo) -> str:
+    """Figures by layer and kind, bytes per token, provenance.
+
+    All figures are those that ``prepare`` counted on its calibration text.
+    """
+    grid = _grid(info)
+    parts = [
+        _table(figure, grid)
+        for figure in _FIGURES
+        if any(
+            figure.value(entry)
+            for row in grid.layers.values()
+            for entry in row.values()
+        )
+    ]
+    return "\n\n".join([*parts, _bytes_per_token(info), _provenance(info)])
+
+
+def draw(info: ArtifactInfo, path: Path) -> None:
+    """Write a heat map of the sparsity, one row a layer, one column a kind."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            f"--plot {path}: needs matplotlib, which is not installed; install it with"
+            " `pip install matplotlib`, or leave --plot out"
+        ) from error
+    grid = _grid(info)
+    values = [
+        [_sparsity(row[kind]) if kind in row else math.nan for kind in grid.kinds]
+        for row in grid.layers.values()
+    ]
+    figure = Figure(figsize=(6, 1.5 + 0.25 * len(values)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    axes.set_xticks(range(len(grid.kinds)), grid.kinds, rotation=30, ha="right")
+    axes.set_yticks(range(len(values)), list(grid.layers))
+    axes.set_title(f"share of bytes skipped, {info.achieved_sparsity:.3f} in all")
+    figure.colorbar(image)
+    figure.savefig(path, dpi=150)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    kinds: list[str]
+    layers: dict[str, dict[str, LinearEntry]]
+
+
+def _grid(info: ArtifactInfo) -> _Grid:
+    """Entries by layer and kind, from names such as model.layers.3.mlp.up_proj."""
+    kinds: dict[str, None] = {}
+    layers: dict[str, dict[str, LinearEntry]] = {}
+    for name, entry in info.linears.items():
+        words = name.split(".")
+        layer = next((word for word in words if word.isdigit()), "-")
+        kinds[words[-1]] = None
+        layers.setdefault(layer, {})[words[-1]] = entry
+    return _Grid(list(kinds), layers)
+
+
+def _table(figure: _Figure, grid: _Grid) -> str:
+    rows = [["layer", *grid.kinds]]
+    for layer, entries in grid.layers.items():
+        cells = [figure.value(entries[k]) if k in entries else None for k in grid.kinds]
+        rows.append(
+            [layer, *("-" if c is None else figure.layout.format(c) for c in cells)]
+        )
+    return f"{figure.title}\n{align(rows)}"
+
+
+def _bytes_per_token(info: ArtifactInfo) -> str:
+    """What one decoded token reads: weights, and the float32 vectors of the method."""
+    width = _DTYPE_BYTES[info.dtype]
+    entries = info.linears.values()
+    dense = width * sum(entry.dense_elements for entry in entries)
+    factors = width * sum(entry.rank * sum(entry.shape) for entry in entries)
+    columns = width * sum(entry.read_elements for entry in entries) - factors
+    vectors = 4 * sum(
+        entry.shape[1] + (entry.shape[0] if entry.bias else 0) for entry in entries
+    )
+    rows = [
+        ["bytes read per token", "MiB", "of dense"],
+        *(
+            [label, f"{size / _MIB:.3f}", f"{size / dense:.3f}"]
+            for label, size in (
+                ("kept columns", columns),
+                ("factors", factors),
+                ("thresholds and corrections", vectors),
+                ("sparse, in all", columns + factors + vectors),
+                ("dense", dense),
+            )
+        ),
+    ]
+    return align(rows)
+
+
+def _provenance(info: ArtifactInfo) -> str:
+    header = {
+        "target sparsity": info.sparsity,
+        "achieved sparsity": round(info.achieved_sparsity, 4),
+        "linears": len(info.linears),
+        "dtype": info.dtype,
+        "tensors_sha256": info.tensors_sha256,
+    }
+    lines = [f"{key}: {_compact(value)}" for key, value in header.items()]
+    lines += [
+        f"{_compact(key)}: {_compact(value)}" for key, value in info.provenance.items()
+    ]
+    return "\n".join(lines)
+
+
+def _compact(value: Any) -> str:
+    plain = isinstance(value, str) and value.isprintable()
+    return str(value) if plain else json.dumps(value)
+
+
+def _sparsity(entry: LinearEntry) -> float:
+    return 1.0 - entry.read_elements / entry.dense_elements

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an artifact is: inside the model directory, at a path, or on the Hub."""
+
+import json
+from pathlib import Path
+
+from vllm_rsparse.artifact.tensors import ARTIFACT_DIR, JSON_NAME, TENSORS_NAME
+from vllm_rsparse.errors import ArtifactError
+
+
+def locate_artifact(source: str, model: str, revision: str | None = None) -> Path:
+    """Resolve ``quantization_config.artifact`` to a local directory.
+
+    Args:
+        source: a path inside the model directory (or repository), an absolute path, or
+            the name of a Hub repository that holds an artifact.
+        model: the served model, a local directory or a Hub repository.
+        revision: revision of the model's repository.
+
+    Returns:
+        A directory with ``rsparse.json`` and ``rsparse.safetensors``.
+
+    Raises:
+        ArtifactError: a relative path leaves the model directory, or nothing is there.
+    """
+    path = Path(source)
+    if path.is_absolute():
+        if _named_by_repository(source, model, revision):
+            raise ArtifactError(
+                f"the config.json of the Hub repository {model!r} names the artifact"
+                f" {source!r}, an absolute path of this machine; a repository may name"
+                " a path inside it or another repository. If you want that path, name"
+                " it yourself with --hf-overrides"
+            )
+        return _first_with_json([path, path / ARTIFACT_DIR], source)
+    if ".." in path.parts:
+        raise ArtifactError(
+            f"quantization_config.artifact is {source!r}, which leaves the model"
+            " directory; name a path inside it, or an absolute path"
+        )
+    root = Path(model)
+    if root.is_dir():
+        inside = root / path
+        if _is_file(inside / JSON_NAME) or source.count("/") != 1:
+            return _first_with_json([inside], f"{source!r} in {model}")
+        return _download(source, None, ["", ARTIFACT_DIR])
+    if source.count("/") == 1 and source != model:
+        return _download(source, None, ["", ARTIFACT_DIR])
+    return _download(model, revision, [source])
+
+
+def find_artifact(directory: Path) -> Path:
+    """The artifact of a prepared directory, or the directory itself when it is one.
+
+    Raises:
+        ArtifactError: it is neither, or its config cannot be read.
+    """
+    if _is_file(directory / JSON_NAME):
+        return directory
+    config = directory / "config.json"
+    if not config.is_file():
+        raise ArtifactError(
+            f"{directory}: neither a prepared directory (no config.json) nor an"
+            f" artifact (no {JSON_NAME}); give what `vllm-rsparse prepare` wrote"
+        )
+    try:
+        raw = json.loads(config.read_text(encoding="utf-8"))
+        source = raw.get("quantization_config", {}).get("artifact", ARTIFACT_DIR)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ArtifactError(
+            f"{config}: cannot be read as a model's config ({error})"
+        ) from error
+    return locate_artifact(str(source), str(directory))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        return False
+
+
+def _named_by_repository(source: str, model: str, revision: str | None) -> bool:
+    """Whether the Hub repository's own config, and not the user, names the artifact."""
+    if Path(model).is_dir():
+        return False
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        # The engine has read this file before it asks for the artifact.
+        config = try_to_load_from_cache(model, "config.json", revision=revision)
+        if not isinstance(config, str):
+            return False
+        raw = json.loads(Path(config).read_text(encoding="utf-8"))
+        return bool(raw["quantization_config"]["artifact"] == source)
+    except (OSError, ValueError, LookupError, TypeError, HFValidationError):
+        return False
+
+
+def _first_with_json(candidates: list[Path], what: str) -> Path:
+    for candidate in candidates:
+        if _is_file(candidate / JSON_NAME):
+            return candidate
+    raise ArtifactError(
+        f"no artifact at {what}: {candidates[0] / JSON_NAME} does not exist; write one"
+        " with `vllm-rsparse prepare`, or correct quantization_config.artifact"
+    )
+
+
+def _download(repo: str, revision: str | None, folders: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    files = [JSON_NAME, TENSORS_NAME]
+    patterns = [f"{folder}/{f}".lstrip("/") for folder in folders for f in files]
+    try:
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ArtifactError(
+            f"quantization_config.artifact: cannot fetch {' or '.join(patterns)} from"
+            f" the Hub repository {repo!r} ({error}); use a local path, or see that"
+            " the repository exists and can be reached from this node"
+        ) from error
+    return _first_with_json([root / folder for folder in folders], f"{repo!r} (Hub)")

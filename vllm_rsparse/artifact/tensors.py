@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prepared artifact on disk: read, validate, slice for a shard. No vLLM here.
+
+Format version 1 (docs/format.md). DIR/rsparse.json holds provenance and one entry per
+linear (LinearEntry); DIR/rsparse.safetensors holds, for each linear::
+
+    NAME.thresholds   float32 [K]
+    NAME.u            weight's dtype [N, r]   (absent when r = 0)
+    NAME.v            weight's dtype [r, K]   (absent when r = 0)
+    NAME.bias         float32 [N]             (only when used)
+
+NAME is the linear's name in the Hugging Face checkpoint. Both files are data only;
+everything is checked against the file's header before any tensor is read.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vllm_rsparse.artifact.schema import (
+    FORMAT_VERSION,
+    ArtifactInfo,
+    LinearEntry,
+    factor_rank,
+    model_sparsity,
+)
+from vllm_rsparse.errors import ArtifactError
+
+__all__ = [
+    "ARTIFACT_DIR",
+    "FORMAT_VERSION",
+    "JSON_NAME",
+    "TENSORS_NAME",
+    "Artifact",
+    "ArtifactError",
+    "ArtifactInfo",
+    "LinearEntry",
+    "LinearTensors",
+    "factor_rank",
+    "file_sha256",
+    "model_sparsity",
+]
+
+ARTIFACT_DIR = "rsparse"
+JSON_NAME = "rsparse.json"
+TENSORS_NAME = "rsparse.safetensors"
+_FLOAT_DTYPES = ("F32", "F16", "BF16")
+# Beyond any model's JSON, which takes 400 bytes a linear.
+_MAX_JSON_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class LinearTensors:
+    """Tensors of one linear, or of one tensor-parallel slice of it, on the CPU.
+
+    Attributes:
+        thresholds: float32 [K].
+        u: [N, r], or None when r = 0.
+        v: [r, K], or None when r = 0.
+        bias: float32 [N] constant correction, or None.
+    """
+
+    thresholds: Tensor
+    u: Tensor | None
+    v: Tensor | None
+    bias: Tensor | None
+
+
+class Artifact:
+    """An opened artifact directory. Headers are validated here, tensors read on demand.
+
+    Args:
+        directory: the directory that holds the two files.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or the two do not fit together.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.json_path = self.directory / JSON_NAME
+        self.tensors_path = self.directory / TENSORS_NAME
+        try:
+            text = _read_text(self.json_path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArtifactError(
+                f"{self.json_path}: cannot be read ({error}); an artifact is a"
+                f" directory with {JSON_NAME} and {TENSORS_NAME}, written by"
+                " `vllm-rsparse prepare`"
+            ) from error
+        self.info = ArtifactInfo.from_json(text, str(self.json_path))
+        self._validate_tensors()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of the tensor file as it is on disk now (read once, then cached)."""
+        return file_sha256(self.tensors_path)
+
+    def verify_digest(self, expected: str | None = None) -> None:
+        """Compare the tensor file with the digest that config and JSON promise.
+
+        Args:
+            expected: digest from the model's config; None checks the JSON's own.
+
+        Raises:
+            ArtifactError: the file differs from what was prepared.
+        """
+        for source, digest in (
+            (str(self.json_path), self.info.tensors_sha256),
+            ("config.json: quantization_config.artifact_sha256", expected),
+        ):
+            if digest is not None and digest != self.sha256:
+                raise ArtifactError(
+                    f"{self.tensors_path}: sha256 is {self.sha256}, but {source} says"
+                    f" {digest}; the file was changed or copied incompletely: copy it"
+                    " again or prepare the model again"
+                )
+
+    def read(
+        self,
+        name: str,
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+    ) -> LinearTensors:
+        """Read one linear, or a tensor-parallel slice; only those bytes are read.
+
+        Args:
+            name: the linear's name.
+            rows: output features of this rank (column-parallel layers).
+            columns: input channels of this rank (row-parallel layers).
+
+        Raises:
+            ArtifactError: the name is unknown, or thresholds hold NaN.
+        """
+        entry = self.entry(name)
+        with safe_open(self.tensors_path, framework="pt") as tensors:
+            thresholds = tensors.get_slice(f"{name}.thresholds")[columns]
+            u = v = bias = None
+            if entry.rank > 0:
+                u = tensors.get_slice(f"{name}.u")[rows]
+                v = tensors.get_slice(f"{name}.v")[:, columns]
+            if entry.bias:
+                bias = tensors.get_slice(f"{name}.bias")[rows]
+        if torch.isnan(thresholds).any():
+            raise ArtifactError(
+                f"{self.tensors_path}: {name}.thresholds holds NaN; prepare again"
+            )
+        for label, tensor in (("u", u), ("v", v), ("bias", bias)):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise ArtifactError(
+                    f"{self.tensors_path}: {name}.{label} holds NaN or infinity;"
+                    " prepare again"
+                )
+        return LinearTensors(thresholds, u, v, bias)
+
+    def entry(self, name: str) -> LinearEntry:
+        """The JSON entry of a linear; ArtifactError where there is none."""
+        try:
+            return self.info.linears[name]
+        except KeyError:
+            raise ArtifactError(
+                f"{self.json_path}: no linear named {name!r}; it has"
+                f" {len(self.info.linears)}, the first is"
+                f" {next(iter(self.info.linears))!r}"
+            ) from None
+
+    def _validate_tensors(self) -> None:
+        try:
+            with safe_open(self.tensors_path, framework="pt") as tensors:
+                found = {
+                    key: (
+                        tensors.get_slice(key).get_shape(),
+                        tensors.get_slice(key).get_dtype(),
+                    )
+                    for key in tensors.keys()  # noqa: SIM118 (not a mapping)
+                }
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{self.tensors_path}: cannot be read as safetensors"
+                f" ({_printable(error)}); copy it"
+                " again or prepare the model again"
+            ) from error
+        expected: dict[str, tuple[list[int], tuple[str, ...]]] = {}
+        for name, entry in self.info.linears.items():
+            n, k = entry.shape
+            expected[f"{name}.thresholds"] = ([k], ("F32",))
+            if entry.rank > 0:
+                expected[f"{name}.u"] = ([n, entry.rank], _FLOAT_DTYPES)
+                expected[f"{name}.v"] = ([entry.rank, k], _FLOAT_DTYPES)
+            if entry.bias:
+                expected[f"{name}.bias"] = ([n], ("F32",))
+        for key, (shape, dtypes) in expected.items():
+            if key not in found:
+                raise ArtifactError(
+                    f"{self.tensors_path}: tensor {key!r} is missing, although"
+                    f" {JSON_NAME} lists its linear"
+                )
+            if found[key][0] != shape or found[key][1] not in dtypes:
+                raise ArtifactError(
+                    f"{self.tensors_path}: {key} is {found[key][1]} {found[key][0]},"
+                    f" expected {' or '.join(dtypes)} {shape}"
+                )
+        for key in found.keys() - expected.keys():
+            raise ArtifactError(
+                f"{self.tensors_path}: tensor {key!r} belongs to no linear listed in"
+                f" {JSON_NAME}"
+            )
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in chunks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_text(path: Path) -> str:
+    size = path.stat().st_size
+    if size > _MAX_JSON_BYTES:
+        raise ArtifactError(
+            f"{path}: {size} bytes, no artifact's has more than {_MAX_JSON_BYTES};"
+            " prepare the model again"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _printable(error: Exception) -> str:
+    """A library's message; what it quotes of the file must not steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(error))

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base model on disk and in memory: structure, tensors, text. No vLLM."""

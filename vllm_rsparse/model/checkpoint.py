@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face checkpoint on disk: where it lies, its config, its tensors.
+
+Nothing is kept in memory: a tensor is read from its safetensors file when asked for,
+and the file is closed again, so that mapped pages are given back too.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vllm_rsparse.errors import PrepareError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+# Besides the weights, what a served model needs. Formats that vLLM would prefer to the
+# linked weights (params.json with consolidated.safetensors, *.bin, *.gguf) stay out.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "tekken*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+HUB_PATTERNS = ("config.json", "*.safetensors", INDEX_NAME, *COMPANIONS)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Header entry of one tensor: its file, shape and safetensors dtype ("BF16")."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Checkpoint:
+    """An opened checkpoint directory; only headers are read.
+
+    Attributes:
+        directory: the resolved directory.
+        config: ``config.json`` as it is.
+        weight_files: the safetensors files that the index lists, as named there.
+        tensors: header entry of every tensor by name.
+
+    Raises:
+        PrepareError: something is missing, damaged or in another format.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.resolve()
+        self.config = read_json(self.directory / "config.json")
+        self.weight_files = self._find_weight_files()
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self.weight_files:
+            self._read_header(file)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors, in the checkpoint's dtype, on the CPU.
+
+        Raises:
+            PrepareError: a name is unknown or its file cannot be read any more.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            if name not in self.tensors:
+                raise PrepareError(
+                    f"{self.directory}: the checkpoint has no tensor {name!r}, which"
+                    " its config says it should; download it again"
+                )
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        result: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in wanted:
+                        result[name] = tensors.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise PrepareError(f"{file}: cannot be read ({error})") from error
+        return result
+
+    def _find_weight_files(self) -> list[Path]:
+        index = self.directory / INDEX_NAME
+        if not index.exists():
+            single = self.directory / SINGLE_NAME
+            if single.exists():
+                return [single]
+            others = sorted(
+                path.name
+                for path in self.directory.iterdir()
+                if path.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
+            )
+            raise PrepareError(
+                f"{self.directory}: neither {SINGLE_NAME} nor {INDEX_NAME} found"
+                + (f" (there is {', '.join(others[:5])})" if others else "")
+                + "; convert the model with transformers'"
+                " save_pretrained(safe_serialization=True)"
+            )
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise PrepareError(f"{index}: `weight_map` is missing or empty")
+        files = []
+        for name in sorted(set(map(str, weight_map.values()))):
+            if os.path.basename(name) != name:
+                raise PrepareError(
+                    f"{index}: shard {name!r} is not a plain file name beside the index"
+                )
+            if not (self.directory / name).exists():
+                raise PrepareError(
+                    f"{index}: lists {name}, which is missing; download it again"
+                )
+            files.append(self.directory / name)
+        return files
+
+    def _read_header(self, file: Path) -> None:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    view = tensors.get_slice(name)
+                    self.tensors[name] = TensorInfo(
+                        file, tuple(view.get_shape()), view.get_dtype()
+                    )
+        except (OSError, SafetensorError) as error:
+            raise PrepareError(
+                f"{file}: cannot be read as safetensors ({error}); download it again"
+            ) from error
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """Directory of a local model, or of a Hub model after downloading it.
+
+    Only config, tokenizer and safetensors files are downloaded.
+
+    Raises:
+        PrepareError: neither a directory nor a model that the Hub gives.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise PrepareError(f"MODEL {model}: is a file; give the model's directory")
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise PrepareError(f"MODEL {model}: no such directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=list(HUB_PATTERNS),
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+        )
+    # The Hub's errors derive from both: unknown or gated names, no network, bad names.
+    except (OSError, ValueError) as error:
+        raise PrepareError(
+            f"MODEL {model}: not a local directory, and the Hugging Face Hub did not"
+            f" give it ({error}); check the name, the network and `hf auth login`"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; PrepareError names the file where it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PrepareError(f"{path}: missing; is this a model directory?") from None
+    except (OSError, ValueError) as error:
+        raise PrepareError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise PrepareError(f"{path}: expected a JSON object")
+    return value

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dense model, run one decoder layer at a time.
+
+The model's own code (transformers) does all the arithmetic; only its weights come and
+go. The skeleton lives on the meta device. The embedding is loaded, the model's own
+forward is run with its decoder layers replaced by recorders, which yields the first
+hidden states and the arguments (rotary embeddings, attention masks by layer type) that
+each layer is called with. After that one layer at a time is loaded, run and dropped, so
+peak memory does not depend on the number of layers.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.model.attention import attention_implementation
+from vllm_rsparse.model.checkpoint import Checkpoint
+from vllm_rsparse.model.families import LAYER_PREFIX
+from vllm_rsparse.model.memory import release_freed_memory
+
+
+class StreamedModel:
+    """Skeleton of the model; its layers are materialised one at a time.
+
+    Args:
+        checkpoint: the opened base checkpoint.
+        device: where to compute.
+        dtype: dtype to compute in.
+
+    Raises:
+        PrepareError: transformers does not know the architecture, or the architecture
+            does not keep its decoder layers at ``model.layers``.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype
+        self._model = _skeleton(checkpoint, dtype)
+        self._base: nn.Module = self._model.base_model
+        layers = getattr(self._base, "layers", None)
+        prefix = self._model.base_model_prefix
+        if not isinstance(layers, nn.ModuleList) or prefix != "model":
+            raise PrepareError(
+                f"{checkpoint.directory}: {type(self._model).__name__} does not keep"
+                f" its decoder layers at {LAYER_PREFIX}; it is not supported"
+            )
+        self._layers = layers
+        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self._model.get_input_embeddings().num_embeddings
+
+    @torch.no_grad()
+    def embed(self, windows: Tensor) -> Tensor:
+        """Hidden states that enter the first layer; also records the layers' arguments.
+
+        Args:
+            windows: int64 [samples, tokens].
+
+        Returns:
+            [samples, tokens, hidden] in the compute dtype, on the device.
+        """
+        outside = [
+            (name, module)
+            for name, module in self._base.named_children()
+            if module is not self._layers
+        ]
+        for name, module in outside:
+            self._materialise(module, f"model.{name}")
+        hidden = [self._record(window) for window in windows.split(1)]
+        for _, module in outside:
+            module.to("meta")
+        return torch.cat(hidden)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """The decoder layer with its weights; they are dropped on leaving."""
+        module = self._layers[index]
+        self._materialise(module, f"{LAYER_PREFIX}.{index}")
+        try:
+            yield module
+        finally:
+            module.to("meta")
+            release_freed_memory()
+
+    @torch.no_grad()
+    def run_layer(self, index: int, hidden: Tensor) -> None:
+        """Replace hidden states by the layer's output, in place, window by window.
+
+        Args:
+            index: a layer that is materialised now.
+            hidden: [samples, tokens, hidden].
+        """
+        for row in range(len(hidden)):
+            hidden[row] = self.call_layer(index, hidden[row : row + 1])[0]
+
+    def call_layer(self, index: int, hidden: Tensor) -> Tensor:
+        """Output [1, tokens, hidden] of a materialised layer for one window.
+
+        Differentiable by ``hidden`` where gradients are enabled.
+        """
+        args, kwargs = self._arguments[index]
+        out = self._layers[index](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Final norm and output projection: hidden states to logits.
+
+        Raises:
+            PrepareError: the architecture has no ``model.norm`` or output projection.
+        """
+        norm = getattr(self._base, "norm", None)
+        if norm is None or self._model.get_output_embeddings() is None:
+            raise PrepareError(
+                f"{self.checkpoint.directory}: {type(self._model).__name__} has no"
+                " model.norm and lm_head, which this recipe needs; use --recipe greedy"
+            )
+        name = "lm_head.weight"
+        if name not in self.checkpoint.tensors:  # tied to the embedding
+            name = "model.embed_tokens.weight"
+        weight = self.checkpoint.read([name])[name].to(self.device, self.dtype)
+        self._materialise(norm, "model.norm")
+        try:
+            yield lambda hidden: functional.linear(norm(hidden), weight)
+        finally:
+            norm.to("meta")
+
+    def _materialise(self, module: nn.Module, prefix: str) -> None:
+        expected = module.state_dict()
+        stored = self.checkpoint.read(f"{prefix}.{name}" for name in expected)
+        state = {}
+        for name, meta in expected.items():
+            tensor = stored.pop(f"{prefix}.{name}")
+            if tensor.shape != meta.shape:
+                raise PrepareError(
+                    f"{self.checkpoint.directory}: {prefix}.{name} is"
+                    f" {list(tensor.shape)}, but config.json makes it"
+                    f" {list(meta.shape)}; config and weights belong to different"
+                    " models"
+                )
+            state[name] = tensor.to(self.device, meta.dtype)
+        module.load_state_dict(state, assign=True)
+        module.requires_grad_(False)
+        for name, submodule in module.named_modules():
+            if submodule._non_persistent_buffers_set:
+                self._initialise_buffers(submodule, f"{prefix}.{name}".rstrip("."))
+
+    def _initialise_buffers(self, module: nn.Module, where: str) -> None:
+        """Compute what no checkpoint holds (rotary frequencies, embedding scales).
+
+        ``_init_weights`` is the method that each model overrides for this, and that
+        ``from_pretrained`` calls for the same purpose. Loaded parameters carry the mark
+        by which it leaves them alone.
+        """
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        names = sorted(module._non_persistent_buffers_set)
+        for name in names:
+            buffer = getattr(module, name)
+            fill = float("nan") if buffer.is_floating_point() else -1
+            module.register_buffer(
+                name,
+                torch.full_like(buffer, fill, device=self.device),
+                persistent=False,
+            )
+        self._model._init_weights(module)
+        for name in names:
+            buffer = getattr(module, name)
+            if buffer.is_floating_point() and buffer.isnan().any():
+                raise PrepareError(
+                    f"{type(self._model).__name__}: transformers does not initialise"
+                    f" the buffer {where}.{name}, so the model cannot be streamed; it"
+                    " is not supported"
+                )
+
+    def _record(self, window: Tensor) -> Tensor:
+        """Run the model's forward on one window [1, tokens] with recording layers."""
+        first: list[Tensor] = []
+        recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            first.append(hidden_states)
+            recorded.append((args, kwargs))
+            return hidden_states
+
+        # An attribute of the instance, not another module: the model's forward may
+        # read attributes of its layers (attention_type).
+        for layer in self._layers:
+            layer.forward = record
+        try:
+            self._base(input_ids=window.to(self.device), use_cache=False)
+        finally:
+            for layer in self._layers:
+                del layer.forward
+        # The same for all windows: they have one length and no padding.
+        self._arguments = recorded
+        return first[0]
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.directory)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=attention_implementation(config),
+            )
+    # Unknown architectures, remote code, broken configs: each its own exception.
+    except Exception as error:
+        raise PrepareError(
+            f"{checkpoint.directory / 'config.json'}: transformers cannot build this"
+            f" model ({error}); models that need remote code are not supported"
+        ) from error
+    return model.eval()

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the kernels for CPUs for this machine, once, and load them.
+
+The compiler is the one that ``torch.compile`` uses on CPUs (``$CXX``, else ``g++``), so
+where vLLM serves on a CPU it is there. Not ``torch.utils.cpp_extension``: the sources
+include nothing of torch, and that would want ninja on PATH, rebuild nothing when the
+processor changes under a shared home directory, and wait for ever for a builder that
+was killed. Here a build is written beside its place and renamed: processes that build
+at the same time do double work and nothing else.
+"""
+
+import ctypes
+import errno
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from vllm_rsparse.errors import BuildError
+
+logger = logging.getLogger(__name__)
+
+_KERNELS = Path(__file__).parents[1] / "kernels"
+_SOURCES = [_KERNELS / "rsparse_linear.cpp", _KERNELS / "dense_linear.cpp"]
+_HEADERS = [_KERNELS / "elements.h"]
+_NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
+_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared"]
+# GCC takes 256-bit vectors on several processors that have AVX-512; here they cost
+# nothing, memory is what it waits for, and fewer instructions let more loads wait.
+_X86_FLAGS = ["-mprefer-vector-width=512"]
+
+
+@lru_cache(maxsize=1)
+def load() -> ctypes.CDLL:
+    """The compiled kernel, from the cache if it was built before.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+    """
+    compiler = os.environ.get("CXX") or "g++"
+    flags = [*_FLAGS, *_native_flags()]
+    # What the compiler says of itself and of this processor: version, instruction sets.
+    macros = _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+    key = hashlib.sha256()
+    texts = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
+    for part in (macros, " ".join([compiler, *flags]).encode(), *texts):
+        key.update(part)
+    name = f"rsparse_linear-{key.hexdigest()[:16]}.so"
+    cached = _cache_directory() / name
+    try:
+        if not cached.exists():
+            _compile([compiler, *flags], cached)
+        return ctypes.CDLL(str(cached))
+    except OSError as error:
+        # A read-only or noexec home directory: build it anew in each process.
+        logger.info("rsparse: no cache in %s: %s", cached.parent, error)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / name
+        _compile([compiler, *flags], path)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            raise BuildError(
+                f"{error}: the compiled kernel cannot be loaded from {cached.parent}"
+                f" nor from {directory}; set XDG_CACHE_HOME or TMPDIR to a directory"
+                " that is writable and not mounted noexec"
+            ) from error
+
+
+def _native_flags() -> list[str]:
+    machine = platform.machine()
+    if machine not in _NATIVE:
+        return []
+    return [_NATIVE[machine], *(_X86_FLAGS if machine == "x86_64" else [])]
+
+
+def _cache_directory() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "vllm_rsparse"
+
+
+def _compile(command: list[str], target: Path) -> None:
+    """Compile to ``target``, which appears whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(descriptor)
+    try:
+        _run([*command, "-o", name, *map(str, _SOURCES)])
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _run(command: list[str]) -> bytes:
+    """Standard output of a compiler's run."""
+    try:
+        done = subprocess.run(command, capture_output=True)
+    except OSError as error:
+        raise BuildError(
+            f"the C++ compiler {command[0]!r} does not run ({error.strerror}); install"
+            " g++ (Debian: apt-get install g++, Fedora: dnf install gcc-c++), name"
+            " another in CXX, or take VLLM_RSPARSE_BACKEND=cpu-torch, which needs none"
+        ) from error
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace")
+        advice = "Name another compiler in CXX (GCC 9 or later)"
+        if os.strerror(errno.ENOSPC) in said:
+            advice = (
+                "Make room, or set TMPDIR and XDG_CACHE_HOME to where there is some"
+            )
+        raise BuildError(
+            f"{' '.join(command)}\nfailed:\n{said}\n{advice}, or take"
+            " VLLM_RSPARSE_BACKEND=cpu-torch, which needs none"
+        )
+    return done.stdout

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far from its calibration text, and from itself dense, a streamed model is."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vllm_rsparse.model.streaming import StreamedModel
+from vllm_rsparse.prepare.calibration.thresholds import CHUNK_ELEMENTS
+
+
+@torch.no_grad()
+def text_losses(
+    model: StreamedModel, states: Sequence[Tensor], windows: Tensor, first: int
+) -> list[float]:
+    """Mean negative log likelihood of the text (nats); infinite where it is not finite.
+
+    Args:
+        model: the streamed base model; its head is loaded once for all states.
+        states: [samples, tokens, hidden] each, what leaves the last layer.
+        windows: int64 [samples, tokens].
+        first: leading positions of each window that are not counted.
+    """
+    labels = windows[:, first + 1 :].to(model.device)
+    result = []
+    with model.head() as head:
+        for state in states:
+            total = 0.0
+            for row, wanted in zip(state, labels, strict=True):
+                logs = head(row[first:-1]).float().log_softmax(-1)
+                picked = logs.gather(-1, wanted.unsqueeze(-1))
+                total -= picked.sum(dtype=torch.float64).item()
+            loss = total / labels.numel()
+            result.append(loss if math.isfinite(loss) else math.inf)
+    return result
+
+
+@torch.no_grad()
+def divergence(model: StreamedModel, state: Tensor, dense: Tensor, first: int) -> float:
+    """Mean KL(dense || sparse) of the next token's distribution (nats).
+
+    Infinite where it is not finite. On few tokens it tells candidates apart better than
+    the loss does, which depends on what the text's author happened to write.
+
+    Args:
+        model: the streamed base model.
+        state: [samples, tokens, hidden], what leaves the last layer.
+        dense: the same of the dense model.
+        first: leading positions of each window that are not counted.
+    """
+    total = 0.0
+    counted = state[:, first:].flatten(0, 1), dense[:, first:].flatten(0, 1)
+    with model.head() as head:
+        chunk = max(1, CHUNK_ELEMENTS // model.vocab_size)
+        for rows, wanted in zip(*(part.split(chunk) for part in counted), strict=True):
+            logs, other = (head(x).float().log_softmax(-1) for x in (rows, wanted))
+            total += (other.exp() * (other - logs)).sum(dtype=torch.float64).item()
+    result = total / len(counted[0])
+    return result if math.isfinite(result) else math.inf

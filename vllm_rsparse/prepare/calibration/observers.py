@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collect what enters the linears of one decoder layer during calibration."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.model.families import KINDS, Linear
+
+# Kinds that read the same tensor, by the one whose input is collected.
+INPUT_OF = {
+    "self_attn.q_proj": "self_attn.q_proj",
+    "self_attn.k_proj": "self_attn.q_proj",
+    "self_attn.v_proj": "self_attn.q_proj",
+    "self_attn.o_proj": "self_attn.o_proj",
+    "mlp.gate_proj": "mlp.gate_proj",
+    "mlp.up_proj": "mlp.gate_proj",
+    "mlp.down_proj": "mlp.down_proj",
+}
+
+
+def input_channels(linears: Iterable[Linear]) -> int:
+    """Channels of the distinct inputs of the first layer's linears, added up."""
+    return sum(
+        linear.shape[1]
+        for linear in linears
+        if linear.layer == 0 and linear.kind in INPUT_OF.values()
+    )
+
+
+class LayerInputs:
+    """The four distinct inputs of a layer's seven linears, over all tokens.
+
+    They are kept in the compute dtype: tokens x (2 hidden + attention + intermediate)
+    elements, the largest thing that ``prepare`` holds.
+    """
+
+    def __init__(self, total_tokens: int) -> None:
+        self._total = total_tokens
+        self._inputs: dict[str, Tensor] = {}
+        self._filled: dict[str, int] = {}
+
+    def __getitem__(self, kind: str) -> Tensor:
+        """Input [tokens, K] of a kind of linear (one of ``KINDS``)."""
+        return self._inputs[INPUT_OF[kind]]
+
+    @contextmanager
+    def observe(self, layer: nn.Module) -> Iterator[None]:
+        """Collect while the layer runs; every call appends its tokens."""
+        handles = [
+            layer.get_submodule(kind).register_forward_pre_hook(self._hook(kind))
+            for kind in KINDS
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        for kind, filled in self._filled.items():
+            if filled != self._total:
+                raise PrepareError(
+                    f"{kind} saw {filled} of {self._total} calibration tokens: this"
+                    " model does not call it once per token and is not supported"
+                )
+
+    def _hook(self, kind: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        source = INPUT_OF[kind]
+
+        def append(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            if kind not in self._inputs and kind == source:
+                self._inputs[kind] = x.new_empty(self._total, x.shape[1])
+            start = self._filled.get(kind, 0)
+            rows = self._inputs[source][start : start + len(x)]
+            self._filled[kind] = start + len(x)
+            if kind == source:
+                rows.copy_(x)
+            elif rows.shape != x.shape or not torch.equal(rows, x):
+                raise PrepareError(
+                    f"{kind} and {source} read different inputs in this model, which"
+                    " vLLM would fuse into one; it is not supported"
+                )
+
+        return append

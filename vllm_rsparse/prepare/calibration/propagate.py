@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of a layer's linears as the sparse model produces them.
+
+Thresholds found on the dense model's activations skip 1 to 3 points more than asked for
+(reference model, 50 to 70%): sparse linears change what later ones see. Here the
+linears of a layer are taken in the order in which they run, and every one that is
+calibrated runs sparse from then on, in this layer and through the hidden states in all
+later ones.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vllm_rsparse.model.families import Linear
+from vllm_rsparse.model.streaming import StreamedModel
+from vllm_rsparse.op.reference import kept_mask
+from vllm_rsparse.prepare.calibration.observers import INPUT_OF
+
+
+class _Reached(Exception):  # noqa: N818 (no error)
+    """The input that was waited for has come: the rest of the layer need not run."""
+
+
+def stages(members: Iterable[Linear]) -> Iterator[list[Linear]]:
+    """The linears of a layer, by the input that they share, in running order."""
+    for _, group in groupby(members, lambda linear: INPUT_OF[linear.kind]):
+        yield list(group)
+
+
+@torch.no_grad()
+def stage_input(
+    model: StreamedModel, linear: Linear, layer: nn.Module, hidden: Tensor, first: int
+) -> Tensor:
+    """What enters a linear, [samples x (tokens - first), K]; hidden states stay.
+
+    Args:
+        model: the streamed model; ``layer`` is the materialised layer of ``linear``.
+        linear: whose input is wanted.
+        layer: with the linears that run before it already sparse.
+        hidden: [samples, tokens, hidden], entering the layer.
+        first: leading positions of each window that are left out.
+    """
+    rows: list[Tensor] = []
+
+    def reach(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.append(args[0][0, first:])
+        raise _Reached
+
+    handle = layer.get_submodule(linear.kind).register_forward_pre_hook(reach)
+    try:
+        for window in hidden.split(1):
+            with suppress(_Reached):
+                model.call_layer(linear.layer, window)
+    finally:
+        handle.remove()
+    return torch.cat(rows)
+
+
+@contextmanager
+def sparse_linears(layer: nn.Module) -> Iterator["SparseLayer"]:
+    """A layer whose linears can be made sparse; all are dense again on leaving."""
+    sparse = SparseLayer(layer)
+    try:
+        yield sparse
+    finally:
+        sparse.restore()
+
+
+class SparseLayer:
+    """Makes linears of one layer sparse from a given position on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        self._changed: list[nn.Module] = []
+
+    def install(self, kind: str, tensors: Mapping[str, Tensor], first: int) -> None:
+        """Run this linear sparse, with tensors named as in the artifact."""
+        module = self._layer.get_submodule(kind)
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"{kind} is {type(module).__name__}, not a Linear")
+        weight, bias = module.weight, module.bias
+        factors = [
+            tensors[key].to(weight.dtype) for key in ("v", "u") if key in tensors
+        ]
+
+        def forward(x: Tensor) -> Tensor:
+            exact, rest = x[:, :first], x[:, first:]
+            mask = kept_mask(rest.flatten(0, 1), tensors["thresholds"]).view(rest.shape)
+            y = functional.linear(rest.masked_fill(~mask, 0), weight, bias)
+            if factors:
+                v, u = factors
+                y = y + (rest.masked_fill(mask, 0) @ v.mT) @ u.mT
+            if "bias" in tensors:
+                y = y + tensors["bias"].to(y.dtype)
+            return torch.cat([functional.linear(exact, weight, bias), y], dim=1)
+
+        # An attribute of the instance: the layer keeps its modules and their names.
+        module.forward = forward  # type: ignore[assignment,method-assign]
+        self._changed.append(module)
+
+    def restore(self) -> None:
+        """Dense again."""
+        for module in self._changed:
+            del module.forward
+        self._changed.clear()

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a linear can get, and how a recipe says so."""

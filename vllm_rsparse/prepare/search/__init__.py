@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How recipes allocate the sparsity of the model to its linears."""

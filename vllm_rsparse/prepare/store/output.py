@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The output directory: staged beside its final place, then renamed into it.
+
+Whatever happens before the rename, OUTPUT does not exist, or is still what it was.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from vllm_rsparse.artifact.tensors import ARTIFACT_DIR, JSON_NAME
+from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.model.checkpoint import COMPANIONS, INDEX_NAME, Checkpoint
+
+
+class StagedOutput:
+    """Context manager that yields a staging directory and removes it on failure.
+
+    Args:
+        output: the directory to make.
+        base: the base checkpoint's directory, which must stay untouched.
+        overwrite: whether an earlier prepared directory may be replaced.
+
+    Raises:
+        PrepareError: OUTPUT exists, is not ours to replace, or overlaps the base.
+    """
+
+    def __init__(self, output: Path, base: Path, overwrite: bool) -> None:
+        self.output = output.absolute()
+        self._overwrite = overwrite
+        if base.resolve().is_relative_to(self.output.resolve()):
+            raise PrepareError(
+                f"OUTPUT {output}: is, or contains, the base model {base}, which stays"
+                " untouched; give another directory"
+            )
+        check_output(self.output, overwrite)
+        token = secrets.token_hex(4)
+        self.path = self.output.parent / f".{self.output.name}.{token}.partial"
+        self._old = self.output.parent / f".{self.output.name}.{token}.old"
+
+    def __enter__(self) -> Self:
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            (self.path / ARTIFACT_DIR).mkdir(parents=True)
+        except BaseException:  # Ctrl-C here would not reach __exit__
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        if self.path.exists():
+            shutil.rmtree(self.path)
+
+    @property
+    def artifact(self) -> Path:
+        """Directory for the artifact's two files."""
+        return self.path / ARTIFACT_DIR
+
+    def add_base_files(self, checkpoint: Checkpoint, copy: bool) -> None:
+        """Link to (or copy) the base's weights, tokenizer and generation settings.
+
+        Links are absolute and lead to the file itself, through the Hub cache's own
+        links.
+        """
+        files = list(checkpoint.weight_files)
+        index = checkpoint.directory / INDEX_NAME
+        if index.exists():
+            files.append(index)
+        for pattern in COMPANIONS:
+            files += sorted(checkpoint.directory.glob(pattern))
+        for file in dict.fromkeys(files):
+            if not file.is_file():
+                continue
+            if copy:
+                shutil.copyfile(file, self.path / file.name)
+            else:
+                (self.path / file.name).symlink_to(file.resolve())
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write ``config.json``, last: without it nothing would serve the directory."""
+        write_text(
+            self.path / "config.json",
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        )
+
+    def commit(self) -> None:
+        """Move the staged directory to OUTPUT; what it replaces is deleted after."""
+        check_output(self.output, self._overwrite)  # again: hours may have passed
+        if os.path.lexists(self.output):
+            os.rename(self.output, self._old)
+            try:
+                os.rename(self.path, self.output)
+            except BaseException:
+                os.rename(self._old, self.output)
+                raise
+            shutil.rmtree(self._old)
+        else:
+            os.rename(self.path, self.output)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a new file and flush it to disk."""
+    with path.open("x", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse a path that exists, unless it is a prepared directory to overwrite.
+
+    Raises:
+        PrepareError: it exists and may not be replaced.
+    """
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise PrepareError(
+            f"OUTPUT {output}: exists already; choose another name, or replace an"
+            " earlier prepared directory with --overwrite"
+        )
+    if output.is_symlink() or not (output / ARTIFACT_DIR / JSON_NAME).is_file():
+        raise PrepareError(
+            f"OUTPUT {output}: --overwrite replaces only a directory that `prepare`"
+            f" wrote (with {ARTIFACT_DIR}/{JSON_NAME}), and this is none; remove it"
+            " yourself or choose another name"
+        )

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``RSparseLinearMethod``: how a linear layer gets its tensors and uses them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    RowParallelLinear,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from vllm_rsparse.artifact.tensors import LinearTensors
+from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.op import ops
+from vllm_rsparse.op.packing import pack_factors
+
+if TYPE_CHECKING:
+    from vllm_rsparse.serving.config import RSparseConfig
+
+
+@dataclass(frozen=True)
+class ShardSlice:
+    """What one rank owns of one linear of the checkpoint."""
+
+    name: str
+    rows: slice
+    columns: slice
+
+    @property
+    def row_count(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+@register_weight_loader_v2_supported_method
+class RSparseLinearMethod(LinearMethodBase):
+    """Sparse-plus-low-rank linear layer with dense fallback on one weight copy.
+
+    Tensors a layer holds once it is loaded (N, K of this rank; S fused shards):
+        weight: [N, K] view of contiguous [K, N] storage: an input channel is one row.
+        rsparse_thresholds: float32 [S, K].
+        rsparse_u, rsparse_v: the factors as ``packing.pack_factors`` lays them out.
+        rsparse_correction: float32 [N], or None.
+
+    Args:
+        config: the model's config, which owns the artifact.
+        names: checkpoint names of the fused shards, in the order of the output.
+    """
+
+    def __init__(self, config: "RSparseConfig", names: list[str]) -> None:
+        if config.backend is None:
+            raise ValueError(
+                "RSparseConfig was not resolved: call maybe_update_config(model) first"
+            )
+        self.config = config
+        self.names = names
+        # Plain ints: they become constants of the traced graph.
+        self.backend = int(config.backend)
+        self.max_sparse_tokens = config.max_sparse_tokens
+        # The config was resolved in another process, on another machine perhaps.
+        ops.load_backend(self.backend)
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Allocate the weight as the base model does and check shapes by header alone.
+
+        The artifact's tensors come after loading: a dummy load format would overwrite
+        them, and the device is settled then.
+        """
+        layer.rsparse_slices = shard_slices(
+            layer,
+            self.names,
+            [self.config.open_artifact().entry(name).shape for name in self.names],
+            input_size_per_partition,
+            output_partition_sizes,
+        )
+        weight = ModelWeightParameter(
+            data=torch.empty(
+                sum(output_partition_sizes),
+                input_size_per_partition,
+                dtype=params_dtype,
+            ),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=extra_weight_attrs.pop("weight_loader"),
+        )
+        layer.register_parameter("weight", weight)
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Turn the weight to [K, N] storage and read this rank's part of the artifact.
+
+        Only one layer at a time is held twice.
+        """
+        self.config.check_all_claimed()
+        weight = layer.weight.data.t().contiguous().t()
+        layer.weight = Parameter(weight, requires_grad=False)
+        slices: list[ShardSlice] = layer.rsparse_slices
+        artifact = self.config.open_artifact()
+        shards = [artifact.read(s.name, s.rows, s.columns) for s in slices]
+        layer.rsparse_sizes = [s.row_count for s in slices]
+        u, v, layer.rsparse_ranks = pack_factors(
+            [None if t.u is None or t.v is None else (t.u, t.v) for t in shards],
+            layer.rsparse_sizes,
+            weight.shape[1],
+            weight.dtype,
+            weight.device,
+        )
+        thresholds = torch.stack([t.thresholds for t in shards]).to(weight.device)
+        tensors = {
+            "thresholds": thresholds,
+            "u": u,
+            "v": v,
+            "correction": self._correction(layer, shards),
+        }
+        for name, tensor in tensors.items():
+            frozen = None if tensor is None else Parameter(tensor, requires_grad=False)
+            layer.register_parameter(f"rsparse_{name}", frozen)
+        extra = sum(t.nbytes for t in tensors.values() if t is not None)
+        self.config.worker.note_loaded(self.names, weight.nbytes, extra)
+        counters = self.config.worker.open_counters(self.config.metrics)
+        if counters is not None:
+            counters.register(
+                self.names,
+                layer.rsparse_thresholds,
+                layer.rsparse_sizes,
+                layer.rsparse_ranks,
+                weight.itemsize,
+            )
+
+    @staticmethod
+    def _correction(layer: LinearBase, shards: list[LinearTensors]) -> Tensor | None:
+        """The shards' constant corrections [N], or None where none has one."""
+        later_rank = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+        if later_rank or all(t.bias is None for t in shards):
+            # The all-reduce after a row-parallel layer adds up the ranks' outputs: like
+            # the bias, the correction enters on the first rank alone.
+            return None
+        parts = [
+            torch.zeros(size) if t.bias is None else t.bias
+            for size, t in zip(layer.rsparse_sizes, shards, strict=True)
+        ]
+        return torch.cat(parts).to(layer.weight.device)
+
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., K] to [..., N]; the op decides between the sparse and dense route."""
+        out = ops.linear(
+            x.reshape(-1, x.shape[-1]),
+            layer.weight,
+            layer.rsparse_thresholds,
+            layer.rsparse_u,
+            layer.rsparse_v,
+            layer.rsparse_correction,
+            bias,
+            layer.rsparse_sizes,
+            layer.rsparse_ranks,
+            self.max_sparse_tokens,
+            self.backend,
+        )
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def shard_slices(
+    layer: LinearBase,
+    names: list[str],
+    shapes: list[tuple[int, int]],
+    input_size_per_partition: int,
+    output_partition_sizes: list[int],
+) -> list[ShardSlice]:
+    """Which rows and columns of each checkpoint linear this rank owns.
+
+    Column-parallel layers own rows, row-parallel layers columns. Key and value heads
+    are replicated where there are fewer of them than ranks.
+
+    Raises:
+        ArtifactError: the artifact's shape does not fit the model's layer.
+    """
+    rank, size = layer.tp_rank, layer.tp_size
+    row_parallel = isinstance(layer, RowParallelLinear)
+    slices = []
+    for index, (name, (n, k), rows) in enumerate(
+        zip(names, shapes, output_partition_sizes, strict=True)
+    ):
+        replicas = getattr(layer, "num_kv_head_replicas", 1) if index > 0 else 1
+        column_ranks = 1 if row_parallel else size // replicas
+        row_ranks = size if row_parallel else 1
+        expected = (rows * column_ranks, input_size_per_partition * row_ranks)
+        if (n, k) != expected:
+            raise ArtifactError(
+                f"the artifact's {name} is [{n}, {k}], the model's is"
+                f" [{expected[0]}, {expected[1]}]; it was prepared from another model:"
+                " prepare this one"
+            )
+        row = 0 if row_parallel else rank // replicas * rows
+        column = rank * input_size_per_partition if row_parallel else 0
+        slices.append(
+            ShardSlice(
+                name,
+                slice(row, row + rows),
+                slice(column, column + input_size_per_partition),
+            )
+        )
+    return slices
