@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``StoredWeight`` and ``WeightFormat``: the seam between weights and what reads them.
+
+Every format stores an input channel as one contiguous row, so that a channel that is
+dropped is a row that is not read. A format's definition is its ``dequantise``; the
+reference, the tests and the dense fallback use it, and kernels are compared with it.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vllm_rsparse.errors import RSparseError
+
+
+class WeightFormatError(RSparseError):
+    """A weight's tensors do not fit its format; names the tensor and the format."""
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """The weight of a (fused) linear on one rank, as the kernels read it.
+
+    Attributes:
+        format: how to read ``data``, ``scales`` and ``zeros``.
+        data: the stored elements; one input channel is one contiguous row of memory.
+        n: output features N, all shards together.
+        k: input features K.
+        scales: factors of the stored elements, or None where there are none.
+        zeros: zero points, or None for a symmetric format.
+        group: input channels that share one row of ``scales``; 0 where a scale belongs
+            to an output channel, or where there are no scales.
+    """
+
+    format: "WeightFormat"
+    data: Tensor
+    n: int
+    k: int
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    group: int = 0
+    tensors: tuple[Tensor, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        stored = (self.data, self.scales, self.zeros)
+        present = tuple(tensor for tensor in stored if tensor is not None)
+        object.__setattr__(self, "tensors", present)
+        self.format.check(self)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.n, self.k
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes at rest, scales and zeros included."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.data.device
+
+    def dequantise(self) -> Tensor:
+        """The weight that the stored one stands for: float32 [N, K]."""
+        return self.format.dequantise(self)
+
+
+class WeightFormat(ABC):
+    """One way to store a weight. Instances have no state and are compared by identity.
+
+    Attributes:
+        name: what users, tuned tables and artifacts call it.
+        code: its number in the op's schema and in the C++ kernels, which take no names.
+    """
+
+    name: ClassVar[str]
+    code: ClassVar[int]
+
+    @abstractmethod
+    def check(self, weight: StoredWeight) -> None:
+        """Refuse tensors that the kernels would read wrongly. Metadata only.
+
+        Raises:
+            WeightFormatError: names the tensor, what it is and what it should be.
+        """
+
+    @abstractmethod
+    def dequantise(self, weight: StoredWeight) -> Tensor:
+        """The definition of the format: float32 [N, K]."""
+
+    @abstractmethod
+    def row_bytes(self, weight: StoredWeight, columns: int) -> float:
+        """Bytes that reading one input channel costs, for so many output features.
+
+        Scales and zeros that a group of channels shares are counted in equal parts.
+        """
+
+    @abstractmethod
+    def fixed_bytes(self, weight: StoredWeight, columns: int) -> int:
+        """Bytes read once per call whatever is kept: scales per output channel."""

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every weight format by its name and by its number. A new format adds a line here."""
+
+from vllm_rsparse.formats.base import WeightFormat, WeightFormatError
+from vllm_rsparse.formats.plain import FLOAT
+
+FORMATS: tuple[WeightFormat, ...] = (FLOAT,)
+
+_BY_CODE = {one.code: one for one in FORMATS}
+_BY_NAME = {one.name: one for one in FORMATS}
+
+
+def format_of_code(code: int) -> WeightFormat:
+    """The format of a number in the op's schema."""
+    return _BY_CODE[code]
+
+
+def format_of_name(name: str) -> WeightFormat:
+    """The format that users call so.
+
+    Raises:
+        WeightFormatError: there is none of that name.
+    """
+    try:
+        return _BY_NAME[name]
+    except KeyError:
+        raise WeightFormatError(
+            f"weight format {name!r} is unknown; known are {', '.join(_BY_NAME)}"
+        ) from None
