@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
 from vllm_rsparse.model.families import KINDS, find_linears
 
@@ -68,7 +68,7 @@ def test_reading_from_shards(tmp_path: Path) -> None:
     tensors = checkpoint.read(["b", "a"])
     assert torch.equal(tensors["a"], first)
     assert torch.equal(tensors["b"], second)
-    with pytest.raises(PrepareError, match="no tensor 'c'"):
+    with pytest.raises(CheckpointError, match="no tensor 'c'"):
         checkpoint.read(["c"])
 
 
@@ -85,21 +85,23 @@ def test_a_broken_index(weight_map: object, message: str, tmp_path: Path) -> Non
     _make(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(PrepareError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         Checkpoint(tmp_path)
 
 
 def test_other_weight_formats_are_named(tmp_path: Path) -> None:
     _make(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(PrepareError, match=r"there is pytorch_model.bin.*save_pretrai"):
+    with pytest.raises(
+        CheckpointError, match=r"there is pytorch_model.bin.*save_pretr"
+    ):
         Checkpoint(tmp_path)
 
 
 def test_a_truncated_file(tmp_path: Path) -> None:
     file = _make(tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(PrepareError, match=r"model.safetensors: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be read"):
         Checkpoint(tmp_path)
 
 
@@ -116,7 +118,7 @@ def test_a_broken_config(text: str | None, message: str, tmp_path: Path) -> None
     config.unlink()
     if text is not None:
         config.write_text(text)
-    with pytest.raises(PrepareError, match=rf"config\.json: {message}"):
+    with pytest.raises(CheckpointError, match=rf"config\.json: {message}"):
         Checkpoint(tmp_path)
 
 
@@ -179,7 +181,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
 def test_what_is_not_supported_is_refused_by_name(case: str, tmp_path: Path) -> None:
     change, message = REFUSED[case]
     checkpoint = Checkpoint(_make(tmp_path, change))
-    with pytest.raises(PrepareError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         find_linears(checkpoint)
 
 
@@ -234,17 +236,17 @@ def test_a_hub_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("401 Client Error: gated")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(PrepareError, match=r"MODEL a/b: not a local.*gated.*hf auth"):
+    with pytest.raises(CheckpointError, match=r"MODEL a/b: not a local.*gated.*hf a"):
         resolve_model("a/b")
 
 
 @pytest.mark.parametrize("model", ["/no/such/dir", "./nothing", "a/b/c"])
 def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(model: str) -> None:
-    with pytest.raises(PrepareError, match="no such directory"):
+    with pytest.raises(CheckpointError, match="no such directory"):
         resolve_model(model)
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
-    with pytest.raises(PrepareError, match="is a file; give the model's directory"):
+    with pytest.raises(CheckpointError, match="is a file; give the model's directory"):
         resolve_model(str(tmp_path / "x"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.texts import (
     CalibrationText,
     choose_windows,
@@ -98,7 +98,7 @@ def test_a_begin_of_sequence_token_leads_where_prompts_get_one(
     assert (text.windows[:, 0] == tokenizer.bos_token_id).all()
     assert torch.equal(text.windows[:, 1:], plain.windows)
     assert text.provenance["bos"] is True
-    with pytest.raises(PrepareError, match=r"--calibration-tokens 1 leaves no room"):
+    with pytest.raises(CheckpointError, match=r"--calibration-tokens 1 leaves no room"):
         _load(WithBos(), text_file, tokens=1)
 
 
@@ -120,20 +120,20 @@ def test_unusable_text_is_refused(
     path = tmp_path / "gone.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(PrepareError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         _load(tokenizer, path)
 
 
 def test_a_directory_is_no_text(tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(PrepareError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         _load(tokenizer, tmp_path)
 
 
 def test_a_tokenizer_of_another_model(tokenizer: Any, text_file: Path) -> None:
-    with pytest.raises(PrepareError, match=r"only 50; the tokenizer files belong"):
+    with pytest.raises(CheckpointError, match=r"only 50; the tokenizer files belong"):
         _load(tokenizer, text_file, vocab_size=50)
 
 
 def test_a_model_without_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(PrepareError, match="its tokenizer cannot be loaded"):
+    with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)

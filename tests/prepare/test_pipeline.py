@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.artifact.tensors import Artifact, file_sha256
-from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.errors import CheckpointError, PrepareError
 from vllm_rsparse.prepare.calibration import layers as calibrate_layers
 from vllm_rsparse.prepare.calibration import linear as calibrate
 from vllm_rsparse.prepare.options import PrepareOptions
@@ -221,7 +221,7 @@ def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
 
 
 def test_a_prepared_directory_is_no_base(prepared: Path, tmp_path: Path) -> None:
-    with pytest.raises(PrepareError, match=r"already quantized .*'rsparse'"):
+    with pytest.raises(CheckpointError, match=r"already quantized .*'rsparse'"):
         prepare(_options(prepared, tmp_path / "out"))
 
 

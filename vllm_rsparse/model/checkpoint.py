@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -58,7 +58,7 @@ class Checkpoint:
         tensors: header entry of every tensor by name.
 
     Raises:
-        PrepareError: something is missing, damaged or in another format.
+        CheckpointError: something is missing, damaged or in another format.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -73,12 +73,12 @@ class Checkpoint:
         """Read tensors, in the checkpoint's dtype, on the CPU.
 
         Raises:
-            PrepareError: a name is unknown or its file cannot be read any more.
+            CheckpointError: a name is unknown or its file cannot be read any more.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
             if name not in self.tensors:
-                raise PrepareError(
+                raise CheckpointError(
                     f"{self.directory}: the checkpoint has no tensor {name!r}, which"
                     " its config says it should; download it again"
                 )
@@ -90,7 +90,7 @@ class Checkpoint:
                     for name in wanted:
                         result[name] = tensors.get_tensor(name)
             except (OSError, SafetensorError) as error:
-                raise PrepareError(f"{file}: cannot be read ({error})") from error
+                raise CheckpointError(f"{file}: cannot be read ({error})") from error
         return result
 
     def _find_weight_files(self) -> list[Path]:
@@ -104,7 +104,7 @@ class Checkpoint:
                 for path in self.directory.iterdir()
                 if path.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
             )
-            raise PrepareError(
+            raise CheckpointError(
                 f"{self.directory}: neither {SINGLE_NAME} nor {INDEX_NAME} found"
                 + (f" (there is {', '.join(others[:5])})" if others else "")
                 + "; convert the model with transformers'"
@@ -112,15 +112,15 @@ class Checkpoint:
             )
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise PrepareError(f"{index}: `weight_map` is missing or empty")
+            raise CheckpointError(f"{index}: `weight_map` is missing or empty")
         files = []
         for name in sorted(set(map(str, weight_map.values()))):
             if os.path.basename(name) != name:
-                raise PrepareError(
+                raise CheckpointError(
                     f"{index}: shard {name!r} is not a plain file name beside the index"
                 )
             if not (self.directory / name).exists():
-                raise PrepareError(
+                raise CheckpointError(
                     f"{index}: lists {name}, which is missing; download it again"
                 )
             files.append(self.directory / name)
@@ -135,7 +135,7 @@ class Checkpoint:
                         file, tuple(view.get_shape()), view.get_dtype()
                     )
         except (OSError, SafetensorError) as error:
-            raise PrepareError(
+            raise CheckpointError(
                 f"{file}: cannot be read as safetensors ({error}); download it again"
             ) from error
 
@@ -146,15 +146,15 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     Only config, tokenizer and safetensors files are downloaded.
 
     Raises:
-        PrepareError: neither a directory nor a model that the Hub gives.
+        CheckpointError: neither a directory nor a model that the Hub gives.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.exists():
-        raise PrepareError(f"MODEL {model}: is a file; give the model's directory")
+        raise CheckpointError(f"MODEL {model}: is a file; give the model's directory")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise PrepareError(f"MODEL {model}: no such directory")
+        raise CheckpointError(f"MODEL {model}: no such directory")
     from huggingface_hub import snapshot_download
 
     try:
@@ -168,20 +168,20 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         )
     # The Hub's errors derive from both: unknown or gated names, no network, bad names.
     except (OSError, ValueError) as error:
-        raise PrepareError(
+        raise CheckpointError(
             f"MODEL {model}: not a local directory, and the Hugging Face Hub did not"
             f" give it ({error}); check the name, the network and `hf auth login`"
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; PrepareError names the file where it is none."""
+    """Read a JSON object; CheckpointError names the file where it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PrepareError(f"{path}: missing; is this a model directory?") from None
+        raise CheckpointError(f"{path}: missing; is this a model directory?") from None
     except (OSError, ValueError) as error:
-        raise PrepareError(f"{path}: cannot be read as JSON ({error})") from error
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
-        raise PrepareError(f"{path}: expected a JSON object")
+        raise CheckpointError(f"{path}: expected a JSON object")
     return value

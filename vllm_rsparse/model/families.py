@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.checkpoint import Checkpoint
 
 KINDS = (
@@ -67,13 +67,13 @@ def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
         "float32".
 
     Raises:
-        PrepareError: the model is not supported; the message says why.
+        CheckpointError: the model is not supported; the message says why.
     """
     _refuse_config(checkpoint.config, str(checkpoint.directory / "config.json"))
     for name in checkpoint.tensors:
         for part, what in _FOREIGN_TENSORS.items():
             if name.startswith(f"{LAYER_PREFIX}.") and part in name:
-                raise PrepareError(
+                raise CheckpointError(
                     f"{checkpoint.directory}: is {what} ({name}), which is not"
                     f" supported; {_SUPPORTED}"
                 )
@@ -84,7 +84,7 @@ def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
             name = f"{LAYER_PREFIX}.{layer}.{kind}"
             info = checkpoint.tensors.get(f"{name}.weight")
             if info is None or len(info.shape) != 2:
-                raise PrepareError(
+                raise CheckpointError(
                     f"{checkpoint.directory}: {_model_name(checkpoint.config)} has no"
                     f" linear {name} (layer {layer} of {layers}) and is not supported;"
                     f" {_SUPPORTED}"
@@ -93,7 +93,7 @@ def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
             linears.append(Linear(name, layer, kind, (n, k)))
     dtypes = sorted({checkpoint.tensors[linear.weight].dtype for linear in linears})
     if len(dtypes) != 1 or dtypes[0] not in FLOAT_DTYPES:
-        raise PrepareError(
+        raise CheckpointError(
             f"{checkpoint.directory}: the linears' weights are {', '.join(dtypes)};"
             f" prepare needs all in one of {', '.join(FLOAT_DTYPES)}"
         )
@@ -104,7 +104,7 @@ def _refuse_config(config: dict[str, Any], where: str) -> None:
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             method = config[key].get("quant_method", "unknown")
-            raise PrepareError(
+            raise CheckpointError(
                 f"{where}: the model is already quantized (quant_method {method!r});"
                 " start from the unquantized base model"
             )
@@ -117,18 +117,18 @@ def _refuse_config(config: dict[str, Any], where: str) -> None:
         ("audio_config", "an audio model"),
     ):
         if config.get(key):
-            raise PrepareError(
+            raise CheckpointError(
                 f"{where}: {_model_name(config)} is {what} ({key} ="
                 f" {str(config[key])[:40]}), which is not supported; {_SUPPORTED}"
             )
     if config.get("is_encoder_decoder"):
-        raise PrepareError(
+        raise CheckpointError(
             f"{where}: {_model_name(config)} is an encoder-decoder model, which is not"
             f" supported; {_SUPPORTED}"
         )
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
-        raise PrepareError(
+        raise CheckpointError(
             f"{where}: num_hidden_layers is {layers!r}, expected a positive integer;"
             f" {_SUPPORTED}"
         )

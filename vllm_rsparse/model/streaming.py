@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.attention import attention_implementation
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.families import LAYER_PREFIX
@@ -33,8 +33,8 @@ class StreamedModel:
         dtype: dtype to compute in.
 
     Raises:
-        PrepareError: transformers does not know the architecture, or the architecture
-            does not keep its decoder layers at ``model.layers``.
+        CheckpointError: transformers does not know the architecture, or its decoder
+            layers are not at ``model.layers``.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class StreamedModel:
         layers = getattr(self._base, "layers", None)
         prefix = self._model.base_model_prefix
         if not isinstance(layers, nn.ModuleList) or prefix != "model":
-            raise PrepareError(
+            raise CheckpointError(
                 f"{checkpoint.directory}: {type(self._model).__name__} does not keep"
                 f" its decoder layers at {LAYER_PREFIX}; it is not supported"
             )
@@ -118,11 +118,12 @@ class StreamedModel:
         """Final norm and output projection: hidden states to logits.
 
         Raises:
-            PrepareError: the architecture has no ``model.norm`` or output projection.
+            CheckpointError: the architecture has no ``model.norm`` or no output
+                projection.
         """
         norm = getattr(self._base, "norm", None)
         if norm is None or self._model.get_output_embeddings() is None:
-            raise PrepareError(
+            raise CheckpointError(
                 f"{self.checkpoint.directory}: {type(self._model).__name__} has no"
                 " model.norm and lm_head, which this recipe needs; use --recipe greedy"
             )
@@ -143,7 +144,7 @@ class StreamedModel:
         for name, meta in expected.items():
             tensor = stored.pop(f"{prefix}.{name}")
             if tensor.shape != meta.shape:
-                raise PrepareError(
+                raise CheckpointError(
                     f"{self.checkpoint.directory}: {prefix}.{name} is"
                     f" {list(tensor.shape)}, but config.json makes it"
                     f" {list(meta.shape)}; config and weights belong to different"
@@ -178,7 +179,7 @@ class StreamedModel:
         for name in names:
             buffer = getattr(module, name)
             if buffer.is_floating_point() and buffer.isnan().any():
-                raise PrepareError(
+                raise CheckpointError(
                     f"{type(self._model).__name__}: transformers does not initialise"
                     f" the buffer {where}.{name}, so the model cannot be streamed; it"
                     " is not supported"
@@ -221,7 +222,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             )
     # Unknown architectures, remote code, broken configs: each its own exception.
     except Exception as error:
-        raise PrepareError(
+        raise CheckpointError(
             f"{checkpoint.directory / 'config.json'}: transformers cannot build this"
             f" model ({error}); models that need remote code are not supported"
         ) from error

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def read_texts(files: Iterable[Path]) -> list[SourceText]:
     """Read UTF-8 files.
 
     Raises:
-        PrepareError: a file is missing, empty or not text.
+        CheckpointError: a file is missing, empty or not text.
     """
     return [_read_text(file) for file in files]
 
@@ -73,7 +73,7 @@ def choose_windows(
         vocab_size: of the model, to notice a tokenizer of another one.
 
     Raises:
-        PrepareError: the texts together hold less than one window, or the tokenizer
+        CheckpointError: the texts together hold less than one window, or the tokenizer
             is not the model's.
     """
     parts = []
@@ -92,13 +92,13 @@ def choose_windows(
     prefix = [] if bos is None else [bos]
     body = tokens - len(prefix)
     if body < 1:
-        raise PrepareError(
+        raise CheckpointError(
             f"--calibration-tokens {tokens} leaves no room for text beside the"
             " begin-of-sequence token; give 2 or more"
         )
     available = len(stream) // body
     if available == 0:
-        raise PrepareError(
+        raise CheckpointError(
             f"--calibration-data has {len(stream)} tokens, fewer than one window of"
             f" {tokens}; give more text or lower --calibration-tokens"
         )
@@ -117,7 +117,7 @@ def choose_windows(
     cut = [np.append(prefix, stream[i * body : (i + 1) * body]) for i in chosen]
     windows = torch.from_numpy(np.stack(cut)).long()
     if int(windows.max()) >= vocab_size:
-        raise PrepareError(
+        raise CheckpointError(
             f"the tokenizer gives token {int(windows.max())}, but the model has only"
             f" {vocab_size}; the tokenizer files belong to another model"
         )
@@ -134,14 +134,14 @@ def choose_windows(
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The checkpoint's tokenizer; PrepareError where there is none that loads."""
+    """The checkpoint's tokenizer; CheckpointError where there is none that loads."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(directory)
     # transformers raises whatever the tokenizer's own parser raised.
     except Exception as error:
-        raise PrepareError(
+        raise CheckpointError(
             f"{directory}: its tokenizer cannot be loaded ({error}); the directory"
             " needs the tokenizer's files beside the weights"
         ) from error
@@ -151,23 +151,23 @@ def _read_text(file: Path) -> SourceText:
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise PrepareError(
+        raise CheckpointError(
             f"--calibration-data {file}: cannot be read ({error.strerror})"
         ) from error
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise PrepareError(
+        raise CheckpointError(
             f"--calibration-data {file}: not UTF-8 text (byte {error.start}); convert"
             " it, or leave it out"
         ) from error
     if "\0" in text:
-        raise PrepareError(
+        raise CheckpointError(
             f"--calibration-data {file}: holds NUL bytes, so it is not text;"
             " leave it out"
         )
     if not text.strip():
-        raise PrepareError(f"--calibration-data {file}: is empty; leave it out")
+        raise CheckpointError(f"--calibration-data {file}: is empty; leave it out")
     return SourceText(file, text, hashlib.sha256(data).hexdigest())
 
 
