@@ -2,9 +2,12 @@
 """Every weight format by its name and by its number. A new format adds a line here."""
 
 from vllm_rsparse.formats.base import WeightFormat, WeightFormatError
+from vllm_rsparse.formats.fp8 import FP8
+from vllm_rsparse.formats.fp8_block import FP8_BLOCK
+from vllm_rsparse.formats.int4 import INT4
 from vllm_rsparse.formats.plain import FLOAT
 
-FORMATS: tuple[WeightFormat, ...] = (FLOAT,)
+FORMATS: tuple[WeightFormat, ...] = (FLOAT, FP8, FP8_BLOCK, INT4)
 
 _BY_CODE = {one.code: one for one in FORMATS}
 _BY_NAME = {one.name: one for one in FORMATS}
