@@ -39,10 +39,11 @@ serve-test: venv ## Run only the tests that start `vllm serve`
 lm-eval-test: .lm-eval/.installed ## Install lm-eval into .lm-eval, run a local task through it
 	@PYTHONPATH=$(CURDIR)/.lm-eval $(bin)/pytest tests/e2e/test_lm_eval.py $(PYTEST_ARGS)
 
-lint: venv ## Check style (ruff) and types (mypy)
+lint: venv ## Check style (ruff), types (mypy) and layers (import-linter)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
+	$(bin)/lint-imports --no-logo
 
 format: venv ## Rewrite the sources in the project's style
 	$(bin)/ruff check --fix .

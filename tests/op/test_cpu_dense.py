@@ -103,7 +103,7 @@ def test_needs_no_instructions_of_this_processor(tmp_path, monkeypatch):
     """The code for processors without AVX, and without pairs of bfloat16."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code = (
-        "import torch; from vllm_rsparse import cpu, cpu_build;"
+        "import torch; from vllm_rsparse.op import cpu, cpu_build;"
         "cpu_build._NATIVE = {};"
         "x, w = torch.randn(6, 301), torch.randn(301, 77);"
         "f = lambda t: cpu.dense_linear(x.to(t), w.to(t).t(), None).double();"

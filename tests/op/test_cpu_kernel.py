@@ -219,7 +219,7 @@ def test_another_source_is_another_build(fresh, tmp_path):
 
 def test_processes_may_build_at_the_same_time(fresh, tmp_path):
     code = (
-        "import pathlib, sys; from vllm_rsparse import cpu_build;"
+        "import pathlib, sys; from vllm_rsparse.op import cpu_build;"
         "cpu_build._SOURCES = [pathlib.Path(sys.argv[1])]; cpu_build.load()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "tiny.cpp")]

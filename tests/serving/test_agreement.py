@@ -56,7 +56,8 @@ def test_alone_nothing_is_gathered():
 RANK = """
 import sys
 import torch.distributed as dist
-from vllm_rsparse.agreement import *
+from vllm_rsparse.errors import NodesDisagreeError
+from vllm_rsparse.serving.agreement import *
 rank, rendezvous = int(sys.argv[1]), sys.argv[2]
 method = f"file://{rendezvous}"
 dist.init_process_group("gloo", init_method=method, rank=rank, world_size=2)

@@ -42,7 +42,7 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 DRIVER = """
 import sys, time
 from pathlib import Path
-from vllm_rsparse.serving import ServerProcess, exit_on_signals
+from vllm_rsparse.testing.server import ServerProcess, exit_on_signals
 exit_on_signals()
 server = ServerProcess(sys.argv[2:], Path(sys.argv[1]), stop_timeout_s=1.0)
 with server:
