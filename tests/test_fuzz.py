@@ -286,6 +286,6 @@ def test_any_quantization_config() -> None:
             made = config.from_config(document)
         except ValueError:
             return
-        assert made.artifact_source is None or isinstance(made.artifact_source, str)
+        assert made.artifact is None or isinstance(made.artifact, str)
 
     check()

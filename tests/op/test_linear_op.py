@@ -206,14 +206,18 @@ def test_backend_choice(name, device, expected):
 @pytest.mark.parametrize(
     ("name", "device", "message"),
     [
-        ("cpu", "cuda", "BACKEND=cpu, but the model runs on cuda"),
-        ("cpu-torch", "cuda", "BACKEND=cpu-torch, but the model runs on cuda"),
-        ("triton", "cpu", "model runs on cpu"),
-        ("fast", "cpu", "allowed are auto, reference, cpu, triton, cpu-torch"),
+        ("cpu", "cuda", "SETTING is 'cpu', but the model runs on cuda"),
+        ("cpu-torch", "cuda", "SETTING is 'cpu-torch', but the model runs on cuda"),
+        ("triton", "cpu", "SETTING is 'triton', but the model runs on cpu"),
+        (
+            "fast",
+            "cpu",
+            "SETTING is 'fast'; allowed are auto, reference, cpu, triton, cpu-torch",
+        ),
         ("auto", "xpu", "no kernels for device 'xpu'"),
     ],
 )
 def test_named_backend_runs_or_raises(monkeypatch, name, device, message):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=message):
-        resolve_backend(name, device)
+        resolve_backend(name, device, "SETTING")

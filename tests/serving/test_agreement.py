@@ -114,7 +114,8 @@ class _Linear:
 @pytest.fixture
 def ranks(config, monkeypatch):
     """Call with what the other rank reports: this process then is one of two ranks."""
-    from vllm_rsparse.serving import config as module
+    from vllm_rsparse.serving import config as config_module
+    from vllm_rsparse.serving import served as module
 
     def become(**theirs):
         def gather(mine, group):
@@ -123,7 +124,7 @@ def ranks(config, monkeypatch):
 
         monkeypatch.setattr(module, "_world_group", lambda: "both")
         monkeypatch.setattr(module, "gather_reports", gather)
-        monkeypatch.setattr(module, "LinearBase", _Linear)
+        monkeypatch.setattr(config_module, "LinearBase", _Linear)
         return pickle.loads(pickle.dumps(config))
 
     return become
@@ -155,7 +156,7 @@ def test_rank_without_its_artifact_tells_the_others(ranks, tmp_path):
 
 def test_draft_model_is_loaded_by_some_ranks_only_and_not_compared(monkeypatch):
     pytest.importorskip("vllm")
-    from vllm_rsparse.serving import config as module
+    from vllm_rsparse.serving import served as module
 
     draft, served = object(), object()
     state = SimpleNamespace(

@@ -13,8 +13,9 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.op.ops import Backend
-from vllm_rsparse.serving import config as config_module
+from vllm_rsparse.serving import served as served_module
 from vllm_rsparse.serving.config import RSparseConfig
+from vllm_rsparse.serving.route import Policy, Route
 
 KINDS = ["q_proj", "k_proj", "v_proj"]
 
@@ -68,19 +69,31 @@ def test_route_and_digest_enter_the_hashed_config(model_dir):
     hf_config = SimpleNamespace()
     config.maybe_update_config(str(model_dir), hf_config)
     written = hf_config.quantization_config
-    assert written["artifact_sha256"] == config.open_artifact().sha256
+    assert written["artifact_sha256"] == config.served.artifact.sha256
     assert written["max_sparse_tokens"] == 3
     assert written["backend"] == "cpu"
     # vLLM may build the config again from what we wrote.
-    assert RSparseConfig.from_config(written).requested_max_sparse_tokens == 3
+    assert RSparseConfig.from_config(written).requested.max_sparse_tokens == 3
 
 
 def test_environment_overrides_config(model_dir, monkeypatch):
     monkeypatch.setenv("VLLM_RSPARSE_MAX_SPARSE_TOKENS", "7")
     monkeypatch.setenv("VLLM_RSPARSE_BACKEND", "reference")
     config = make(model_dir, max_sparse_tokens=3, backend="cpu")
-    assert config.max_sparse_tokens == 7
-    assert config.backend is Backend.REFERENCE
+    assert config.served.route == Route(
+        Backend.REFERENCE,
+        Policy(7),
+        "VLLM_RSPARSE_BACKEND",
+        "VLLM_RSPARSE_MAX_SPARSE_TOKENS",
+    )
+
+
+def test_unknown_backend_is_named_by_the_parameter_that_was_set(model_dir, monkeypatch):
+    with pytest.raises(ValueError, match=r"^quantization_config\.backend is 'fast'"):
+        make(model_dir, backend="fast")
+    monkeypatch.setenv("VLLM_RSPARSE_BACKEND", "quick")
+    with pytest.raises(ValueError, match=r"^VLLM_RSPARSE_BACKEND is 'quick'"):
+        make(model_dir, backend="fast")
 
 
 @pytest.mark.parametrize("value", ["-1", "many", "1.5"])
@@ -94,13 +107,13 @@ def test_worker_gets_the_decision_and_opens_its_own_artifact(model_dir, monkeypa
     config = make(model_dir, max_sparse_tokens=3)
     monkeypatch.setenv("VLLM_RSPARSE_MAX_SPARSE_TOKENS", "9")
     worker = pickle.loads(pickle.dumps(config))
-    assert worker.max_sparse_tokens == 3
+    assert worker.served.route.policy == Policy(3)
     path = model_dir / "rsparse" / "rsparse.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="sha256"):
-        worker.open_artifact()
+        worker.served.artifact  # noqa: B018
 
 
 def test_wrong_digest_is_refused_before_anything_is_built(model_dir):
@@ -139,8 +152,8 @@ def check(config, monkeypatch, layers, stages=1):
         ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
     )
-    monkeypatch.setattr(config_module, "get_current_vllm_config", lambda: engine)
-    config.check_all_claimed()
+    monkeypatch.setattr(served_module, "get_current_vllm_config", lambda: engine)
+    config.served.check_coverage()
 
 
 def test_linear_that_the_model_lacks(model_dir, monkeypatch):
@@ -164,7 +177,5 @@ def test_pipeline_does_not_hide_a_layer_beyond_the_model(model_dir, monkeypatch)
 
 
 def test_unresolved_config_is_refused(model_dir):
-    from vllm_rsparse.serving.linear import RSparseLinearMethod
-
     with pytest.raises(ValueError, match="maybe_update_config"):
-        RSparseLinearMethod(RSparseConfig("rsparse"), names([0]))
+        RSparseConfig("rsparse").get_quant_method(FakeLinear(), names([0])[0])

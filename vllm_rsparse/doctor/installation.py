@@ -118,20 +118,13 @@ def backend() -> Iterator[Finding]:
     """The backend and switch point that a model without settings of its own gets."""
     from vllm.platforms import current_platform
 
-    from vllm_rsparse import envs
-    from vllm_rsparse.op.ops import resolve_backend
-    from vllm_rsparse.serving.route import default_max_sparse_tokens
+    from vllm_rsparse.serving.route import choose_route
 
-    asked = envs.backend()
-    chosen = resolve_backend(asked, current_platform.device_type)
-    limit = envs.max_sparse_tokens()
-    if limit is None:
-        limit = default_max_sparse_tokens(chosen)
+    route = choose_route([], current_platform.device_type)
     yield Finding(
-        Level.WARN if limit == 0 else Level.OK,
+        Level.WARN if route.policy.always_dense else Level.OK,
         "backend",
-        f"{chosen.label} ({envs.BACKEND}={asked}), sparse up to {limit} tokens a"
-        " step" + (": everything is served dense" if limit == 0 else ""),
+        route.describe(),
     )
 
 

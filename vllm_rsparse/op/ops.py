@@ -36,12 +36,13 @@ class Backend(IntEnum):
         return self.name.lower().replace("_", "-")
 
 
-def resolve_backend(name: str, device_type: str) -> Backend:
+def resolve_backend(name: str, device_type: str, source: str = "backend") -> Backend:
     """Turn a requested backend into one that runs on the device.
 
     Args:
         name: ``auto``, or a backend by name. A named backend is used or refused.
         device_type: ``cuda`` or ``cpu``, where the model runs.
+        source: the parameter that the name came from, for the messages.
 
     The ``cpu`` backend is compiled here, so that no request waits for it.
 
@@ -60,21 +61,19 @@ def resolve_backend(name: str, device_type: str) -> Backend:
                 " cuda and cpu. VLLM_RSPARSE_BACKEND=reference runs anywhere, slowly"
             )
     if name not in names:
-        raise ValueError(
-            f"VLLM_RSPARSE_BACKEND is {name!r}; allowed are auto, {', '.join(names)}"
-        )
+        raise ValueError(f"{source} is {name!r}; allowed are auto, {', '.join(names)}")
     backend = names[name]
     if backend in (Backend.CPU, Backend.CPU_TORCH) and device_type != "cpu":
         raise ValueError(
-            f"VLLM_RSPARSE_BACKEND={name}, but the model runs on {device_type}; use"
-            " auto or triton"
+            f"{source} is {name!r}, but the model runs on {device_type}; use auto or"
+            " triton"
         )
     load_backend(backend)
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if backend is Backend.TRITON and device_type != "cuda" and not interpreted:
         raise ValueError(
-            f"VLLM_RSPARSE_BACKEND=triton, but the model runs on {device_type}; use"
-            " auto, or TRITON_INTERPRET=1 to interpret the kernels (tests only)"
+            f"{source} is 'triton', but the model runs on {device_type}; use auto, or"
+            " TRITON_INTERPRET=1 to interpret the kernels (tests only)"
         )
     return backend
 

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``RSparseConfig``: what vLLM knows of a prepared model; which layers it covers."""
+"""``RSparseConfig``: the quantization config that vLLM sees."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
-from vllm.distributed import parallel_state
 from vllm.model_executor.layers.linear import (
     LinearBase,
     UnquantizedLinearMethod,
@@ -18,44 +17,37 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.platforms import current_platform
 
 from vllm_rsparse import envs
-from vllm_rsparse.artifact.locate import locate_artifact
 from vllm_rsparse.artifact.schema import FORMAT_VERSION
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.metrics import exporter
-from vllm_rsparse.metrics.counters import Settings
-from vllm_rsparse.op.ops import Backend, resolve_backend
-from vllm_rsparse.serving.agreement import (
-    Report,
-    gather_reports,
-    local_report,
-    require_agreement,
-)
+from vllm_rsparse.serving.agreement import local_report
 from vllm_rsparse.serving.config_keys import HOW_TO, check_keys
-from vllm_rsparse.serving.coverage import refuse_gap, refuse_unclaimed
-from vllm_rsparse.serving.route import default_max_sparse_tokens
-from vllm_rsparse.serving.worker_state import WorkerState
+from vllm_rsparse.serving.linear import RSparseLinearMethod
+from vllm_rsparse.serving.route import Route, RouteRequest, choose_route
+from vllm_rsparse.serving.served import ArtifactSource, Decision, ServedModel
+from vllm_rsparse.serving.weights.factory import checkpoint_weights
 
 logger = logging.getLogger(__name__)
 
 
 class RSparseConfig(QuantizationConfig):
-    """Quantization config of the method ``rsparse``.
+    """Quantization config of the method ``rsparse``: vLLM's interface and no more.
 
     It is built in the API server, resolved against the model directory there
     (``maybe_update_config``), and pickled to every worker, so that all ranks see one
-    routing decision. The opened artifact does not travel: each process opens and
-    verifies its own copy. A node whose versions or files differ is found before weights
-    are loaded (``agreement``).
+    routing decision. The opened artifact is not sent: each process opens and verifies
+    its own copy (``ServedModel``). A node whose versions or files differ is found
+    before weights are loaded (``agreement``).
 
     Args:
         artifact: where the artifact is: a path inside the model directory, an absolute
             path, or a Hub repository. None (``--quantization rsparse`` on a plain
             checkpoint) is refused with directions as soon as the model is known.
         artifact_sha256: digest the tensor file must have, or None.
-        max_sparse_tokens: switch point of the routing; None takes the environment's
-            value, then the device's measured default. 0 serves dense.
-        backend: ``auto`` or a backend by name; None takes the environment's.
+        max_sparse_tokens: switch point of the routing; 0 serves dense. The environment
+            overrides it; None leaves it to the measured default of the device.
+        backend: ``auto`` or a backend by name. The environment overrides it.
     """
 
     def __init__(
@@ -66,20 +58,12 @@ class RSparseConfig(QuantizationConfig):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.artifact_source = artifact
+        self.artifact = artifact
         self.artifact_sha256 = artifact_sha256
-        self.requested_max_sparse_tokens = max_sparse_tokens
-        self.requested_backend = backend
-        self.model_name: str | None = None
-        self.revision: str | None = None
-        self.backend: Backend | None = None
-        self.max_sparse_tokens = 0
-        self.metrics: Settings | None = None
-        self._resolved_on: Report | None = None
-        self.worker = WorkerState()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "worker": WorkerState()}
+        self.requested = RouteRequest.of_config(
+            "quantization_config", backend, max_sparse_tokens
+        )
+        self._served: ServedModel | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Arrive in another process, perhaps on a node with other versions.
@@ -89,8 +73,21 @@ class RSparseConfig(QuantizationConfig):
                 what else arrives would already be read by the wrong release.
         """
         self.__dict__.update(state)
-        if self._resolved_on is not None:
-            require_agreement([self._resolved_on, local_report()])
+        if self._served is not None:
+            self._served.require_same_versions()
+
+    @property
+    def served(self) -> ServedModel:
+        """The model that this config was resolved against.
+
+        Raises:
+            ValueError: it was not.
+        """
+        if self._served is None:
+            raise ValueError(
+                "RSparseConfig was not resolved: call maybe_update_config(model) first"
+            )
+        return self._served
 
     @classmethod
     def get_name(cls) -> str:
@@ -130,91 +127,47 @@ class RSparseConfig(QuantizationConfig):
         hf_config: Any = None,
         revision: str | None = None,
     ) -> None:
-        """Resolve backend, route and artifact, and write them into ``hf_config``.
+        """Open the artifact, choose the route, and write both into ``hf_config``.
 
-        vLLM's compile cache keys on the Hugging Face config and not on this object or
-        on files; with the digest and the switch point in there, a changed artifact
-        cannot be served by a stale graph.
+        Raises:
+            ArtifactError: none was named, it cannot be found, or it is damaged.
+            ValueError: a setting is not allowed, or cannot run here.
         """
-        self.model_name, self.revision = model_name, revision
-        self._resolved_on = local_report()
-        name = envs.backend()
-        if name == "auto" and self.requested_backend is not None:
-            name = self.requested_backend
-        self.backend = resolve_backend(name, current_platform.device_type)
-        artifact = self.open_artifact()
-        limit = envs.max_sparse_tokens()
-        if limit is None:
-            limit = self.requested_max_sparse_tokens
-        if limit is None:
-            read = 1 - artifact.info.achieved_sparsity
-            limit = default_max_sparse_tokens(self.backend, read)
-        self.max_sparse_tokens = limit
-        if self.artifact_sha256 is None:
-            self.artifact_sha256 = artifact.sha256
-        if hf_config is not None:
-            hf_config.quantization_config = {
-                "quant_method": "rsparse",
-                "format_version": FORMAT_VERSION,
-                "artifact": self.artifact_source,
-                "artifact_sha256": self.artifact_sha256,
-                "sparsity": artifact.info.sparsity,
-                "max_sparse_tokens": self.max_sparse_tokens,
-                "backend": self.backend.label,
-            }
-        backend = self.backend.label
-        self.metrics = exporter.start(
-            envs.metrics_interval(), exporter.facts(artifact.info, backend, limit)
+        source = self._artifact_source(model_name, revision)
+        artifact = source.open()
+        route = choose_route(
+            [self.requested],
+            current_platform.device_type,
+            1 - artifact.info.achieved_sparsity,
         )
+        facts = exporter.facts(
+            artifact.info, route.backend.label, route.policy.max_sparse_tokens
+        )
+        decision = Decision(
+            replace(source, sha256=artifact.sha256),
+            route,
+            exporter.start(envs.metrics_interval(), facts),
+            local_report(),
+        )
+        self._served = ServedModel(decision, artifact)
+        if hf_config is not None:
+            hf_config.quantization_config = _written_config(source, artifact, route)
         logger.info(
-            "rsparse: backend %s, sparse up to %d tokens a step, dense above;"
-            " target sparsity %.3f, %.3f on the calibration text; artifact %s",
-            backend,
-            self.max_sparse_tokens,
+            "rsparse: backend %s; target sparsity %.3f, %.3f on the calibration"
+            " text; artifact %s",
+            route.describe(),
             artifact.info.sparsity,
             artifact.info.achieved_sparsity,
             artifact.directory,
         )
 
-    def open_artifact(self) -> Artifact:
-        """The artifact, located, validated and checked against its digest once.
-
-        Raises:
-            ArtifactError: none was named, it cannot be found, or it is damaged.
-        """
-        if self.worker.artifact is None:
-            if self.artifact_source is None or self.model_name is None:
-                raise ArtifactError(
-                    f"--quantization rsparse: {self.model_name or 'the model'} names no"
-                    f" artifact in its config. {HOW_TO}"
-                )
-            directory = locate_artifact(
-                self.artifact_source, self.model_name, self.revision
+    def _artifact_source(self, model: str, revision: str | None) -> ArtifactSource:
+        if self.artifact is None:
+            raise ArtifactError(
+                f"--quantization rsparse: {model} names no artifact in its config."
+                f" {HOW_TO}"
             )
-            artifact = Artifact(directory)
-            artifact.verify_digest(self.artifact_sha256)
-            self.worker.artifact = artifact
-        return self.worker.artifact
-
-    def _require_agreement(self) -> None:
-        """Compare this rank's artifact and routing with those of all others, once.
-
-        A rank that cannot open its artifact takes part too: raising alone, it would
-        leave the others waiting.
-        """
-        if self.worker.ranks_agree:
-            return
-        try:
-            artifact = self.open_artifact().sha256
-        except ArtifactError as error:
-            artifact = f"none ({error})"
-        mine = local_report(
-            artifact=artifact,
-            backend=str(self.backend and self.backend.name.lower()),
-            max_sparse_tokens=str(self.max_sparse_tokens),
-        )
-        require_agreement(gather_reports(mine, _world_group()))
-        self.worker.ranks_agree = True
+        return ArtifactSource(model, self.artifact, self.artifact_sha256, revision)
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
@@ -228,40 +181,12 @@ class RSparseConfig(QuantizationConfig):
         """
         if not isinstance(layer, LinearBase):
             return None
-        self._require_agreement()
-        artifact = self.open_artifact()
+        served = self.served
+        served.require_agreement()
         names = self._checkpoint_names(prefix)
-        listed = [name for name in names if name in artifact.info.linears]
-        if len(listed) < len(names):
-            refuse_gap(artifact, names, listed)
+        if not served.claim(names) or served.route.policy.always_dense:
             return UnquantizedLinearMethod()
-        self.worker.claimed.update(names)
-        if self.max_sparse_tokens == 0:
-            return UnquantizedLinearMethod()
-        from vllm_rsparse.serving.linear import RSparseLinearMethod
-
-        return RSparseLinearMethod(self, names)
-
-    def check_all_claimed(self) -> None:
-        """Refuse an artifact that names a linear this model does not have.
-
-        Called once every layer exists. Under pipeline parallelism a worker builds only
-        its own decoder layers; a name is then judged by the layers around it.
-
-        Raises:
-            ArtifactError: names the linear.
-        """
-        if self.worker.checked:
-            return
-        self.worker.checked = True
-        config = get_current_vllm_config()
-        refuse_unclaimed(
-            self.open_artifact(),
-            self.worker.claimed,
-            model=str(self.model_name),
-            layers=config.model_config.hf_text_config.num_hidden_layers,
-            staged=config.parallel_config.pipeline_parallel_size > 1,
-        )
+        return RSparseLinearMethod(served, names, checkpoint_weights(None, names))
 
     def _checkpoint_names(self, prefix: str) -> list[str]:
         """Names in the checkpoint behind a vLLM layer: q, k, v for ``...qkv_proj``."""
@@ -270,17 +195,21 @@ class RSparseConfig(QuantizationConfig):
         return [f"{parent}.{k}" if parent else k for k in kinds]
 
 
-def _world_group() -> torch.distributed.ProcessGroup | None:
-    """The CPU group of all ranks that load the served model now; None where alone.
+def _written_config(
+    source: ArtifactSource, artifact: Artifact, route: Route
+) -> dict[str, Any]:
+    """What ``hf_config.quantization_config`` says from now on.
 
-    A draft model is left out: only the last pipeline stage loads it, and what it
-    proposes is checked by the served model.
+    vLLM's compile cache keys on the Hugging Face config, and neither on our config nor
+    on files: with the digest and the route in there, a changed artifact cannot be
+    served by a stale graph. vLLM may build our config again from it.
     """
-    if not parallel_state.model_parallel_is_initialized():
-        return None
-    config = get_current_vllm_config()
-    draft = getattr(config.speculative_config, "draft_model_config", None)
-    if draft is not None and draft is config.model_config:
-        return None
-    group = parallel_state.get_world_group()
-    return group.cpu_group if group.world_size > 1 else None
+    return {
+        "quant_method": "rsparse",
+        "format_version": FORMAT_VERSION,
+        "artifact": source.artifact,
+        "artifact_sha256": source.sha256 or artifact.sha256,
+        "sparsity": artifact.info.sparsity,
+        "max_sparse_tokens": route.policy.max_sparse_tokens,
+        "backend": route.backend.label,
+    }

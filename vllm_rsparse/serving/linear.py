@@ -2,7 +2,7 @@
 """``RSparseLinearMethod``: how a linear layer gets its tensors and uses them."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +13,17 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.parameter import ModelWeightParameter
 
 from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.op import ops
 from vllm_rsparse.op.packing import pack_factors
-
-if TYPE_CHECKING:
-    from vllm_rsparse.serving.config import RSparseConfig
+from vllm_rsparse.serving.served import ServedModel
+from vllm_rsparse.serving.weights.base import (
+    CheckpointWeights,
+    Partition,
+    replace_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -42,27 +44,27 @@ class RSparseLinearMethod(LinearMethodBase):
     """Sparse-plus-low-rank linear layer with dense fallback on one weight copy.
 
     Tensors a layer holds once it is loaded (N, K of this rank; S fused shards):
-        weight: [N, K] view of contiguous [K, N] storage: an input channel is one row.
+        weight, rsparse_scales, rsparse_zeros: the stored weight (``weights.base``).
         rsparse_thresholds: float32 [S, K].
         rsparse_u, rsparse_v: the factors as ``packing.pack_factors`` lays them out.
         rsparse_correction: float32 [N], or None.
 
     Args:
-        config: the model's config, which owns the artifact.
+        served: the model, shared by the methods of all its layers.
         names: checkpoint names of the fused shards, in the order of the output.
+        weights: how the checkpoint holds the layer's weight.
     """
 
-    def __init__(self, config: "RSparseConfig", names: list[str]) -> None:
-        if config.backend is None:
-            raise ValueError(
-                "RSparseConfig was not resolved: call maybe_update_config(model) first"
-            )
-        self.config = config
+    def __init__(
+        self, served: ServedModel, names: list[str], weights: CheckpointWeights
+    ) -> None:
+        self.served = served
         self.names = names
+        self.weights = weights
         # Plain ints: they become constants of the traced graph.
-        self.backend = int(config.backend)
-        self.max_sparse_tokens = config.max_sparse_tokens
-        # The config was resolved in another process, on another machine perhaps.
+        self.backend = int(served.route.backend)
+        self.max_sparse_tokens = served.route.policy.max_sparse_tokens
+        # The route was chosen in another process, on another machine perhaps.
         ops.load_backend(self.backend)
 
     def create_weights(
@@ -75,7 +77,7 @@ class RSparseLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Allocate the weight as the base model does and check shapes by header alone.
+        """Register the checkpoint's parameters and check shapes by header alone.
 
         The artifact's tensors come after loading: a dummy load format would overwrite
         them, and the device is settled then.
@@ -83,32 +85,31 @@ class RSparseLinearMethod(LinearMethodBase):
         layer.rsparse_slices = shard_slices(
             layer,
             self.names,
-            [self.config.open_artifact().entry(name).shape for name in self.names],
+            [self.served.artifact.entry(name).shape for name in self.names],
             input_size_per_partition,
             output_partition_sizes,
         )
-        weight = ModelWeightParameter(
-            data=torch.empty(
-                sum(output_partition_sizes),
-                input_size_per_partition,
-                dtype=params_dtype,
-            ),
-            input_dim=1,
-            output_dim=0,
-            weight_loader=extra_weight_attrs.pop("weight_loader"),
+        self.partition = Partition(
+            k=input_size_per_partition,
+            shard_sizes=tuple(output_partition_sizes),
+            full_k=input_size,
+            full_n=output_size,
+            dtype=params_dtype,
+            weight_loader=extra_weight_attrs["weight_loader"],
         )
-        layer.register_parameter("weight", weight)
+        self.weights.create(layer, self.partition)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Turn the weight to [K, N] storage and read this rank's part of the artifact.
+        """Lay the weight out for the kernels and read this rank's part of the artifact.
 
         Only one layer at a time is held twice.
         """
-        self.config.check_all_claimed()
-        weight = layer.weight.data.t().contiguous().t()
-        layer.weight = Parameter(weight, requires_grad=False)
+        self.served.check_coverage()
+        stored = self.weights.stored(layer, self.partition)
+        replace_parameters(layer, self.weights, stored)
+        weight = stored.data
         slices: list[ShardSlice] = layer.rsparse_slices
-        artifact = self.config.open_artifact()
+        artifact = self.served.artifact
         shards = [artifact.read(s.name, s.rows, s.columns) for s in slices]
         layer.rsparse_sizes = [s.row_count for s in slices]
         u, v, layer.rsparse_ranks = pack_factors(
@@ -129,8 +130,8 @@ class RSparseLinearMethod(LinearMethodBase):
             frozen = None if tensor is None else Parameter(tensor, requires_grad=False)
             layer.register_parameter(f"rsparse_{name}", frozen)
         extra = sum(t.nbytes for t in tensors.values() if t is not None)
-        self.config.worker.note_loaded(self.names, weight.nbytes, extra)
-        counters = self.config.worker.open_counters(self.config.metrics)
+        self.served.note_loaded(self.names, stored.nbytes, extra)
+        counters = self.served.open_counters()
         if counters is not None:
             counters.register(
                 self.names,

@@ -1,7 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Up to how many tokens a call takes the sparse route, where the user does not say."""
+"""``Route``: which implementation serves the linears, and which steps are sparse.
 
-from vllm_rsparse.op.ops import Backend
+The precedence of the settings is stated here and nowhere else: the environment, then
+the model's config, then the measured default of the device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_rsparse import envs
+from vllm_rsparse.op.ops import Backend, resolve_backend
+
+# Where a value came from if no setting names it.
+DEFAULT = "default"
 
 # Largest number of tokens for which the sparse route was faster than the dense one at
 # 50% kept: on the H200 two (1.17x and 1.21x in two runs of vLLM), not four, whose masks
@@ -17,6 +28,132 @@ _DEFAULTS = {
 # The four linears of Llama-3-8B on the H200 at two tokens: 96.5 us where 75% of the
 # channels are read, 8 of them whatever is read; cuBLAS takes 117.4. They meet at 92%.
 _BREAK_EVEN = 0.9
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which steps are sparse: those of at most ``max_sparse_tokens`` tokens.
+
+    A linear sees the tokens of a whole step and not their phase. A policy by phase
+    (draft sparse, verify dense) is another value here and another argument of the op.
+    """
+
+    max_sparse_tokens: int
+
+    @property
+    def always_dense(self) -> bool:
+        """No step is sparse: the base model's own layers serve."""
+        return self.max_sparse_tokens == 0
+
+
+@dataclass(frozen=True)
+class Route:
+    """What was decided for a model.
+
+    Attributes:
+        backend: the implementation of the sparse route.
+        policy: which steps take it.
+        backend_source: the parameter that named the backend, or ``default``.
+        policy_source: the parameter that set the policy, or ``default``.
+    """
+
+    backend: Backend
+    policy: Policy
+    backend_source: str = DEFAULT
+    policy_source: str = DEFAULT
+
+    def facts(self) -> dict[str, str]:
+        """What must be the same on every rank, for comparison and for people."""
+        return {
+            "backend": self.backend.label,
+            "max_sparse_tokens": str(self.policy.max_sparse_tokens),
+        }
+
+    def describe(self) -> str:
+        """One line for people: both values, and the parameters that set them."""
+        limit = self.policy.max_sparse_tokens
+        steps = (
+            "everything is served dense"
+            if self.policy.always_dense
+            else f"sparse up to {limit} tokens a step, dense above"
+        )
+        return (
+            f"{self.backend.label}, {steps} (backend: {self.backend_source},"
+            f" tokens: {self.policy_source})"
+        )
+
+
+@dataclass(frozen=True)
+class RouteRequest:
+    """What one place asks for.
+
+    Attributes:
+        backend: a backend by name; None or ``auto`` leaves it to the next place.
+        max_sparse_tokens: the switch point; None leaves it to the next place.
+        backend_name: what users call the first value in that place.
+        policy_name: what users call the second.
+    """
+
+    backend: str | None
+    max_sparse_tokens: int | None
+    backend_name: str
+    policy_name: str
+
+    @classmethod
+    def of_environment(cls) -> "RouteRequest":
+        """What this process's environment asks for.
+
+        Raises:
+            ValueError: a variable's value is not allowed.
+        """
+        return cls(
+            envs.backend(),
+            envs.max_sparse_tokens(),
+            envs.BACKEND,
+            envs.MAX_SPARSE_TOKENS,
+        )
+
+    @classmethod
+    def of_config(
+        cls, where: str, backend: str | None, max_sparse_tokens: int | None
+    ) -> "RouteRequest":
+        """What a dictionary of settings asks for; ``where`` is what users call it."""
+        return cls(
+            backend,
+            max_sparse_tokens,
+            f"{where}.backend",
+            f"{where}.max_sparse_tokens",
+        )
+
+
+def choose_route(
+    requests: Sequence[RouteRequest], device_type: str, read_fraction: float = 0.5
+) -> Route:
+    """The first request that names a value decides it, else the measured default.
+
+    Args:
+        requests: of the model's config, in order of precedence. The environment comes
+            before all of them.
+        device_type: where the model runs, ``cuda`` or ``cpu``.
+        read_fraction: share of the linears' bytes that one token reads, in [0, 1].
+
+    Raises:
+        ValueError: a value that is unknown or cannot run here; names its parameter.
+        BuildError: the backend ``cpu`` was asked for by name and cannot be compiled.
+    """
+    requests = [RouteRequest.of_environment(), *requests]
+    name, backend_source = "auto", DEFAULT
+    for request in requests:
+        if request.backend is not None and request.backend != "auto":
+            name, backend_source = request.backend, request.backend_name
+            break
+    backend = resolve_backend(name, device_type, backend_source)
+    for request in requests:
+        limit = request.max_sparse_tokens
+        if limit is not None:
+            return Route(backend, Policy(limit), backend_source, request.policy_name)
+    limit = default_max_sparse_tokens(backend, read_fraction)
+    return Route(backend, Policy(limit), backend_source)
 
 
 def default_max_sparse_tokens(backend: Backend, read_fraction: float = 0.5) -> int:

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ServedModel``: one process's view of the prepared model that it serves."""
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import parallel_state
+
+from vllm_rsparse.artifact.locate import locate_artifact
+from vllm_rsparse.artifact.tensors import Artifact
+from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.metrics.counters import Counters, Settings, open_counters
+from vllm_rsparse.op.ops import set_observer
+from vllm_rsparse.serving.agreement import (
+    Report,
+    gather_reports,
+    local_report,
+    require_agreement,
+)
+from vllm_rsparse.serving.coverage import refuse_gap, refuse_unclaimed
+from vllm_rsparse.serving.route import Route
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ArtifactSource:
+    """Where the artifact of a model is, and which one it must be.
+
+    Attributes:
+        model: the served model, a directory or a Hub repository.
+        artifact: see ``locate_artifact``.
+        sha256: digest that the tensor file must have, or None.
+        revision: of the model's repository.
+    """
+
+    model: str
+    artifact: str
+    sha256: str | None = None
+    revision: str | None = None
+
+    def open(self) -> Artifact:
+        """Locate, validate and check the artifact against its digest.
+
+        Raises:
+            ArtifactError: it cannot be found, or it is damaged.
+        """
+        artifact = Artifact(locate_artifact(self.artifact, self.model, self.revision))
+        artifact.verify_digest(self.sha256)
+        return artifact
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the API server decided about a model. It is pickled to every worker.
+
+    Attributes:
+        source: where the artifact is, with the digest of the one that was found.
+        route: which backend, and which steps are sparse.
+        metrics: where and how often to count; None: metrics are off.
+        resolved_on: the node that decided, and its versions.
+    """
+
+    source: ArtifactSource
+    route: Route
+    metrics: Settings | None
+    resolved_on: Report
+
+
+class ServedModel:
+    """The opened artifact, and what this process has built of the model.
+
+    The linear methods of all layers share it. It is never sent to another process: only
+    its decision is, and every process opens and verifies its own copy of the artifact.
+
+    Args:
+        decision: made in the API server.
+        artifact: already opened here, or None to open it when it is needed.
+    """
+
+    def __init__(self, decision: Decision, artifact: Artifact | None = None) -> None:
+        self.decision = decision
+        self._artifact = artifact
+        self._ranks_agree = False
+        self._coverage_checked = False
+        self._claimed: set[str] = set()
+        self._loaded: set[str] = set()
+        self._weight_bytes = 0
+        self._artifact_bytes = 0
+        self._counters: Counters | None = None
+        self._counting = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ServedModel, (self.decision,)
+
+    @property
+    def route(self) -> Route:
+        """Which backend, and which steps are sparse."""
+        return self.decision.route
+
+    @property
+    def artifact(self) -> Artifact:
+        """The artifact, located, validated and checked against its digest once.
+
+        Raises:
+            ArtifactError: it cannot be found here, or it is damaged.
+        """
+        if self._artifact is None:
+            self._artifact = self.decision.source.open()
+        return self._artifact
+
+    def require_same_versions(self) -> None:
+        """Refuse to serve here what a node with other versions decided.
+
+        Raises:
+            NodesDisagreeError: names the nodes and the versions.
+        """
+        require_agreement([self.decision.resolved_on, local_report()])
+
+    def require_agreement(self) -> None:
+        """Compare this rank's artifact and route with those of all others, once.
+
+        A rank that cannot open its artifact takes part too: raising alone, it would
+        leave the others waiting.
+
+        Raises:
+            NodesDisagreeError: a rank has another artifact, route or version.
+        """
+        if self._ranks_agree:
+            return
+        try:
+            digest = self.artifact.sha256
+        except ArtifactError as error:
+            digest = f"none ({error})"
+        mine = local_report(artifact=digest, **self.route.facts())
+        require_agreement(gather_reports(mine, _world_group()))
+        self._ranks_agree = True
+
+    def claim(self, names: list[str]) -> bool:
+        """Whether the artifact lists a layer; its linears are then accounted for.
+
+        Args:
+            names: checkpoint names of the fused layer's shards.
+
+        Raises:
+            ArtifactError: it lists some of them and not others, or lists the same
+                linears in other decoder layers but not here.
+        """
+        listed = [name for name in names if name in self.artifact.info.linears]
+        if len(listed) < len(names):
+            refuse_gap(self.artifact, names, listed)
+            return False
+        self._claimed.update(names)
+        return True
+
+    def check_coverage(self) -> None:
+        """Refuse an artifact that lists a linear which this model does not have, once.
+
+        Called once every layer exists. Under pipeline parallelism a worker builds only
+        its own decoder layers; a name is then judged by the layers around it.
+
+        Raises:
+            ArtifactError: names the linear.
+        """
+        if self._coverage_checked:
+            return
+        self._coverage_checked = True
+        config = get_current_vllm_config()
+        refuse_unclaimed(
+            self.artifact,
+            self._claimed,
+            model=self.decision.source.model,
+            layers=config.model_config.hf_text_config.num_hidden_layers,
+            staged=config.parallel_config.pipeline_parallel_size > 1,
+        )
+
+    def note_loaded(
+        self, names: Collection[str], weight_bytes: int, artifact_bytes: int
+    ) -> None:
+        """Log what this process's layers hold, when the last of them is loaded.
+
+        Args:
+            names: checkpoint names of the layer's shards.
+            weight_bytes: of the layer's weight on this rank.
+            artifact_bytes: of its thresholds, factors and correction.
+        """
+        self._loaded.update(names)
+        self._weight_bytes += weight_bytes
+        self._artifact_bytes += artifact_bytes
+        if self._loaded == self._claimed:
+            logger.info(
+                "rsparse: %d linears loaded: %.1f MiB of weights, and %.1f MiB of"
+                " thresholds and factors",
+                len(self._loaded),
+                self._weight_bytes / (1 << 20),
+                self._artifact_bytes / (1 << 20),
+            )
+
+    def open_counters(self) -> Counters | None:
+        """This rank's counters, once they see the op's calls; None: metrics are off.
+
+        Called when every layer exists, at the first one that is loaded.
+        """
+        if not self._counting:
+            self._counting = True
+            distributed = torch.distributed.is_initialized()
+            rank = torch.distributed.get_rank() if distributed else 0
+            self._counters = open_counters(self.decision.metrics, rank)
+            set_observer(None if self._counters is None else self._counters.observe)
+        return self._counters
+
+
+def _world_group() -> torch.distributed.ProcessGroup | None:
+    """The CPU group of all ranks that load the served model now; None where alone.
+
+    A draft model is left out: only the last pipeline stage loads it, and what it
+    proposes is checked by the served model.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        return None
+    config = get_current_vllm_config()
+    draft = getattr(config.speculative_config, "draft_model_config", None)
+    if draft is not None and draft is config.model_config:
+        return None
+    group = parallel_state.get_world_group()
+    return group.cpu_group if group.world_size > 1 else None

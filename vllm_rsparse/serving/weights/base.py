@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``CheckpointWeights``: from a checkpoint's tensors to the kernels' stored weight.
+
+A linear's weight has two forms. While the model loads, its parameters have the names,
+shapes and dtypes of the checkpoint, in vLLM's parameter classes, so that vLLM's own
+loaders fill this rank's slice of every fused shard. After that, the layer holds one
+``StoredWeight`` (``vllm_rsparse.formats``), whatever the checkpoint had.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import LinearBase
+
+from vllm_rsparse.formats.base import StoredWeight
+
+# Where a layer keeps the tensors of its stored weight. `weight` is read by vLLM's LoRA
+# layers too, which take device and dtype from it.
+DATA, SCALES, ZEROS = "weight", "rsparse_scales", "rsparse_zeros"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The part of a (fused) linear that one rank holds, as vLLM describes it.
+
+    Attributes:
+        k: input features of this rank.
+        shard_sizes: output features of this rank, per fused shard, in order.
+        full_k: input features of the whole layer.
+        full_n: output features of the whole layer; more than the checkpoint's where
+            key and value heads are replicated.
+        dtype: of the activations, and of weights that are not quantized.
+        weight_loader: what vLLM's parameter classes call with the checkpoint's tensor.
+    """
+
+    k: int
+    shard_sizes: tuple[int, ...]
+    full_k: int
+    full_n: int
+    dtype: torch.dtype
+    weight_loader: Callable[..., None]
+
+    @property
+    def n(self) -> int:
+        """Output features of this rank, all shards together."""
+        return sum(self.shard_sizes)
+
+
+class CheckpointWeights(ABC):
+    """One checkpoint format, for one layer.
+
+    Attributes:
+        parameters: names of the parameters that ``create`` registers.
+    """
+
+    parameters: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def create(self, layer: LinearBase, partition: Partition) -> None:
+        """Register the parameters that vLLM's loaders fill.
+
+        Raises:
+            RSparseError: this rank's part cannot be cut out of the format, because a
+                group or a block would be split; names the layer and the size.
+        """
+
+    @abstractmethod
+    def stored(self, layer: LinearBase, partition: Partition) -> StoredWeight:
+        """The loaded parameters in the layout of the kernels, on their device.
+
+        It may be called again with the same layer after vLLM has reloaded the weights,
+        and must give tensors of the same shapes and dtypes.
+
+        Raises:
+            RSparseError: a tensor was not loaded or holds what the format does not
+                allow; names it.
+        """
+
+
+def replace_parameters(
+    layer: LinearBase, weights: CheckpointWeights, stored: StoredWeight
+) -> None:
+    """Drop the checkpoint's parameters and register the stored weight's instead.
+
+    They are registered under fixed names (``DATA``, ``SCALES``, ``ZEROS``; absent ones
+    as None), so that sleeping, moving and reloading the model include them.
+    """
+    for name in weights.parameters:
+        delattr(layer, name)
+    for name, tensor in (
+        (DATA, stored.data),
+        (SCALES, stored.scales),
+        (ZEROS, stored.zeros),
+    ):
+        frozen = None if tensor is None else Parameter(tensor, requires_grad=False)
+        layer.register_parameter(name, frozen)
