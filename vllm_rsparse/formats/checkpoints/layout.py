@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Layout``: the tensors of a quantized linear, in a checkpoint or just loaded."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vllm_rsparse.formats.base import StoredWeight, WeightFormat, WeightFormatError
+
+
+class Layout(ABC):
+    """How a checkpoint holds a quantized linear. Subclasses are frozen dataclasses.
+
+    Attributes:
+        required: suffixes of the tensors that the linear must have; ``store`` reads
+            them.
+        checked: suffixes of tensors that it may have; where ``store`` is given one, it
+            refuses values that it would otherwise have to take into account.
+        unread: suffixes of tensors that it may have and that nobody needs.
+    """
+
+    required: ClassVar[tuple[str, ...]]
+    checked: ClassVar[tuple[str, ...]] = ()
+    unread: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    @abstractmethod
+    def format(self) -> WeightFormat:
+        """The format of what ``store`` returns."""
+
+    @abstractmethod
+    def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+        """(N, K) of the linear.
+
+        Args:
+            shapes: shape of each required tensor, by suffix.
+
+        Raises:
+            WeightFormatError: names the tensor whose shape does not fit the others'.
+        """
+
+    @abstractmethod
+    def store(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[int] | None = None
+    ) -> StoredWeight:
+        """The weight as the kernels read it.
+
+        Args:
+            tensors: the required tensors by suffix, and maybe checked ones. Of fused
+                linears, each is the concatenation along the output channels, of a
+                tensor-parallel rank its slice.
+            sizes: output features of each fused linear; None stands for one linear.
+
+        Raises:
+            WeightFormatError: names the tensor and what is wrong with it.
+        """
+
+
+def matrix(shapes: Mapping[str, Sequence[int]], suffix: str) -> tuple[int, int]:
+    """Shape of a tensor that must have two dimensions."""
+    shape = shapes[suffix]
+    if len(shape) != 2:
+        raise WeightFormatError(f"{suffix} must have 2 dimensions, got {list(shape)}")
+    return shape[0], shape[1]
+
+
+def require_shape(
+    shapes: Mapping[str, Sequence[int]], suffix: str, expected: Sequence[int]
+) -> None:
+    """Refuse a tensor of another shape by its suffix."""
+    if list(shapes[suffix]) != list(expected):
+        raise WeightFormatError(
+            f"{suffix} must be {list(expected)}, got {list(shapes[suffix])}"
+        )
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor by suffix."""
+    return {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
+
+
+def require_dtype(
+    tensors: Mapping[str, Tensor], suffix: str, dtype: torch.dtype
+) -> None:
+    """Refuse a tensor of another dtype by its suffix."""
+    if tensors[suffix].dtype != dtype:
+        raise WeightFormatError(
+            f"{suffix} must be {dtype}, got {tensors[suffix].dtype}"
+        )
+
+
+def require_scales(tensors: Mapping[str, Tensor], suffix: str) -> None:
+    """Refuse scales that are not finite, or that vLLM allocated but never loaded."""
+    scales = tensors[suffix]
+    if not scales.is_floating_point():
+        raise WeightFormatError(f"{suffix} must be a float, got {scales.dtype}")
+    # vLLM fills scales with the lowest number of their dtype until they are loaded.
+    if not bool((scales.isfinite() & (scales > torch.finfo(scales.dtype).min)).all()):
+        raise WeightFormatError(
+            f"{suffix} holds values that are not finite, or was not loaded; the"
+            " checkpoint is damaged: download it again"
+        )
