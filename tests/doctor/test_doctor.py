@@ -174,9 +174,9 @@ def test_settings(
 def test_vllm_release(
     monkeypatch: pytest.MonkeyPatch, found: str | None, level: str, words: str
 ) -> None:
-    real = installation._of
+    real = installation.installed
     monkeypatch.setattr(
-        installation, "_of", lambda name: found if name == "vllm" else real(name)
+        installation, "installed", lambda name: found if name == "vllm" else real(name)
     )
     line = [finding.line() for finding in installation.versions()][-1]
     assert line.startswith(level)

@@ -98,9 +98,9 @@ def config(tmp_path, write_artifact):
 def test_config_refuses_to_arrive_under_other_versions(config, monkeypatch):
     sent = pickle.dumps(config)
     pickle.loads(sent)
-    theirs = agreement._version
+    theirs = agreement.installed
     monkeypatch.setattr(
-        agreement, "_version", lambda p: "9.9" if p == "vllm" else theirs(p)
+        agreement, "installed", lambda p: "9.9" if p == "vllm" else theirs(p)
     )
     monkeypatch.setattr(socket, "gethostname", lambda: "node-b")
     with pytest.raises(NodesDisagreeError, match=r"vllm: .*node-b.* has 9\.9"):

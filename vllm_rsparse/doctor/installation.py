@@ -4,32 +4,27 @@
 import os
 import platform
 from collections.abc import Iterator
-from importlib.metadata import (
-    PackageNotFoundError,
-    entry_points,
-    requires,
-    version,
-)
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from importlib.metadata import entry_points
 
 from vllm_rsparse import __version__
 from vllm_rsparse.doctor.finding import Finding, Level
+from vllm_rsparse.releases import installed, supported_vllm, supports_vllm
 
 _GIB = 1 << 30
 
 
 def versions() -> Iterator[Finding]:
     """Python, ours, vLLM's and torch's versions."""
-    others = [f"{name} {v}" for name in ("transformers", "triton") if (v := _of(name))]
+    others = [
+        f"{name} {v}" for name in ("transformers", "triton") if (v := installed(name))
+    ]
     yield Finding(
         Level.OK,
         "versions",
         f"python {platform.python_version()}, vllm-rsparse {__version__}, torch"
-        f" {_of('torch')}, {', '.join(others)}",
+        f" {installed('torch')}, {', '.join(others)}",
     )
-    found = _of("vllm")
+    found = installed("vllm")
     if found is None:
         yield Finding(
             Level.FAIL,
@@ -38,13 +33,11 @@ def versions() -> Iterator[Finding]:
             " `pip install 'vllm-rsparse[vllm]'`, or deploy/cpu/install.sh for CPU",
         )
         return
-    allowed = _allowed_vllm()
-    # A build for CPU, 0.32.0+cpu, is a local version: specifiers ignore that part.
-    inside = allowed is None or allowed.contains(found, prereleases=True)
+    if supports_vllm(found):
+        yield Finding(Level.OK, "vllm", found)
+        return
     yield Finding(
-        Level.OK if inside else Level.WARN,
-        "vllm",
-        found if inside else f"{found}; this release was written for {allowed}",
+        Level.WARN, "vllm", f"{found}; this release was written for {supported_vllm()}"
     )
 
 
@@ -71,6 +64,9 @@ def plugin() -> Iterator[Finding]:
 
     load_general_plugins()
     method = get_quantization_config("rsparse")
+    if failure := getattr(method, "failure", None):
+        yield Finding(Level.FAIL, "plug-in", failure)
+        return
     yield Finding(
         Level.OK,
         "plug-in",
@@ -147,19 +143,3 @@ def tuned_shapes() -> Iterator[Finding]:
         else f"none for {name}, defaults are used; tune with"
         " `vllm-rsparse bench MODEL --tune`",
     )
-
-
-def _of(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def _allowed_vllm() -> SpecifierSet | None:
-    """The releases that our own metadata (pyproject.toml, extra `vllm`) allows."""
-    for line in requires("vllm-rsparse") or []:
-        requirement = Requirement(line)
-        if requirement.name == "vllm":
-            return requirement.specifier
-    return None

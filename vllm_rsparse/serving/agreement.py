@@ -6,7 +6,6 @@ version or another artifact would add its part of a sum under another mask: wron
 without an error. The ranks therefore compare notes once, before any weight is loaded.
 """
 
-import importlib.metadata
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import torch.distributed
 
 from vllm_rsparse.errors import NodesDisagreeError
+from vllm_rsparse.releases import installed
 
 _PACKAGES = ("vllm", "vllm-rsparse", "torch")
 
@@ -34,7 +34,7 @@ class Report:
 
 def local_report(**facts: str) -> Report:
     """This process's report: the installed versions and the given facts."""
-    versions = {name: _version(name) for name in _PACKAGES}
+    versions = {name: installed(name) or "none" for name in _PACKAGES}
     return Report(_node_name(), {**versions, **facts})
 
 
@@ -75,13 +75,6 @@ def gather_reports(
     reports: list[Report] = [mine] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(reports, mine, group=group)
     return reports
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def _node_name() -> str:
