@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
-from vllm_rsparse.model.families import KINDS, find_linears
+from vllm_rsparse.model.families import DENSE
+from vllm_rsparse.model.linears import find_linears
 
+KINDS = [kind.name for kind in DENSE.layer(0)]
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], None]
 
 

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.checkpoint import Checkpoint
-from vllm_rsparse.model.families import KINDS
+from vllm_rsparse.model.families import DENSE
+from vllm_rsparse.model.linears import find_linears
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.observers import LayerInputs
 
 LAYERS = 3
+KINDS = [kind.name for kind in DENSE.layer(0)]
 COMMON = {
     "vocab_size": 101,
     "hidden_size": 48,
@@ -107,8 +109,10 @@ def test_layers_see_and_give_what_they_do_in_the_whole_model(
 
     streamed = StreamedModel(Checkpoint(tmp_path), torch.device("cpu"), torch.float32)
     hidden = streamed.embed(windows)
+    linears, _ = find_linears(streamed.checkpoint)
     for index in range(LAYERS):
-        collected = LayerInputs(windows.numel())
+        members = [linear for linear in linears if linear.layer == index]
+        collected = LayerInputs(members, windows.numel())
         with streamed.layer(index) as layer, collected.observe(layer):
             streamed.run_layer(index, hidden)
         # The same code on the same numbers; only memory alignment may differ.

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_rsparse import cli
-from vllm_rsparse.model.families import KINDS
 
 TEXT = Path(sysconfig.get_path("stdlib")) / "argparse.py"
 
@@ -182,7 +181,7 @@ def _random_llama(directory: Path, layers: int, tokenizer: Path) -> Path:
         prefix = f"model.layers.{layer}"
         tensors = {
             f"{prefix}.{kind}.weight": (torch.randn(shapes[kind]) * 0.02).bfloat16()
-            for kind in KINDS
+            for kind in shapes
         }
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}.{norm}.weight"] = torch.ones(hidden).bfloat16()

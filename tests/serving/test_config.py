@@ -36,7 +36,6 @@ def make(model_dir, **options):
     config = RSparseConfig.from_config(
         {"quant_method": "rsparse", "artifact": "rsparse", **options}
     )
-    config.packed_modules_mapping = {"qkv_proj": KINDS}
     config.maybe_update_config(str(model_dir))
     return config
 

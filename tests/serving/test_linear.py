@@ -31,10 +31,6 @@ SHAPES = {
     f"{MLP}.up_proj": (INNER, HIDDEN, 5, False),
     f"{MLP}.down_proj": (HIDDEN, INNER, 2, True),
 }
-PACKED = {
-    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-    "gate_up_proj": ["gate_proj", "up_proj"],
-}
 
 
 @pytest.fixture
@@ -66,7 +62,6 @@ def engine(monkeypatch):
 
 def make_config(directory, **options):
     config = RSparseConfig("rsparse", backend="reference", **options)
-    config.packed_modules_mapping = PACKED
     config.maybe_update_config(str(directory))
     return config
 

@@ -12,6 +12,7 @@ from typing import Any
 from vllm_rsparse.artifact.locate import find_artifact
 from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry
 from vllm_rsparse.artifact.tensors import Artifact
+from vllm_rsparse.model.names import LinearName, label_of
 from vllm_rsparse.text_table import align
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -99,7 +100,8 @@ def draw(info: ArtifactInfo, path: Path) -> None:
     figure = Figure(figsize=(6, 1.5 + 0.25 * len(values)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=1)
-    axes.set_xticks(range(len(grid.kinds)), grid.kinds, rotation=30, ha="right")
+    labels = [label_of(kind) for kind in grid.kinds]
+    axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
     axes.set_yticks(range(len(values)), list(grid.layers))
     axes.set_title(f"share of bytes skipped, {info.achieved_sparsity:.3f} in all")
     figure.colorbar(image)
@@ -117,15 +119,15 @@ def _grid(info: ArtifactInfo) -> _Grid:
     kinds: dict[str, None] = {}
     layers: dict[str, dict[str, LinearEntry]] = {}
     for name, entry in info.linears.items():
-        words = name.split(".")
-        layer = next((word for word in words if word.isdigit()), "-")
-        kinds[words[-1]] = None
-        layers.setdefault(layer, {})[words[-1]] = entry
+        parsed = LinearName.parse(name)
+        layer = "-" if parsed.layer is None else str(parsed.layer)
+        kinds[parsed.kind] = None
+        layers.setdefault(layer, {})[parsed.kind] = entry
     return _Grid(list(kinds), layers)
 
 
 def _table(figure: _Figure, grid: _Grid) -> str:
-    rows = [["layer", *grid.kinds]]
+    rows = [["layer", *map(label_of, grid.kinds)]]
     for layer, entries in grid.layers.items():
         cells = [figure.value(entries[k]) if k in entries else None for k in grid.kinds]
         rows.append(

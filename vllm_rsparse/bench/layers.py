@@ -1,20 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers to measure: of well-known models by shape, or of a prepared model."""
 
-import re
 from dataclasses import dataclass, replace
 
 from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry, factor_rank
-
-# Linears of one input, which the engine fuses into one layer, in its order.
-_FUSED = {
-    "q_proj": "qkv",
-    "k_proj": "qkv",
-    "v_proj": "qkv",
-    "gate_proj": "gate_up",
-    "up_proj": "gate_up",
-}
-_ROW_PARALLEL = ("o_proj", "down_proj")
+from vllm_rsparse.model.families import by_engine_layer, kind_of
+from vllm_rsparse.model.names import LinearName, label_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +13,7 @@ class Layer:
     """A linear layer as one rank of the engine sees it.
 
     Attributes:
-        name: of the kind, ``qkv``.
+        name: of the engine's layer, without "_proj": ``qkv``.
         shard_sizes: output features N_s of the fused shards.
         k: input features.
         kept: fraction of the channels that one token keeps.
@@ -91,24 +82,23 @@ def layers_of(info: ArtifactInfo, tensor_parallel: int) -> list[Layer]:
     Raises:
         ValueError: a shape does not divide by the tensor-parallel size.
     """
-    fused: dict[str, list[tuple[str, LinearEntry]]] = {}
-    for name, entry in info.linears.items():
-        prefix, kind = re.fullmatch(r"(.*?)\.?([^.]+)", name).groups()  # type: ignore[union-attr]
-        key = f"{prefix}.{_FUSED.get(kind, kind.removesuffix('_proj'))}"
-        fused.setdefault(key, []).append((kind, entry))
     alike: dict[tuple[str, tuple[int, ...], int], list[list[LinearEntry]]] = {}
-    for key, members in fused.items():
-        rows = 1 if members[0][0] in _ROW_PARALLEL else tensor_parallel
-        columns = tensor_parallel if members[0][0] in _ROW_PARALLEL else 1
-        for kind, entry in members:
+    for names in by_engine_layer(info.linears):
+        kinds = [kind_of(LinearName.parse(name)) for name in names]
+        entries = [info.linears[name] for name in names]
+        row_parallel = kinds[0].row_parallel
+        rows = 1 if row_parallel else tensor_parallel
+        columns = tensor_parallel if row_parallel else 1
+        for kind, entry in zip(kinds, entries, strict=True):
             if entry.shape[0] % rows or entry.shape[1] % columns:
                 raise ValueError(
-                    f"--tensor-parallel-size {tensor_parallel} does not divide {kind},"
-                    f" which is {list(entry.shape)}"
+                    f"--tensor-parallel-size {tensor_parallel} does not divide"
+                    f" {kind.label}, which is {list(entry.shape)}"
                 )
-        sizes = tuple(entry.shape[0] // rows for _, entry in members)
-        shape = (key.rsplit(".", 1)[1], sizes, members[0][1].shape[1] // columns)
-        alike.setdefault(shape, []).append([entry for _, entry in members])
+        sizes = tuple(entry.shape[0] // rows for entry in entries)
+        name = label_of(kinds[0].engine_layer).removesuffix("_proj")
+        shape = (name, sizes, entries[0].shape[1] // columns)
+        alike.setdefault(shape, []).append(entries)
     return [_mean_layer(*shape, groups) for shape, groups in alike.items()]
 
 

@@ -12,10 +12,9 @@ from vllm_rsparse.artifact.tensors import JSON_NAME, Artifact, LinearTensors
 from vllm_rsparse.doctor.finding import Finding, Level
 from vllm_rsparse.doctor.layer import TOLERANCE, FusedLayer, compare
 from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.model.families import by_engine_layer
+from vllm_rsparse.model.names import LinearName
 from vllm_rsparse.op.ops import resolve_backend
-
-# Linears that the engine fuses, because they share an input.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"))
 
 
 def artifact(directory: Path) -> Iterator[Finding]:
@@ -46,7 +45,7 @@ def tuned_shapes(directory: Path) -> Iterator[Finding]:
         return
     info = Artifact(find_artifact(directory)).info
     needed = set()
-    for names in _groups(list(info.linears)):
+    for names in by_engine_layer(info.linears):
         entries = [info.linears[name] for name in names]
         needed.add((sum(e.shape[0] for e in entries), entries[0].shape[1], info.dtype))
     device = current_platform.get_device_name()
@@ -73,15 +72,17 @@ def first_layer(directory: Path) -> Iterator[Finding]:
         ArtifactError: the checkpoint beside the artifact does not fit it.
     """
     opened = Artifact(find_artifact(directory))
-    first = next(iter(opened.info.linears)).rpartition(".")[0].rpartition(".")[0]
-    names = [n for n in opened.info.linears if n.startswith(f"{first}.")]
+    parsed = {name: LinearName.parse(name) for name in opened.info.linears}
+    first = next(iter(parsed.values()))
+    layer = (first.path, first.layer)
+    names = [name for name, p in parsed.items() if (p.path, p.layer) == layer]
     weights = _weights(directory, opened, names)
     layers = [
         FusedLayer(group, [weights[n] for n in group], [opened.read(n) for n in group])
-        for group in _groups(names)
+        for group in by_engine_layer(names)
     ]
     origin = "checkpoint's" if (directory / "config.json").is_file() else "random"
-    yield _run(layers, f"{first}, {origin} weights")
+    yield _run(layers, f"{first.path}.{first.layer}, {origin} weights")
 
 
 def synthetic_layer() -> Iterator[Finding]:
@@ -144,16 +145,6 @@ def _weights(directory: Path, opened: Artifact, names: list[str]) -> dict[str, T
                 " another model: prepare this one"
             )
     return weights
-
-
-def _groups(names: list[str]) -> list[list[str]]:
-    """Linears by fused layer, in the engine's order."""
-    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for name in names:
-        parent, _, kind = name.rpartition(".")
-        fused = next((kinds for kinds in _FUSED if kind in kinds), (kind,))
-        groups.setdefault((parent, fused), []).append(name)
-    return list(groups.values())
 
 
 def _digest_of_config(directory: Path) -> str | None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from vllm_rsparse.artifact.schema import LinearEntry, model_sparsity
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.evaluate.loading import PreparedModel, SwitchableModel
+from vllm_rsparse.model.names import LinearName
 
 # Logits in flight, dense and sparse, as float32: bounds the batch of windows.
 BATCH_BYTES = 256 << 20
@@ -32,7 +33,7 @@ class Loss:
         directory: the prepared directory.
         target_sparsity: what it was prepared for.
         achieved_sparsity: kept columns and factors over dense elements, counted here.
-        by_kind: the same for each kind of linear ("q_proj", ...).
+        by_kind: the same by label of a kind of linear ("q_proj", ...).
         perplexity_dense: exp of the mean negative log likelihood, dense.
         perplexity_sparse: the same, sparse.
         kl_divergence: mean KL(dense || sparse) of the next token's distribution, nats;
@@ -152,11 +153,11 @@ def measure(
 
 
 def sparsity_by_kind(entries: dict[str, LinearEntry]) -> dict[str, float]:
-    """Model-level sparsity of each kind of linear ("q_proj", ...), factors counted."""
-    kinds: dict[str, dict[str, LinearEntry]] = {}
+    """Model-level sparsity by label of a kind ("q_proj", ...), factors counted."""
+    labels: dict[str, dict[str, LinearEntry]] = {}
     for name, entry in entries.items():
-        kinds.setdefault(name.rsplit(".", 1)[-1], {})[name] = entry
-    return {kind: model_sparsity(members) for kind, members in kinds.items()}
+        labels.setdefault(LinearName.parse(name).label, {})[name] = entry
+    return {label: model_sparsity(members) for label, members in labels.items()}
 
 
 def _log_probabilities(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vllm_rsparse.metrics import layout
 from vllm_rsparse.metrics.mapped import on_device
+from vllm_rsparse.model.names import LinearName
 from vllm_rsparse.op.reference import kept_mask
 
 logger = logging.getLogger(__name__)
@@ -87,9 +88,9 @@ class Counters:
         k = thresholds.shape[1]
         rows = []
         for name, n in zip(names, shard_sizes, strict=True):
-            kind = name.rpartition(".")[2]
-            self._kinds[kind] = self._kinds.get(kind, 0) + n * k * itemsize
-            rows.append(list(self._kinds).index(kind))
+            label = LinearName.parse(name).label
+            self._kinds[label] = self._kinds.get(label, 0) + n * k * itemsize
+            rows.append(list(self._kinds).index(label))
         device = thresholds.device
         others = [
             rank * (n + k) * itemsize + 4 * k

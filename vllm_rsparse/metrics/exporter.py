@@ -22,6 +22,7 @@ from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.metrics import layout
 from vllm_rsparse.metrics.counters import Settings
 from vllm_rsparse.metrics.directory import CountsDirectory
+from vllm_rsparse.model.names import LinearName
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,9 @@ def facts(info: ArtifactInfo, backend: str, max_sparse_tokens: int) -> Facts:
     kept: dict[str, float] = {}
     channels: dict[str, int] = {}
     for name, entry in info.linears.items():
-        kind = name.rpartition(".")[2]
-        kept[kind] = kept.get(kind, 0) + entry.kept_fraction * entry.shape[1]
-        channels[kind] = channels.get(kind, 0) + entry.shape[1]
+        label = LinearName.parse(name).label
+        kept[label] = kept.get(label, 0) + entry.kept_fraction * entry.shape[1]
+        channels[label] = channels.get(label, 0) + entry.shape[1]
     return Facts(
         {
             "version": __version__,
@@ -52,7 +53,7 @@ def facts(info: ArtifactInfo, backend: str, max_sparse_tokens: int) -> Facts:
             "sparsity": f"{info.achieved_sparsity:.3f}",
             "artifact_sha256": info.tensors_sha256,
         },
-        {kind: kept[kind] / channels[kind] for kind in kept},
+        {label: kept[label] / channels[label] for label in kept},
     )
 
 

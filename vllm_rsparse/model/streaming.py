@@ -20,7 +20,7 @@ from torch.nn import functional
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.attention import attention_implementation
 from vllm_rsparse.model.checkpoint import Checkpoint
-from vllm_rsparse.model.families import LAYER_PREFIX
+from vllm_rsparse.model.families import family_of
 from vllm_rsparse.model.memory import release_freed_memory
 
 
@@ -45,12 +45,13 @@ class StreamedModel:
         self.dtype = dtype
         self._model = _skeleton(checkpoint, dtype)
         self._base: nn.Module = self._model.base_model
+        self._layer_path = family_of(checkpoint.config).layer_path
         layers = getattr(self._base, "layers", None)
         prefix = self._model.base_model_prefix
         if not isinstance(layers, nn.ModuleList) or prefix != "model":
             raise CheckpointError(
                 f"{checkpoint.directory}: {type(self._model).__name__} does not keep"
-                f" its decoder layers at {LAYER_PREFIX}; it is not supported"
+                f" its decoder layers at {self._layer_path}; it is not supported"
             )
         self._layers = layers
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -86,7 +87,7 @@ class StreamedModel:
     def layer(self, index: int) -> Iterator[nn.Module]:
         """The decoder layer with its weights; they are dropped on leaving."""
         module = self._layers[index]
-        self._materialise(module, f"{LAYER_PREFIX}.{index}")
+        self._materialise(module, f"{self._layer_path}.{index}")
         try:
             yield module
         finally:

@@ -19,7 +19,7 @@ from vllm_rsparse.artifact.tensors import (
 )
 from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
-from vllm_rsparse.model.families import find_linears
+from vllm_rsparse.model.linears import find_linears
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.model.texts import choose_windows, load_tokenizer, read_texts
 from vllm_rsparse.prepare.calibration.layers import calibrate_layers

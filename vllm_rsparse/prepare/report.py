@@ -2,7 +2,7 @@
 """The closing table of ``prepare``: one row per kind of linear."""
 
 from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry, model_sparsity
-from vllm_rsparse.model.families import KINDS
+from vllm_rsparse.model.names import LinearName, label_of
 
 
 def summary(info: ArtifactInfo) -> str:
@@ -13,14 +13,10 @@ def summary(info: ArtifactInfo) -> str:
     rows: list[tuple[str, ...]] = [
         ("linear", "target", "achieved", "mean rank", "rel. error")
     ]
-    for kind in KINDS:
-        entries = {
-            name: entry
-            for name, entry in info.linears.items()
-            if name.endswith(f".{kind}")
-        }
-        if entries:
-            rows.append(_row(kind.split(".")[1], entries))
+    kinds: dict[str, dict[str, LinearEntry]] = {}
+    for name, entry in info.linears.items():
+        kinds.setdefault(LinearName.parse(name).kind, {})[name] = entry
+    rows += [_row(label_of(kind), entries) for kind, entries in kinds.items()]
     rows.append(_row("all", info.linears))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     # Labels to the left, figures to the right.

@@ -21,6 +21,7 @@ from vllm_rsparse.artifact.schema import FORMAT_VERSION
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.metrics import exporter
+from vllm_rsparse.model.engine_names import EngineNames
 from vllm_rsparse.serving.agreement import local_report
 from vllm_rsparse.serving.config_keys import HOW_TO, check_keys
 from vllm_rsparse.serving.linear import RSparseLinearMethod
@@ -183,16 +184,10 @@ class RSparseConfig(QuantizationConfig):
             return None
         served = self.served
         served.require_agreement()
-        names = self._checkpoint_names(prefix)
+        names = EngineNames(served.artifact.info.linears).behind(prefix)
         if not served.claim(names) or served.route.policy.always_dense:
             return UnquantizedLinearMethod()
         return RSparseLinearMethod(served, names, checkpoint_weights(None, names))
-
-    def _checkpoint_names(self, prefix: str) -> list[str]:
-        """Names in the checkpoint behind a vLLM layer: q, k, v for ``...qkv_proj``."""
-        parent, _, kind = prefix.rpartition(".")
-        kinds = self.packed_modules_mapping.get(kind, [kind])
-        return [f"{parent}.{k}" if parent else k for k in kinds]
 
 
 def _written_config(

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether an artifact and a model list the same linears. No vLLM here."""
 
-import re
 from collections.abc import Collection
 
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.model.names import LinearName
 
 
 def refuse_gap(artifact: Artifact, names: list[str], listed: list[str]) -> None:
@@ -20,11 +20,11 @@ def refuse_gap(artifact: Artifact, names: list[str], listed: list[str]) -> None:
         ArtifactError: some shards are listed and others not, or this linear is listed
             in other decoder layers; names the missing one.
     """
-    known = {_any_layer(name) for name in artifact.info.linears}
+    known = {LinearName.parse(name).in_any_layer for name in artifact.info.linears}
     for name in names:
         if name in listed:
             continue
-        if listed or _any_layer(name) in known:
+        if listed or LinearName.parse(name).in_any_layer in known:
             beside = listed[0] if listed else "the same linear of other layers"
             raise ArtifactError(
                 f"{artifact.json_path}: {name} is missing, although {beside} is"
@@ -54,11 +54,11 @@ def refuse_unclaimed(
     Raises:
         ArtifactError: names the linear.
     """
-    mine = {_layer_index(name) for name in claimed}
+    mine = {LinearName.parse(name).layer for name in claimed}
     for name in artifact.info.linears:
         if name in claimed:
             continue
-        index = _layer_index(name)
+        index = LinearName.parse(name).layer
         elsewhere = staged and index is not None and index not in mine
         if not elsewhere or index is None or index >= layers:
             raise ArtifactError(
@@ -66,12 +66,3 @@ def refuse_unclaimed(
                 f" ({layers} layers) does not have; the artifact was prepared from"
                 " another model: prepare this one"
             )
-
-
-def _layer_index(name: str) -> int | None:
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match.group(1)) if match else None
-
-
-def _any_layer(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", name, count=1)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vllm_rsparse.errors import PrepareError
-from vllm_rsparse.model.families import Linear
+from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
 from vllm_rsparse.prepare.recipe.recipes import RECIPES, check_plans, load_recipe
 

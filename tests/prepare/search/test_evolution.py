@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.model.checkpoint import Checkpoint
-from vllm_rsparse.model.families import Linear, find_linears
+from vllm_rsparse.model.linears import Linear, find_linears
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.model.texts import choose_windows, load_tokenizer, read_texts
 from vllm_rsparse.prepare.options import PrepareOptions

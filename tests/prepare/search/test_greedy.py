@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_rsparse.model.families import Linear
+from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
 from vllm_rsparse.prepare.search.greedy import LEVELS, allocate, share_in_layers
 from vllm_rsparse.prepare.search.sensitivity import Sensitivity, share_out

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vllm_rsparse.artifact.schema import LinearEntry
-from vllm_rsparse.model.families import Linear
+from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.linear import CalibratedLinear, calibrate_linear
 from vllm_rsparse.prepare.calibration.observers import LayerInputs, input_channels
@@ -155,7 +155,7 @@ class _Layer:
 
     def on_dense(self, index: int, members: Sequence[Linear], hidden: Tensor) -> None:
         """On the dense layer's activations; hidden states go through it."""
-        inputs = LayerInputs(hidden.shape[0] * hidden.shape[1])
+        inputs = LayerInputs(members, hidden.shape[0] * hidden.shape[1])
         with self._model.layer(index) as layer, inputs.observe(layer):
             self._model.run_layer(index, hidden)
         for linear in members:

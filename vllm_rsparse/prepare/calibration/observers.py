@@ -8,18 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_rsparse.errors import PrepareError
-from vllm_rsparse.model.families import KINDS, Linear
-
-# Kinds that read the same tensor, by the one whose input is collected.
-INPUT_OF = {
-    "self_attn.q_proj": "self_attn.q_proj",
-    "self_attn.k_proj": "self_attn.q_proj",
-    "self_attn.v_proj": "self_attn.q_proj",
-    "self_attn.o_proj": "self_attn.o_proj",
-    "mlp.gate_proj": "mlp.gate_proj",
-    "mlp.up_proj": "mlp.gate_proj",
-    "mlp.down_proj": "mlp.down_proj",
-}
+from vllm_rsparse.model.linears import Linear
 
 
 def input_channels(linears: Iterable[Linear]) -> int:
@@ -27,32 +16,37 @@ def input_channels(linears: Iterable[Linear]) -> int:
     return sum(
         linear.shape[1]
         for linear in linears
-        if linear.layer == 0 and linear.kind in INPUT_OF.values()
+        if linear.layer == 0 and linear.kind == linear.input_group
     )
 
 
 class LayerInputs:
-    """The four distinct inputs of a layer's seven linears, over all tokens.
+    """The distinct inputs of a layer's linears, over all tokens.
 
     They are kept in the compute dtype: tokens x (2 hidden + attention + intermediate)
-    elements, the largest thing that ``prepare`` holds.
+    elements in a Llama, the largest thing that ``prepare`` holds.
+
+    Args:
+        members: the linears of the layer.
+        total_tokens: calibration tokens in all.
     """
 
-    def __init__(self, total_tokens: int) -> None:
+    def __init__(self, members: Iterable[Linear], total_tokens: int) -> None:
+        self._groups = {linear.kind: linear.input_group for linear in members}
         self._total = total_tokens
         self._inputs: dict[str, Tensor] = {}
         self._filled: dict[str, int] = {}
 
     def __getitem__(self, kind: str) -> Tensor:
-        """Input [tokens, K] of a kind of linear (one of ``KINDS``)."""
-        return self._inputs[INPUT_OF[kind]]
+        """Input [tokens, K] of the layer's linear of a kind."""
+        return self._inputs[self._groups[kind]]
 
     @contextmanager
     def observe(self, layer: nn.Module) -> Iterator[None]:
         """Collect while the layer runs; every call appends its tokens."""
         handles = [
             layer.get_submodule(kind).register_forward_pre_hook(self._hook(kind))
-            for kind in KINDS
+            for kind in self._groups
         ]
         try:
             yield
@@ -67,7 +61,7 @@ class LayerInputs:
                 )
 
     def _hook(self, kind: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        source = INPUT_OF[kind]
+        source = self._groups[kind]
 
         def append(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])

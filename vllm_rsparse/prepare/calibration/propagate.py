@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vllm_rsparse.model.families import Linear
+from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.op.reference import kept_mask
-from vllm_rsparse.prepare.calibration.observers import INPUT_OF
 
 
 class _Reached(Exception):  # noqa: N818 (no error)
@@ -28,7 +27,7 @@ class _Reached(Exception):  # noqa: N818 (no error)
 
 def stages(members: Iterable[Linear]) -> Iterator[list[Linear]]:
     """The linears of a layer, by the input that they share, in running order."""
-    for _, group in groupby(members, lambda linear: INPUT_OF[linear.kind]):
+    for _, group in groupby(members, lambda linear: linear.input_group):
         yield list(group)
 
 

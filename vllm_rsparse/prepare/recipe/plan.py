@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vllm_rsparse.artifact.schema import factor_rank
-from vllm_rsparse.model.families import Linear
+from vllm_rsparse.model.linears import Linear
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_rsparse.errors import PrepareError
-from vllm_rsparse.model.families import Linear
+from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
 
 SCORES = ("magnitude", "norm", "sensitivity")

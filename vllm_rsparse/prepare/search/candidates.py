@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vllm_rsparse.model.families import Linear
+from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.factors import truncated_svd
 from vllm_rsparse.prepare.calibration.loss import text_losses
@@ -66,7 +66,7 @@ class Candidates:
         self._state_bytes = hidden.nbytes
         with tqdm(total=len(linears), desc="quantiles", unit="linear") as progress:
             for index, members in self._layers:
-                inputs = LayerInputs(windows.numel())
+                inputs = LayerInputs(members, windows.numel())
                 with model.layer(index) as layer, inputs.observe(layer):
                     model.run_layer(index, hidden)
                 for linear in members:

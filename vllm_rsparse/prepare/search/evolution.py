@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from tqdm import tqdm
 
-from vllm_rsparse.model.families import Linear
+from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
 from vllm_rsparse.prepare.search.candidates import Candidates

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vllm_rsparse.model.families import Linear
+from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.propagate import stage_input, stages
 from vllm_rsparse.prepare.calibration.regress import directions, dropped_covariance
@@ -27,7 +27,7 @@ from vllm_rsparse.prepare.calibration.thresholds import (
     score_threshold,
 )
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
-from vllm_rsparse.prepare.search.sensitivity import METRIC_KINDS, Sensitivity
+from vllm_rsparse.prepare.search.sensitivity import Sensitivity
 from vllm_rsparse.prepare.store.snapshots import Snapshots
 
 # Sparsity -> plans without factors.
@@ -112,7 +112,7 @@ def _layer_ranks(
 ) -> dict[str, int]:
     ranks = {}
     for stage in stages(members):
-        wanted = [one for one in stage if one.kind in METRIC_KINDS]
+        wanted = [one for one in stage if one.factors_pay]
         if not wanted:
             continue
         x = stage_input(model, stage[0], layer, hidden, first)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_rsparse import __version__
 from vllm_rsparse.errors import PrepareError
-from vllm_rsparse.model.families import Linear
+from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.recipe.plan import uniform

@@ -31,9 +31,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vllm_rsparse.model.families import Linear
+from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
-from vllm_rsparse.prepare.calibration.observers import INPUT_OF
 from vllm_rsparse.prepare.calibration.thresholds import row_chunks
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
 from vllm_rsparse.prepare.store.snapshots import Snapshots
@@ -41,9 +40,6 @@ from vllm_rsparse.prepare.store.snapshots import Snapshots
 # Scores are counted by the upper 16 bits of their float32 pattern: 128 bins an octave.
 _BINS = 1 << 16
 _MOMENT = 1.5
-# Of the others' loss the directions worth their bytes had at most 11% (down_proj; gate,
-# up, v, o: 3%), of these two's 7 to 62% (reference model, 60%).
-METRIC_KINDS = ("self_attn.q_proj", "self_attn.k_proj")
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,8 @@ class Sensitivity:
     Attributes:
         scale: float32 [K] on the CPU, a_j; times |x_j| it is the score.
         counts: int64 [65536], calibration scores / sqrt(N) by upper 16 bits.
-        metric: float32 [N, N] on the CPU, E[g g^T]; None but for ``METRIC_KINDS``.
+        metric: float32 [N, N] on the CPU, E[g g^T]; None where
+            factors do not pay.
     """
 
     scale: Tensor
@@ -93,12 +90,10 @@ def sensitivities(
             index, members = layers[position]
             entering = snapshots.get(f"entering.{position}")[0]["hidden"]
             with model.layer(index) as layer:
-                taps = {linear.name: _Tap(linear, layer, first) for linear in members}
+                taps = {linear.kind: _Tap(linear, layer, first) for linear in members}
                 _backward(model, index, entering, gradient)
                 found = {
-                    one.name: taps[one.name].finish(
-                        taps[one.name.replace(one.kind, INPUT_OF[one.kind])]
-                    )
+                    one.name: taps[one.kind].finish(taps[one.input_group])
                     for one in members
                 }
             _keep(snapshots, position, found)
@@ -218,12 +213,12 @@ class _Tap:
     def __init__(self, linear: Linear, layer: nn.Module, first: int) -> None:
         self._outputs = linear.shape[0]
         self._first = first
-        self._source = INPUT_OF[linear.kind] == linear.kind
+        self._source = linear.kind == linear.input_group
         module = layer.get_submodule(linear.kind)
         self._weight: Tensor = module.weight  # type: ignore[assignment]
         self._sums: Tensor | float = 0.0
         self._metric: Tensor | None = None
-        if linear.kind in METRIC_KINDS:
+        if linear.factors_pay:
             self._metric = torch.zeros(
                 linear.shape[0], linear.shape[0], device=self._weight.device
             )

@@ -31,7 +31,7 @@ from functools import partial
 
 from torch import Tensor
 
-from vllm_rsparse.model.families import Linear
+from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.layers import run_sparse
 from vllm_rsparse.prepare.calibration.loss import divergence

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which linears of a checkpoint take part, and which models are refused by name."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_rsparse.errors import CheckpointError
+from vllm_rsparse.model.checkpoint import Checkpoint
+from vllm_rsparse.model.families import family_of, kind_of
+from vllm_rsparse.model.names import LinearName
+
+# safetensors' name of a dtype -> torch's.
+FLOAT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+_SUPPORTED = (
+    "supported are dense decoders whose layers have separate q, k, v, o, gate, up and"
+    " down projections (Llama, Mistral, Qwen2, Qwen3 and the like)"
+)
+# Tensor names (within a layer) that mark an architecture which is out of scope.
+_FOREIGN_TENSORS = {
+    ".experts.": "a mixture of experts",
+    ".block_sparse_moe.": "a mixture of experts",
+    ".shared_expert.": "a mixture of experts",
+    ".kv_a_proj_with_mqa.": "multi-head latent attention (MLA)",
+    ".kv_b_proj.": "multi-head latent attention (MLA)",
+    ".qkv_proj.": "a checkpoint with fused linears (qkv_proj)",
+    ".gate_up_proj.": "a checkpoint with fused linears (gate_up_proj)",
+    ".query_key_value.": "a checkpoint with fused linears (query_key_value)",
+}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear that takes part.
+
+    Attributes:
+        name: its name in the checkpoint, "model.layers.0.self_attn.q_proj".
+        layer: index of its decoder layer.
+        kind: its name within the layer, "self_attn.q_proj" (see ``families``).
+        shape: (N, K).
+    """
+
+    name: str
+    layer: int
+    kind: str
+    shape: tuple[int, int]
+
+    @property
+    def weight(self) -> str:
+        """Name of the weight tensor in the checkpoint."""
+        return f"{self.name}.weight"
+
+    @property
+    def input_group(self) -> str:
+        """The kind of the layer whose input this linear reads too."""
+        return kind_of(self.kind).input_group
+
+    @property
+    def factors_pay(self) -> bool:
+        """Whether low-rank factors are worth their bytes in linears of this kind."""
+        return kind_of(self.kind).factors_pay
+
+
+def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
+    """The linears of every decoder layer, in order, and their common dtype.
+
+    Returns:
+        The linears, layer by layer in the order in which they run; "bfloat16",
+        "float16" or "float32".
+
+    Raises:
+        CheckpointError: the model is not supported; the message says why.
+    """
+    _refuse_config(checkpoint.config, str(checkpoint.directory / "config.json"))
+    family = family_of(checkpoint.config)
+    for name in checkpoint.tensors:
+        for part, what in _FOREIGN_TENSORS.items():
+            if name.startswith(f"{family.layer_path}.") and part in name:
+                raise CheckpointError(
+                    f"{checkpoint.directory}: is {what} ({name}), which is not"
+                    f" supported; {_SUPPORTED}"
+                )
+    layers = checkpoint.config["num_hidden_layers"]
+    linears = []
+    for layer in range(layers):
+        for kind in family.layer(layer):
+            name = str(LinearName(family.layer_path, layer, kind.name))
+            info = checkpoint.tensors.get(f"{name}.weight")
+            if info is None or len(info.shape) != 2:
+                raise CheckpointError(
+                    f"{checkpoint.directory}: {_model_name(checkpoint.config)} has no"
+                    f" linear {name} (layer {layer} of {layers}) and is not supported;"
+                    f" {_SUPPORTED}"
+                )
+            n, k = info.shape
+            linears.append(Linear(name, layer, kind.name, (n, k)))
+    dtypes = sorted({checkpoint.tensors[linear.weight].dtype for linear in linears})
+    if len(dtypes) != 1 or dtypes[0] not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{checkpoint.directory}: the linears' weights are {', '.join(dtypes)};"
+            f" prepare needs all in one of {', '.join(FLOAT_DTYPES)}"
+        )
+    return linears, FLOAT_DTYPES[dtypes[0]]
+
+
+def _refuse_config(config: dict[str, Any], where: str) -> None:
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            method = config[key].get("quant_method", "unknown")
+            raise CheckpointError(
+                f"{where}: the model is already quantized (quant_method {method!r});"
+                " start from the unquantized base model"
+            )
+    for key, what in (
+        ("kv_lora_rank", "multi-head latent attention (MLA)"),
+        ("num_local_experts", "a mixture of experts"),
+        ("num_experts", "a mixture of experts"),
+        ("n_routed_experts", "a mixture of experts"),
+        ("vision_config", "a vision-language model"),
+        ("audio_config", "an audio model"),
+    ):
+        if config.get(key):
+            raise CheckpointError(
+                f"{where}: {_model_name(config)} is {what} ({key} ="
+                f" {str(config[key])[:40]}), which is not supported; {_SUPPORTED}"
+            )
+    if config.get("is_encoder_decoder"):
+        raise CheckpointError(
+            f"{where}: {_model_name(config)} is an encoder-decoder model, which is not"
+            f" supported; {_SUPPORTED}"
+        )
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+        raise CheckpointError(
+            f"{where}: num_hidden_layers is {layers!r}, expected a positive integer;"
+            f" {_SUPPORTED}"
+        )
+
+
+def _model_name(config: dict[str, Any]) -> str:
+    architectures = config.get("architectures") or [config.get("model_type", "unknown")]
+    return str(architectures[0])
