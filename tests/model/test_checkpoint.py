@@ -146,8 +146,8 @@ def _as_float8(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None
 
 REFUSED: dict[str, tuple[Change, str]] = {
     "quantized": (
-        _config(quantization_config={"quant_method": "awq"}),
-        r"already quantized \(quant_method 'awq'\); start from the unquantized",
+        _config(quantization_config={"quant_method": "fp8"}),
+        r"already quantized \(quant_method 'fp8'\); start from the unquantized",
     ),
     "prepared": (
         _config(quantization_config={"quant_method": "rsparse"}),

@@ -15,6 +15,7 @@ from vllm_rsparse.artifact.schema import LinearEntry
 from vllm_rsparse.artifact.tensors import Artifact, file_sha256
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.model.attention import attention_implementation
+from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.op.reference import kept_mask
 
 
@@ -217,15 +218,22 @@ def _load_base(directory: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
+        checkpoint = Checkpoint(directory)
         config = AutoConfig.from_pretrained(directory)
         # transformers would look for a quantizer of this name.
         del config.quantization_config
-        model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention_implementation(config),
-        )
+        settings = {
+            "config": config,
+            "dtype": dtype,
+            "attn_implementation": attention_implementation(config),
+        }
+        if not checkpoint.quantized:
+            model = AutoModelForCausalLM.from_pretrained(directory, **settings)
+        else:
+            with torch.device("meta"):
+                architecture = type(AutoModelForCausalLM.from_config(config))
+            weights = checkpoint.read(checkpoint.plain_names(), dequantised=dtype)
+            model = architecture.from_pretrained(None, state_dict=weights, **settings)
     # Unknown architectures, remote code, broken weights: each its own exception.
     except Exception as error:
         raise ArtifactError(

@@ -3,6 +3,9 @@
 
 Nothing is kept in memory: a tensor is read from its safetensors file when asked for,
 and the file is closed again, so that mapped pages are given back too.
+
+Of a quantized checkpoint the weights are read dequantised: what they stand for, one
+linear at a time.
 """
 
 import json
@@ -12,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vllm_rsparse.errors import CheckpointError
+from vllm_rsparse.model.quantized import QuantizedLinears
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -36,7 +41,21 @@ COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
 )
-HUB_PATTERNS = ("config.json", "*.safetensors", INDEX_NAME, *COMPANIONS)
+HUB_PATTERNS = (
+    "config.json",
+    "hf_quant_config.json",
+    "*.safetensors",
+    INDEX_NAME,
+    *COMPANIONS,
+)
+# safetensors' name of a dtype -> torch's, for those that a plain weight may have.
+FLOAT_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+}
+# Quantized checkpoints leave the embedding in the dtype that the model computes in.
+_EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -68,9 +87,91 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.weight_files:
             self._read_header(file)
+        shapes = {name: info.shape for name, info in self.tensors.items()}
+        self._quantized = QuantizedLinears(self.directory, self.config, shapes)
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read tensors, in the checkpoint's dtype, on the CPU.
+    def linear_shape(self, name: str) -> tuple[int, int] | None:
+        """(N, K) of a linear, quantized or not; None where there is no such linear.
+
+        Raises:
+            CheckpointError: config.json makes it quantized and its tensors do not fit
+                that, or each other.
+        """
+        layout = self._quantized.require_layout(name)
+        if layout is not None:
+            return self._quantized.shape(name, layout)
+        info = self.tensors.get(f"{name}.weight")
+        if info is None or len(info.shape) != 2:
+            return None
+        return info.shape[0], info.shape[1]
+
+    def linear_dtype(self, name: str) -> str:
+        """safetensors' name of the dtype in which ``read`` gives a linear's weight.
+
+        That is how the checkpoint holds it, or, where it is quantized, how the
+        checkpoint holds the embedding.
+        """
+        if self._quantized.layout(name) is not None:
+            for tensor, info in self.tensors.items():
+                if tensor.endswith(_EMBEDDING) and info.dtype in FLOAT_DTYPES:
+                    return info.dtype
+            return "F32"
+        return self.tensors[f"{name}.weight"].dtype
+
+    @property
+    def quantized(self) -> bool:
+        """Whether some linears are quantized."""
+        return self._quantized.any
+
+    def plain_names(self) -> list[str]:
+        """Names of all tensors that a plain checkpoint of the same model would hold."""
+        names: dict[str, None] = {}
+        for name in self.tensors:
+            module, _, suffix = name.rpartition(".")
+            layout = self._quantized.layout(module)
+            part = layout is not None and suffix in layout.suffixes
+            names[f"{module}.weight" if part else name] = None
+        return list(names)
+
+    def has(self, name: str) -> bool:
+        """Whether ``read`` knows a name."""
+        return name in self.tensors or self._quantized_linear(name) is not None
+
+    def read(
+        self, names: Iterable[str], dequantised: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Read tensors as a plain checkpoint would hold them, on the CPU.
+
+        Args:
+            names: the weight of a quantized linear goes by the plain name,
+                "...q_proj.weight".
+            dequantised: dtype of the weights of quantized linears; None for that of the
+                embedding. Everything else has the checkpoint's own dtype.
+
+        Raises:
+            CheckpointError: a name is unknown, its file cannot be read any more, or the
+                tensors of a quantized linear do not fit together.
+        """
+        result, plain = {}, []
+        for name in names:
+            linear = self._quantized_linear(name)
+            layout = None if linear is None else self._quantized.layout(linear)
+            if linear is None or layout is None:
+                plain.append(name)
+                continue
+            dtype = dequantised or FLOAT_DTYPES[self.linear_dtype(linear)]
+            result[name] = self._quantized.read(linear, layout, dtype, self.read_stored)
+        return result | self.read_stored(plain)
+
+    def _quantized_linear(self, name: str) -> str | None:
+        """Name of the quantized linear whose weight is asked for, or None."""
+        linear, _, suffix = name.rpartition(".")
+        if suffix != "weight" or self._quantized.layout(linear) is None:
+            return None
+        return linear
+
+    def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors as this checkpoint holds them, on the CPU.
 
         Raises:
             CheckpointError: a name is unknown or its file cannot be read any more.

@@ -129,7 +129,7 @@ class StreamedModel:
                 " model.norm and lm_head, which this recipe needs; use --recipe greedy"
             )
         name = "lm_head.weight"
-        if name not in self.checkpoint.tensors:  # tied to the embedding
+        if not self.checkpoint.has(name):  # tied to the embedding
             name = "model.embed_tokens.weight"
         weight = self.checkpoint.read([name])[name].to(self.device, self.dtype)
         self._materialise(norm, "model.norm")

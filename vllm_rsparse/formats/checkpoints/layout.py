@@ -27,6 +27,11 @@ class Layout(ABC):
     unread: ClassVar[tuple[str, ...]] = ()
 
     @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of all tensors that belong to the weight, whether they are read or not."""
+        return self.required + self.checked + self.unread
+
+    @property
     @abstractmethod
     def format(self) -> WeightFormat:
         """The format of what ``store`` returns."""

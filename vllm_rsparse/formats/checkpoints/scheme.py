@@ -53,10 +53,11 @@ def read_keys(model: type[AnyKeys], config: Mapping[str, Any], where: str) -> An
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        found = f", got {str(first['input'])[:60]!r}"
         raise CheckpointError(
             f"{where}: quantization_config: {key}: {first['msg']}"
-            f" (found {str(first['input'])[:60]!r}); download the checkpoint again, or"
-            " use one that another tool quantized"
+            f"{'' if first['type'] == 'missing' else found}; download the checkpoint"
+            " again, or use one that another tool quantized"
         ) from None
 
 
