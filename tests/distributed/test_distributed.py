@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cheap part of the scripts of this folder; docs/distributed.md has the whole."""
+"""A cheap part of the scripts in this folder; docs/notes/distributed.md has it all."""
 
 import subprocess
 import sys
