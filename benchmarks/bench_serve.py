@@ -106,7 +106,7 @@ def main() -> None:
     def record(label: str, values: dict[str, Any]) -> None:
         rows.append({**facts, "engine": label, **values})
         print(f"{label}: {json.dumps(values)}", flush=True)
-        # Written as it goes: a run that is cut short keeps what it measured.
+        # Written after every engine, so that an interrupted run keeps its rows.
         lines = [json.dumps(row) + "\n" for row in rows]
         (args.out / "rows.jsonl").write_text("".join(lines))
 
@@ -137,10 +137,10 @@ def main() -> None:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Milliseconds a step, and the speed-up over the dense engine of the same run."""
+    """Milliseconds per step, and the speed-up over the dense engine of the same run."""
     dense = next((row for row in rows if row["engine"] == "dense"), rows[0])
     base = dense["decode_ms"]
-    print(f"\n{dense['device']}, {dense['shape']}, decode ms a step (x dense)")
+    print(f"\n{dense['device']}, {dense['shape']}, decode ms per step (x dense)")
     print(f"{'engine':24}" + "".join(f"{'batch ' + b:>18}" for b in base))
     for row in rows:
         cells = ""

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load on ``vllm serve``: a prepared model beside its base, in one run.
+"""Load on ``vllm serve``: a prepared model and its base, in one run.
 
     python benchmarks/load_serve.py PREPARED [--users 1 4 16 64] [--seconds 30]
                                     [--soak-minutes 20] [--json FILE]
 
 For the base model (``max_sparse_tokens`` 0) and then for the sparse one: vLLM's own
 client (``vllm bench serve``) with prompts of mixed lengths at each number of users,
-then one request of every other kind; their outcomes must be alike. Last each server is
-kept busy with all of it, resident memory sampled. Prefix caching and chunked prefill
-are on. Exit status 1 when the sparse server gives an error that the base does not.
+then one request of every other kind, whose outcomes must be equal. Finally each server
+is kept busy with all of them while resident memory is sampled. Prefix caching and
+chunked prefill are on. Exit status 1 if the sparse server gives an error that the base
+does not.
 """
 
 import argparse
@@ -122,7 +123,7 @@ def soak(server: ServerProcess, minutes: float, users: int) -> dict[str, Any]:
 
 
 def print_soak(engine: str, result: dict[str, Any]) -> None:
-    """How memory went, process by process, and how every request ended."""
+    """Memory over time, process by process, and the outcome of every request."""
     samples = result["rss_mib"]
     marks = [0, 12, *(len(samples) * i // 4 for i in (1, 2, 3)), -1]
     print(f"\n{engine}, {result['minutes']} minutes: MiB resident at the start, after")

@@ -4,12 +4,12 @@
     python benchmarks/metrics_cost.py --shape llama-1b                     (CPU)
     python benchmarks/metrics_cost.py --shape llama-3-8b --device cuda
 
-The linears of a whole model are called as a decode step calls them, with random weights
-and half of the channels kept. A real step does more than its linears, so the share
-printed is an upper bound. On a CPU a clock runs around every call of the observer:
-means, not medians, as the sampled steps are few and the dear ones. On a GPU the calls
-are captured twice, counted and not, and the graphs replayed in turn: medians, and the
-spread of the difference. The counts must be right at the end.
+Calls the linears of a whole model as a decode step does, with random weights and half
+of the channels kept. A real step does more than its linears, so the printed share is an
+upper bound. On a CPU every call of the observer is timed and the mean is reported, not
+the median, because the sampled steps are few and expensive. On a GPU the calls are
+captured twice, with and without counting, and the two graphs are replayed alternately:
+medians, and the spread of the difference. The counts must be right at the end.
 """
 
 import argparse
@@ -86,8 +86,8 @@ def measure_cpu(
     step_us, counting_us = (1e6 * t / args.steps for t in (total, clock.seconds))
     text = (
         f"{torch.get_num_threads()} threads, {args.steps} steps, every"
-        f" {args.interval}th sampled: {step_us:.0f} us each, {counting_us:.1f} us of it"
-        f" counting = {100 * counting_us / step_us:.3f}%"
+        f" {args.interval}th sampled: {step_us:.0f} us each, of which"
+        f" {counting_us:.1f} us for counting = {100 * counting_us / step_us:.3f}%"
     )
     return text, args.interval + args.steps
 
@@ -127,7 +127,7 @@ def measure_cuda(
     extra = statistics.median(differences)
     text = (
         f"{torch.cuda.get_device_name()}, {rounds} rounds of {replays} replays:"
-        f" {plain:.1f} us a step, counting adds {extra:.2f} us"
+        f" {plain:.1f} us per step, counting adds {extra:.2f} us"
         f" ({differences[0]:.2f} to {differences[-1]:.2f}) = {100 * extra / plain:.3f}%"
     )
     return text, 1 + rounds * (1 + replays)

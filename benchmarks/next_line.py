@@ -4,9 +4,9 @@
     python benchmarks/next_line.py OUT TEXT... --questions 400
 
 writes ``OUT/next_line.jsonl`` and ``OUT/next_line.yaml``; docs/evaluation.md runs them.
-The wrong lines are taken from near the right one, with its indentation and about its
-length, so that what was read before the question has to tell them apart. The same
-texts, number and seed give the same questions.
+The wrong lines come from near the right one and have its indentation and about its
+length, so that only the context distinguishes them. The same texts, number and seed
+give the same questions.
 """
 
 import argparse
@@ -75,10 +75,10 @@ def _indentation(line: str) -> str:
 def write_task(
     directory: Path, texts: list[Path], number: int, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Write the task's two files, as many questions of each text; returns them.
+    """Write the task's two files with equally many questions per text; returns them.
 
     Raises:
-        ValueError: the texts do not have as many.
+        ValueError: the texts do not yield enough questions.
     """
     generator = random.Random(seed)
     rows = []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The nearest peer, TEAL's formulation written afresh: masked split-K with atomics.
+"""The nearest peer, TEAL's formulation written anew: masked split-K with atomics.
 
 Every program sums a few channels of a column tile and adds its sums to the output
-atomically, in the output's type; the output is zeroed by a launch of its own. One
-token, one threshold for all channels, float16 (as TEAL, whose atomics are float16).
+atomically, in the output's type; a separate launch zeroes the output. One token, one
+threshold for all channels, float16 (as in TEAL, whose atomics are float16).
 """
 
 import torch

@@ -2,9 +2,9 @@
 """What CATS (arXiv 2404.08763) loses, under the protocol of `vllm-rsparse evaluate`.
 
 CATS leaves attention and gate_proj dense and skips the neurons whose activated gate is
-small: rows of up_proj and columns of down_proj. A row of outputs that is skipped does
-not fit the artifact, which has thresholds on inputs, so CATS is no recipe of `prepare`
-but this script. Sparsity is counted as there: bytes of all seven linears.
+small: rows of up_proj and columns of down_proj. The artifact has thresholds on inputs
+and cannot express skipped output rows, so CATS is this script and not a recipe of
+`prepare`. Sparsity is counted in the same way: bytes of all seven linears.
 
     python benchmarks/peer_cats.py MODEL --sparsity 0.3 0.4 \\
         --calibration-data TEXT... --data HELDOUT...
@@ -62,7 +62,7 @@ def nll(model: nn.Module, windows: Tensor, first: int) -> float:
 
 
 def main() -> None:
-    """Print one line a sparsity."""
+    """Print one line per sparsity."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--sparsity", type=float, nargs="+", required=True)

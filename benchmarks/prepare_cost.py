@@ -6,10 +6,10 @@
         --data TEXT.txt                                                        (CPU)
 
 Prepares models of the shape with few layers (random weights, the bundled tokenizer and
-so a small vocabulary) and takes the difference between the depths: reading the text and
-the embedding fall out, a layer's share of everything else stays. ``evolutionary`` grows
-with the layers as the others do: it tries 112 candidates at any depth. Random weights
-cost what trained ones cost: no recipe stops early.
+therefore a small vocabulary) and takes the difference between the depths. This removes
+the cost of reading the text and of the embedding, and leaves a layer's share of the
+rest. ``evolutionary`` grows with the layers as the others do: it tries 112 candidates
+at any depth. Random weights cost what trained ones cost: no recipe stops early.
 """
 
 import argparse
@@ -100,7 +100,9 @@ def main() -> int:
     fewer, more = sorted(args.layers)
     print(f"{result['device']}, {args.shape}, {args.samples} x {args.tokens} tokens")
     print("| recipe | " + " | ".join(f"{n} layers, s" for n in (fewer, more)), end="")
-    print(" | s a layer | peak GiB on the device |\n|---|---|---|---|---|", flush=True)
+    print(
+        " | s per layer | peak GiB on the device |\n|---|---|---|---|---|", flush=True
+    )
     with tempfile.TemporaryDirectory() as folder:
         models = {n: Path(folder) / f"{n}" / "model" for n in (fewer, more)}
         for layers, path in models.items():
@@ -110,7 +112,7 @@ def main() -> int:
             if cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            # A recipe's first run pays for what is loaded and compiled on first use.
+            # A recipe's first run includes loading and compiling on first use.
             seconds(models[fewer], recipe, args)
             took = [seconds(models[n], recipe, args) for n in (fewer, more)]
             row = {
@@ -126,7 +128,7 @@ def main() -> int:
                 f" {row['seconds_per_layer']:.1f} | {peak} |",
                 flush=True,
             )
-            if args.json:  # as it goes: a run that is cut short keeps its rows
+            if args.json:  # after every row, so that an interrupted run keeps them
                 args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -2,8 +2,8 @@
 """Model directories with real shapes and no weights, for vLLM's dummy load format.
 
 vLLM fills the weights from a seed, so every engine of a run sees the same model. The
-artifact beside it starts with thresholds that keep everything; ``calibrate`` in
-``serve_worker.py`` sets those that give the kept fraction that is asked for.
+artifact starts with thresholds that keep everything; ``calibrate`` in
+``serve_worker.py`` sets those that give the requested kept fraction.
 """
 
 import json
@@ -100,7 +100,7 @@ def write_sparse_model(
     """Write a model directory whose artifact has one threshold per linear.
 
     Args:
-        directory: where to.
+        directory: where to write.
         shape: the decoder's shape.
         sparsity: target; with ``rho`` it sets the ranks.
         rho: share of the budget for exact channels.

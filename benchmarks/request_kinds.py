@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One request of every kind that ``load_serve.py`` sends beside plain completions."""
+"""One request of every kind that ``load_serve.py`` sends besides plain completions."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ PROMPTS = ["def read_lines(path):\n", "import os\n\n\nclass Walker:\n", "for key
 
 
 class Kinds:
-    """One request of every kind that is not a plain completion; each says how it went.
+    """One request of every kind that is not a plain completion, and its outcome.
 
     An outcome is "ok", an HTTP status, or what was wrong with an answer.
     """
@@ -66,7 +66,7 @@ class Kinds:
         return "ok"
 
     def logprobs(self) -> str:
-        # Keyed by token: two tokens that are parts of characters decode to the same
+        # Keyed by token: two tokens that are fragments of characters decode to the same
         # text, and would leave four entries of five.
         body = {"return_tokens_as_token_ids": True}
         choice = self.complete(logprobs=5, extra_body=body).choices[0]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much a small error moves a model's predictions, sparse beside dense.
+"""How much a small error changes a model's predictions, sparse and dense.
 
     python benchmarks/rounding.py PREPARED --data heldout/*.txt
 
 The same text is scored again with every weight of the linears multiplied by
-1 + e N(0, 1), and in bfloat16. Printed: the mean change of a token's log probability,
-and the loss. A threshold is a step: a channel whose input crosses it moves the output
+1 + e N(0, 1), and in bfloat16. It prints the mean change of a token's log probability,
+and the loss. A threshold is a step: a channel whose input crosses it shifts the output
 by t |W_j|, however small the error was.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine of ``bench_serve.py``, in a process of its own (run by it, not by hand).
+"""One engine of ``bench_serve.py``, in its own process (started by that script).
 
 Reads a JSON job on the command line, prints a JSON result on its last line.
 """
@@ -16,7 +16,7 @@ from typing import Any
 # In-process engine: no scheduler process adds its own latency to a step. Functions of
 # this file then reach the workers of several ranks by name.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-# GiB on a CPU, where the default is a share of the machine and fails if others hold it.
+# GiB on a CPU. The default is a share of the machine, and fails if others use it.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
 import torch
@@ -51,7 +51,7 @@ def prompts(job: dict[str, Any], batch: int, length: int) -> list[dict[str, list
 
 
 def seconds(llm: LLM, inputs: list[Any], new_tokens: int) -> float:
-    """Wall-clock seconds of one generation of exactly ``new_tokens`` a prompt."""
+    """Wall-clock seconds of one generation of exactly ``new_tokens`` per prompt."""
     sampling = SamplingParams(
         temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
     )
@@ -60,12 +60,12 @@ def seconds(llm: LLM, inputs: list[Any], new_tokens: int) -> float:
     elapsed = time.perf_counter() - start
     made = {len(o.outputs[0].token_ids) for o in outputs}
     if made != {new_tokens}:
-        raise RuntimeError(f"asked for {new_tokens} tokens a prompt, got {made}")
+        raise RuntimeError(f"asked for {new_tokens} tokens per prompt, got {made}")
     return elapsed
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Decode milliseconds a step per batch size, and prefill milliseconds.
+    """Decode milliseconds per step for each batch size, and prefill milliseconds.
 
     A step's time is the difference between a long and a short generation, divided by
     the difference in tokens: prefill and the engine's start drop out.
@@ -102,7 +102,7 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
-# What runs inside the engine's workers, one a rank.
+# What runs inside the engine's workers, one per rank.
 
 
 def sparse_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -110,7 +110,7 @@ def sparse_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def watch(tokens: int, model: torch.nn.Module) -> None:
-    """Keep |x| of every call of at most that many tokens."""
+    """Keep |x| of every call of at most ``tokens`` tokens."""
     for layer in sparse_layers(model):
         layer.bench_seen = []
         layer.register_forward_pre_hook(partial(_see, tokens))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole path on a machine without a GPU: prepare, evaluate, serve, ask, time.
+"""The whole path on a machine without a GPU: prepare, evaluate, serve, query, time.
 
-`make demo` runs it. Everything that it prints is measured in that run; what it writes,
-the servers' logs and `summary.json` among it, goes to `.demo/`.
+`make demo` runs it. Every figure that it prints is measured in that run. It writes its
+files, including the servers' logs and `summary.json`, to `.demo/`.
 """
 
 import argparse
@@ -34,11 +34,11 @@ EVALUATED_WINDOWS = 64
 TIMED_TOKENS = 128
 TIMED_RUNS = 5
 # A model this small has too little work to repay the barriers between threads, least of
-# all when other programs want the cores: then, on two cores, one thread took 9-18 ms a
+# all when other programs use the cores: on two busy cores, one thread took 9-18 ms per
 # token and two took 25-112 ms.
 THREADS = 1
-# Eager: compiling needs a C++ compiler and a minute, and gains a model this small
-# nothing. Both servers get the same.
+# Eager: compiling needs a C++ compiler and a minute, and does not speed up a model this
+# small. Both servers get the same flags.
 SERVE_FLAGS = ("--max-model-len", "512", "--enforce-eager")
 SERVE_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; a fraction of a shared machine otherwise
@@ -75,10 +75,10 @@ def main() -> int:
 
 
 def run(output: Path, sparsity: float) -> dict[str, Any]:
-    """Do every step; returns what was measured, for `summary.json`.
+    """Run every step; returns what was measured, for `summary.json`.
 
     Raises:
-        subprocess.CalledProcessError: a `vllm-rsparse` command failed, and said why.
+        subprocess.CalledProcessError: a `vllm-rsparse` command failed and printed why.
         ServerError: a server did not start, or stopped answering.
     """
     started = time.monotonic()
@@ -138,7 +138,7 @@ def stdlib_texts() -> tuple[list[Path], list[Path]]:
     )
     if len(modules) < 20:
         raise FileNotFoundError(
-            f"{directory} has {len(modules)} modules of a useful size, 20 are needed: "
+            f"{directory} has {len(modules)} modules of 10 to 100 kB, 20 are needed: "
             "use a Python whose standard library is plain files"
         )
     held_out = modules[3::4]
@@ -228,12 +228,12 @@ def cpu_name() -> str:
 
 
 def step(title: str) -> None:
-    """Announce the next part."""
+    """Announce the next step."""
     print(f"\n== {title}", flush=True)
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """The figures of this run, and what they do not say."""
+    """The figures of this run, and their limits."""
     perplexity, decode_time = (
         [summary[f"{name}_{kind}"] for kind in ("dense", "sparse")]
         for name in ("perplexity", "decode_ms_per_token")
@@ -252,9 +252,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     print(", ".join(f"{name} {v}" for name, v in summary["versions"].items()))
     times = decode_time[1] / decode_time[0]
     print(f"""
-Sparsity saves reading weights. This model has 8 million, next to nothing to read, while
-choosing channels takes time: sparse tokens took {times:.1f}x as long as dense.
-It also loses more at this sparsity than a large model does.
+Sparsity saves reading weights. This model has 8 million of them, which fit in cache, so
+there is little to save, while selecting channels takes time: a sparse token took
+{times:.1f}x as long as a dense one. It also loses more accuracy than a large model.
 
 Serve it yourself: {BIN}/vllm serve {summary["prepared"]} --quantization rsparse""")
 

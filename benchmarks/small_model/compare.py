@@ -5,11 +5,11 @@
     ... TEXT tests/assets/pyllama-8m OUT.json --domains code --dtype float32 \\
         --samples 32 --tokens 512 --windows 32 --seconds 3600
 
-TEXT holds ``calibration-DOMAIN.txt`` and ``heldout-DOMAIN.txt`` of every domain. Worker
-processes prepare, most wanted first; this one evaluates each as it comes, on all
-held-out texts, and rewrites OUT.json after every row. When the time is over the table
-shows what there is, and OUT.json says what is missing. The second command makes the
-table of docs/accuracy.md.
+TEXT has ``calibration-DOMAIN.txt`` and ``heldout-DOMAIN.txt`` for every domain. Worker
+processes prepare, the most important jobs first; this process evaluates each result on
+all held-out texts, and rewrites OUT.json after every row. When the time is up, the
+table shows the finished rows, and OUT.json lists the missing ones. The second command
+makes the table of the bundled model in docs/accuracy.md.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all jobs share: folders (``work`` is temporary), calibration windows."""
+    """What all jobs have in common: folders (``work`` is temporary), windows."""
 
     text: Path
     model: Path

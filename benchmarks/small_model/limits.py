@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block after so long; in the main thread, not nested."""
+    """Raise TimeoutError in the block after this time; main thread only, not nested."""
 
     def ring(number: int, frame: object) -> None:
-        raise TimeoutError(f"{seconds:.0f} s are over")
+        raise TimeoutError(f"{seconds:.0f} s have passed")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))

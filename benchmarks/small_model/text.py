@@ -38,7 +38,7 @@ XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1}]
 def split(
     found: Iterable[Document], characters: int
 ) -> dict[tuple[str, str], list[Document]]:
-    """Share the packages out, the same way whatever the order of the files.
+    """Assign packages to splits, in the same way whatever the order of the files.
 
     Small packages, in an order that depends on the seed below only, fill calibration,
     then held-out text; all others are for training. A package above a fifth of

@@ -72,7 +72,7 @@ def load_tokens(folder: Path) -> Tensor:
 
 
 class Batches:
-    """Windows of one token more than is predicted from, in a random order."""
+    """Windows one token longer than the model's input, in a random order."""
 
     def __init__(self, tokens: Tensor, length: int, batch: int) -> None:
         count = len(tokens) // (length + 1)
