@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM decode and prefill: dense bf16, FP8 and rsparse in one run on one machine.
+"""vLLM decode and prefill: bf16, FP8, INT4, and rsparse on each, in one run.
 
-    python benchmarks/bench_serve.py --shape llama-3-8b --batches 1 2 4 8 16 \\
-        --engines dense fp8 rsparse --prefill 2048
+    python benchmarks/bench_serve.py --shape llama-3-8b --weights bf16 fp8 int4 \\
+        --batches 1 2 4 8 16 --sparsity 0.35 0.5 --prefill 2048
     python benchmarks/bench_serve.py --shape llama-1b --batches 1        (CPU)
 
-Weights are random (vLLM's dummy format, one seed for all engines). Thresholds are set
-on the sparse model's own decode steps and the kept fraction is counted there, not
-assumed. Each engine runs in its own process, one after another, with vLLM's defaults
-(CUDA graphs on a GPU). Correctness of the kernels is the gate of ``bench_ops.py`` and
-of the test suite; here the engine must produce every token that was asked for.
+Weights are random (``random_weights.py``, one seed per parameter for all engines).
+Thresholds are set on the sparse model's own decode steps and the kept fraction is
+counted there, not assumed. Each engine runs in its own process, one after another, with
+vLLM's defaults (CUDA graphs on a GPU). Correctness of the kernels is the gate of
+``bench_ops.py`` and of the test suite; here the engine must produce every token that
+was asked for.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from checkout import commit
-from random_model import SHAPES, write_config, write_sparse_model
+from random_model import SHAPES, WEIGHTS, write_config, write_sparse_model
 
 from vllm_rsparse.bench.command import device_name
 
@@ -56,14 +57,23 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
-    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5])
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        choices=WEIGHTS,
+        default=["bf16"],
+        help="formats of the base model: fp8 has a scale per output channel, fp8-block"
+        " per 128x128 block, int4 per group of 128 input channels",
+    )
     parser.add_argument("--rho", type=float, nargs="+", default=[1.0])
     parser.add_argument(
         "--engines",
         nargs="+",
-        choices=["dense", "fp8", "rsparse"],
+        choices=["dense", "rsparse", "fp8-online"],
         default=["dense", "rsparse"],
-        help="which, in this order; fp8 is vLLM's own, quantized while loading",
+        help="which, in this order, for each of --weights; dense is vLLM's own layer,"
+        " fp8-online quantizes bf16 while loading",
     )
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS")
@@ -80,6 +90,7 @@ def main() -> None:
     shape = SHAPES[args.shape]
     job = {
         "task": "measure",
+        "load_format": "rsparse_random",
         "shape": args.shape,
         "batches": args.batches,
         "new_tokens": args.new_tokens,
@@ -101,6 +112,8 @@ def main() -> None:
     if args.tensor_parallel > 1:
         facts["tensor_parallel"] = args.tensor_parallel
         job["engine"] = {"tensor_parallel_size": args.tensor_parallel}
+        # The random format is registered in this process alone.
+        job["load_format"] = "dummy"
     rows: list[dict[str, Any]] = []
 
     def record(label: str, values: dict[str, Any]) -> None:
@@ -110,11 +123,13 @@ def main() -> None:
         lines = [json.dumps(row) + "\n" for row in rows]
         (args.out / "rows.jsonl").write_text("".join(lines))
 
-    def run_sparse(rho: float) -> None:
-        label = f"rsparse-s{args.sparsity:g}-rho{rho:g}"
+    def run_sparse(weights: str, sparsity: float, rho: float) -> None:
+        label = f"{weights}-s{sparsity:g}" + (f"-rho{rho:g}" if rho < 1 else "")
         model = args.out / label
-        write_sparse_model(model, shape, args.sparsity, rho)
-        sparse = {**job, "model": str(model), "sparsity": args.sparsity, "rho": rho}
+        base = WEIGHTS[weights]
+        write_sparse_model(model, shape, sparsity, rho, base=base)
+        sparse = {**job, "model": str(model), "sparsity": sparsity, "rho": rho}
+        sparse["weights"] = weights
         # Calibration decodes four prompts at a time, all of them sparse.
         kept = run_worker(
             {**sparse, "task": "calibrate"}, args.out / f"{label}-calibrate.log", 4
@@ -122,25 +137,36 @@ def main() -> None:
         values = run_worker(sparse, args.out / f"{label}.log", args.max_sparse_tokens)
         record(label, {**kept, **values})
 
-    plain = args.out / "dense"
-    write_config(plain, shape, None)
-    for engine in args.engines:
-        if engine == "rsparse":
-            for rho in args.rho:
-                run_sparse(rho)
-        else:
-            dense = {**job, "model": str(plain)}
-            if engine == "fp8":
-                dense["engine"] = {**job.get("engine", {}), "quantization": "fp8"}
-            record(engine, run_worker(dense, args.out / f"{engine}.log"))
+    def run_dense(weights: str, online: bool) -> None:
+        model = args.out / weights
+        write_config(model, shape, WEIGHTS[weights])
+        label = "fp8-online" if online else weights
+        dense = {**job, "model": str(model)}
+        if online:
+            # vLLM quantizes while it makes its dummy weights.
+            dense["load_format"] = "dummy"
+            dense["engine"] = {**job.get("engine", {}), "quantization": "fp8"}
+        record(label, run_worker(dense, args.out / f"{label}.log"))
+
+    for weights in args.weights:
+        for engine in args.engines:
+            if engine != "rsparse":
+                run_dense(weights, engine == "fp8-online")
+                continue
+            for sparsity in args.sparsity:
+                for rho in args.rho:
+                    run_sparse(weights, sparsity, rho)
     print_table(rows)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Milliseconds per step, and the speed-up over the dense engine of the same run."""
-    dense = next((row for row in rows if row["engine"] == "dense"), rows[0])
+    """Milliseconds per step, and the speed-up over the first engine of the run."""
+    dense = rows[0]
     base = dense["decode_ms"]
-    print(f"\n{dense['device']}, {dense['shape']}, decode ms per step (x dense)")
+    print(
+        f"\n{dense['device']}, {dense['shape']}, decode ms per step"
+        f" (speed-up over {dense['engine']})"
+    )
     print(f"{'engine':24}" + "".join(f"{'batch ' + b:>18}" for b in base))
     for row in rows:
         cells = ""

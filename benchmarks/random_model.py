@@ -9,6 +9,7 @@ artifact starts with thresholds that keep everything; ``calibrate`` in
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -62,6 +63,50 @@ SHAPES = {
 }
 
 
+def _compressed(weights: dict[str, Any], activations: dict[str, Any] | None) -> dict:
+    """``quantization_config`` as compressed-tensors writes it."""
+    integer = weights["type"] == "int"
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized" if integer else "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"dynamic": False, "symmetric": True, **weights},
+                "input_activations": activations,
+            }
+        },
+    }
+
+
+# Weight format -> quantization_config of the base model.
+WEIGHTS: dict[str, dict | None] = {
+    "bf16": None,
+    "fp8": _compressed(
+        {"num_bits": 8, "type": "float", "strategy": "channel"},
+        {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "token",
+            "symmetric": True,
+            "dynamic": True,
+        },
+    ),
+    "fp8-block": {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "fmt": "e4m3",
+    },
+    "int4": _compressed(
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}, None
+    ),
+}
+
+
 def write_config(directory: Path, shape: Shape, quantization: dict | None) -> None:
     """Write ``config.json`` of a Llama of this shape."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -96,6 +141,7 @@ def write_sparse_model(
     rho: float,
     thresholds: dict[str, float] | None = None,
     kept: dict[str, float] | None = None,
+    base: dict | None = None,
 ) -> None:
     """Write a model directory whose artifact has one threshold per linear.
 
@@ -106,6 +152,7 @@ def write_sparse_model(
         rho: share of the budget for exact channels.
         thresholds: name -> threshold of all its channels; None keeps everything.
         kept: name -> fraction counted while decoding, for the artifact's JSON.
+        base: the base model's own ``quantization_config``; None where it has none.
     """
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, LinearEntry] = {}
@@ -136,4 +183,6 @@ def write_sparse_model(
         "artifact_sha256": digest,
         "sparsity": sparsity,
     }
+    if base is not None:
+        quantization["base"] = base
     write_config(directory, shape, quantization)

@@ -20,7 +20,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
 import torch
-from random_model import SHAPES, write_sparse_model
+from random_model import SHAPES, WEIGHTS, write_sparse_model
 from vllm import LLM, SamplingParams
 
 VOCABULARY_MARGIN = 16  # keep clear of special tokens
@@ -30,7 +30,7 @@ def make_engine(job: dict[str, Any], **options: Any) -> LLM:
     """The engine that the job describes."""
     return LLM(
         model=job["model"],
-        load_format="dummy",
+        load_format=job.get("load_format", "dummy"),
         skip_tokenizer_init=True,
         dtype="bfloat16",
         max_model_len=job["max_model_len"],
@@ -187,6 +187,7 @@ def calibrate(job: dict[str, Any]) -> dict[str, Any]:
         job["rho"],
         thresholds,
         kept,
+        WEIGHTS[job["weights"]],
     )
     shapes = SHAPES[job["shape"]].linears
     total = sum(n * k for n, k in shapes.values()) * SHAPES[job["shape"]].layers
@@ -198,6 +199,8 @@ def calibrate(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     job = json.loads(sys.argv[1])
+    if job.get("load_format") == "rsparse_random":
+        import random_weights  # noqa: F401 (registers the format)
     result = {"measure": measure, "calibrate": calibrate}[job["task"]](job)
     print("\n" + json.dumps(result))
 
