@@ -66,14 +66,16 @@ def test_a_draft_model_has_its_own_prefix() -> None:
 
 def test_renamed_modules_are_found_by_the_names_in_the_checkpoint() -> None:
     listed = ["model.language_model.layers.0.self_attn.o_proj", "dropped.0.x"]
-    engine = EngineNames(
-        listed,
-        lambda name: (
-            None
-            if name.startswith("dropped")
-            else name.replace("model.language_model.", "language_model.model.", 1)
-        ),
-    )
+
+    def outer(name: str) -> str | None:
+        if name.startswith("dropped"):
+            return None
+        return name.replace("model.language_model.", "language_model.model.", 1)
+
+    def inner(name: str) -> str:
+        return name.replace(".q_proj", ".qkv_proj")
+
+    engine = EngineNames(listed, [outer, inner])
     assert engine.behind("language_model.model.layers.0.self_attn.o_proj") == listed[:1]
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RSparseConfig: every way in, what it refuses, and what reaches the compile cache."""
 
+import copy
 import pickle
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.op.ops import Backend
@@ -120,6 +122,22 @@ def test_wrong_digest_is_refused_before_anything_is_built(model_dir):
         make(model_dir, artifact_sha256="0" * 64)
 
 
+@pytest.fixture(autouse=True)
+def engine(monkeypatch):
+    """The vLLM config under which layers are built: of a GPT-2 of two layers."""
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(
+            hf_config=SimpleNamespace(architectures=["GPT2LMHeadModel"]),
+            hf_text_config=SimpleNamespace(num_hidden_layers=2),
+        ),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+    )
+    monkeypatch.setattr(
+        served_module, "get_current_vllm_config", lambda: copy.copy(engine)
+    )
+    return engine
+
+
 class FakeLinear(LinearBase):
     def __init__(self):
         torch.nn.Module.__init__(self)
@@ -144,35 +162,59 @@ def test_other_modules_are_left_alone(model_dir):
     assert config.get_quant_method(torch.nn.Embedding(2, 2), "model.embed") is None
 
 
-def check(config, monkeypatch, layers, stages=1):
-    engine = SimpleNamespace(
-        model_config=SimpleNamespace(
-            hf_text_config=SimpleNamespace(num_hidden_layers=layers)
-        ),
-        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
-    )
-    monkeypatch.setattr(served_module, "get_current_vllm_config", lambda: engine)
+QKV = "model.layers.0.self_attn.qkv_proj"
+
+
+def test_linear_that_the_model_lacks(model_dir, engine):
+    engine.model_config.hf_text_config.num_hidden_layers = 1
+    config = make(model_dir, max_sparse_tokens=1)
+    config.get_quant_method(FakeLinear(), QKV)
+    with pytest.raises(ArtifactError, match=r"lists model\.layers\.1\.self_attn\.q_pr"):
+        config.served.check_coverage()
+
+
+def test_pipeline_stage_claims_its_own_layers(model_dir, engine):
+    engine.parallel_config.pipeline_parallel_size = 2
+    config = make(model_dir, max_sparse_tokens=1)
+    config.get_quant_method(FakeLinear(), QKV)
     config.served.check_coverage()
 
 
-def test_linear_that_the_model_lacks(model_dir, monkeypatch):
+def test_pipeline_does_not_hide_a_layer_beyond_the_model(model_dir, engine):
+    engine.model_config.hf_text_config.num_hidden_layers = 1
+    engine.parallel_config.pipeline_parallel_size = 2
     config = make(model_dir, max_sparse_tokens=1)
-    config.get_quant_method(FakeLinear(), "model.layers.0.self_attn.qkv_proj")
-    with pytest.raises(ArtifactError, match=r"lists model\.layers\.1\.self_attn\.q_pr"):
-        check(config, monkeypatch, layers=1)
-
-
-def test_pipeline_stage_claims_its_own_layers(model_dir, monkeypatch):
-    config = make(model_dir, max_sparse_tokens=1)
-    config.get_quant_method(FakeLinear(), "model.layers.0.self_attn.qkv_proj")
-    check(config, monkeypatch, layers=2, stages=2)
-
-
-def test_pipeline_does_not_hide_a_layer_beyond_the_model(model_dir, monkeypatch):
-    config = make(model_dir, max_sparse_tokens=1)
-    config.get_quant_method(FakeLinear(), "model.layers.0.self_attn.qkv_proj")
+    config.get_quant_method(FakeLinear(), QKV)
     with pytest.raises(ArtifactError, match=r"lists model\.layers\.1\."):
-        check(config, monkeypatch, layers=1, stages=2)
+        config.served.check_coverage()
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("limit", [0, 1])
+def test_model_of_which_nothing_is_listed(model_dir, engine, stages, limit):
+    engine.parallel_config.pipeline_parallel_size = stages
+    config = make(model_dir, max_sparse_tokens=limit)
+    method = config.get_quant_method(FakeLinear(), "transformer.h.0.attn.c_attn")
+    with pytest.raises(ArtifactError, match=r"none of its 6 linears.*GPT2.*c_attn"):
+        method.process_weights_after_loading(FakeLinear())
+
+
+def test_draft_model_is_claimed_and_judged_by_its_own_config(model_dir, engine):
+    config = make(model_dir, max_sparse_tokens=1)
+    for layer in range(2):
+        prefix = f"draft_model.model.layers.{layer}.self_attn.qkv_proj"
+        method = config.get_quant_method(FakeLinear(), prefix)
+        assert method.names == names([layer])
+    engine.model_config = None  # the served model's comes back after the building
+    config.served.check_coverage()
+
+
+def test_modules_that_the_model_moves_are_followed(model_dir):
+    config = make(model_dir, max_sparse_tokens=1)
+    mapper = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."})
+    config.apply_vllm_mapper(mapper)
+    method = config.get_quant_method(FakeLinear(), f"language_model.{QKV}")
+    assert method.names == names([0])
 
 
 def test_unresolved_config_is_refused(model_dir):

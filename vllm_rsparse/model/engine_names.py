@@ -15,15 +15,18 @@ class EngineNames:
 
     Args:
         listed: the artifact's names, which are the checkpoint's.
-        rename: a checkpoint's name -> the engine's, or None for what it does not load.
+        renames: what the model's classes call their modules: a name before the move ->
+            the name after it, or None for what the class does not load. There may be
+            several: a wrapper's class moves the language model, whose own class is
+            asked afterwards.
     """
 
     def __init__(
-        self,
-        listed: Iterable[str],
-        rename: Callable[[str], str | None] = lambda name: name,
+        self, listed: Iterable[str], renames: Iterable[Callable[[str], str | None]] = ()
     ) -> None:
-        self._listed = {rename(name) or name: name for name in listed}
+        self._listed = {name: name for name in listed}
+        for rename in renames:
+            self._move(rename)
 
     def behind(self, prefix: str) -> list[str]:
         """Checkpoint names of a layer's shards, in the order of its output.
@@ -41,3 +44,13 @@ class EngineNames:
             str(layer.of_kind(kind.name)) for kind in kinds_of_engine_layer(layer.kind)
         ]
         return [self._listed.get(shard, shard) for shard in shards]
+
+    def _move(self, rename: Callable[[str], str | None]) -> None:
+        moved = {}
+        for engine_name, name in self._listed.items():
+            new = rename(engine_name)
+            # Fusing is the table's business; a class that moves q, k and v to one name
+            # would leave one of them.
+            if new and LinearName.parse(new).kind == LinearName.parse(engine_name).kind:
+                moved[new] = name
+        self._listed |= moved

@@ -3,13 +3,10 @@
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    UnquantizedLinearMethod,
-)
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -21,13 +18,16 @@ from vllm_rsparse.artifact.schema import FORMAT_VERSION
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.metrics import exporter
-from vllm_rsparse.model.engine_names import EngineNames
 from vllm_rsparse.serving.agreement import local_report
 from vllm_rsparse.serving.config_keys import HOW_TO, check_keys
+from vllm_rsparse.serving.dense import DenseLinearMethod
 from vllm_rsparse.serving.linear import RSparseLinearMethod
 from vllm_rsparse.serving.route import Route, RouteRequest, choose_route
 from vllm_rsparse.serving.served import ArtifactSource, Decision, ServedModel
 from vllm_rsparse.serving.weights.factory import checkpoint_weights
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +170,18 @@ class RSparseConfig(QuantizationConfig):
             )
         return ArtifactSource(model, self.artifact, self.artifact_sha256, revision)
 
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        """Follow a model's class that builds modules under other names.
+
+        Args:
+            hf_to_vllm_mapper: from names in the checkpoint to names in the engine.
+        """
+
+        def rename(name: str) -> str | None:
+            return next(iter(hf_to_vllm_mapper.apply_list([name])), None)
+
+        self.served.coverage.rename(rename)
+
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:
@@ -184,9 +196,9 @@ class RSparseConfig(QuantizationConfig):
             return None
         served = self.served
         served.require_agreement()
-        names = EngineNames(served.artifact.info.linears).behind(prefix)
-        if not served.claim(names) or served.route.policy.always_dense:
-            return UnquantizedLinearMethod()
+        names = served.claim(prefix)
+        if names is None or served.route.policy.always_dense:
+            return DenseLinearMethod(served)
         return RSparseLinearMethod(served, names, checkpoint_weights(None, names))
 
 

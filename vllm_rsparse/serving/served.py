@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import parallel_state
 
 from vllm_rsparse.artifact.locate import locate_artifact
@@ -21,7 +21,7 @@ from vllm_rsparse.serving.agreement import (
     local_report,
     require_agreement,
 )
-from vllm_rsparse.serving.coverage import refuse_gap, refuse_unclaimed
+from vllm_rsparse.serving.coverage import BuiltModel, Coverage
 from vllm_rsparse.serving.route import Route
 
 logger = logging.getLogger(__name__)
@@ -86,8 +86,9 @@ class ServedModel:
         self.decision = decision
         self._artifact = artifact
         self._ranks_agree = False
+        self.coverage = Coverage()
+        self._engine: VllmConfig | None = None
         self._coverage_checked = False
-        self._claimed: set[str] = set()
         self._loaded: set[str] = set()
         self._weight_bytes = 0
         self._artifact_bytes = 0
@@ -140,43 +141,35 @@ class ServedModel:
         require_agreement(gather_reports(mine, _world_group()))
         self._ranks_agree = True
 
-    def claim(self, names: list[str]) -> bool:
-        """Whether the artifact lists a layer; its linears are then accounted for.
+    def claim(self, prefix: str) -> list[str] | None:
+        """Checkpoint names of a layer's shards, or None if the artifact lists none.
 
         Args:
-            names: checkpoint names of the fused layer's shards.
+            prefix: what the engine calls the layer that it builds now.
 
         Raises:
-            ArtifactError: it lists some of them and not others, or lists the same
-                linears in other decoder layers but not here.
+            ArtifactError: the artifact lists some shards and not others, or lists the
+                same linears in other decoder layers but not here.
         """
-        listed = [name for name in names if name in self.artifact.info.linears]
-        if len(listed) < len(names):
-            refuse_gap(self.artifact, names, listed)
-            return False
-        self._claimed.update(names)
-        return True
+        if self._engine is None:
+            # Noted now: a draft model has a config of its own while it is built, and
+            # the served model's again when its weights are processed.
+            self._engine = get_current_vllm_config()
+        return self.coverage.claim(self.artifact, prefix)
 
     def check_coverage(self) -> None:
         """Refuse an artifact that lists a linear which this model does not have, once.
 
-        Called once every layer exists. Under pipeline parallelism a worker builds only
-        its own decoder layers; a name is then judged by the layers around it.
+        Called once every layer exists.
 
         Raises:
             ArtifactError: names the linear.
         """
-        if self._coverage_checked:
+        if self._coverage_checked or self._engine is None:
             return
         self._coverage_checked = True
-        config = get_current_vllm_config()
-        refuse_unclaimed(
-            self.artifact,
-            self._claimed,
-            model=self.decision.source.model,
-            layers=config.model_config.hf_text_config.num_hidden_layers,
-            staged=config.parallel_config.pipeline_parallel_size > 1,
-        )
+        built = _built_model(self.decision.source.model, self._engine)
+        self.coverage.check(self.artifact, built)
 
     def note_loaded(
         self, names: Collection[str], weight_bytes: int, artifact_bytes: int
@@ -191,7 +184,7 @@ class ServedModel:
         self._loaded.update(names)
         self._weight_bytes += weight_bytes
         self._artifact_bytes += artifact_bytes
-        if self._loaded == self._claimed:
+        if self._loaded == self.coverage.claimed:
             logger.info(
                 "rsparse: %d linears loaded: %.1f MiB of weights, and %.1f MiB of"
                 " thresholds and factors",
@@ -212,6 +205,17 @@ class ServedModel:
             self._counters = open_counters(self.decision.metrics, rank)
             set_observer(None if self._counters is None else self._counters.observe)
         return self._counters
+
+
+def _built_model(name: str, config: VllmConfig) -> BuiltModel:
+    model = config.model_config
+    architectures = getattr(model.hf_config, "architectures", None) or ["the engine"]
+    return BuiltModel(
+        name,
+        str(architectures[0]),
+        model.hf_text_config.num_hidden_layers,
+        config.parallel_config.pipeline_parallel_size > 1,
+    )
 
 
 def _world_group() -> torch.distributed.ProcessGroup | None:
