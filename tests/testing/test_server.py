@@ -112,7 +112,7 @@ def test_can_be_started_again(server) -> None:
 
 def test_refuses_to_start_twice_and_goes_on(server) -> None:
     with server("good") as running:
-        with pytest.raises(ServerError, match="running already"):
+        with pytest.raises(ServerError, match="already running"):
             running.__enter__()
         assert not group_is_empty(running.pid)
 

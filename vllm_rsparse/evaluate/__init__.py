@@ -3,7 +3,7 @@
 
 directory -> loading (model with switchable linears) -> measure (one pass over held-out
 windows, dense and every sparse variant on the same tokens) -> report (table, JSON).
-engine takes the place of measure where vLLM and its kernels are to compute.
+With ``--engine vllm``, engine replaces measure: vLLM and the kernels do the arithmetic.
 """
 
 from vllm_rsparse.evaluate.command import add_arguments, run

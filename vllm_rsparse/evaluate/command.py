@@ -56,17 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.1,
         metavar="F",
-        help="leading part of each window that is not counted and stays dense, as the"
-        " prompt does when served; with --engine vllm it is not counted, but sparse"
+        help="leading part of each window that is not counted and runs dense, as the"
+        " prompt does when served; with --engine vllm it runs sparse, uncounted"
         " (default: %(default)s)",
     )
     parser.add_argument(
         "--engine",
         choices=("torch", "vllm"),
         default="torch",
-        help="torch computes the formula in PyTorch; vllm runs the served kernels: each"
-        " window is one eager step of vLLM, dense in one engine and sparse in another,"
-        " its first part too; no KL divergence (default: %(default)s)",
+        help="torch computes the formula in PyTorch; vllm runs the served kernels, each"
+        " window as one eager step, dense in one engine and completely sparse in"
+        " another, without the KL divergence (default: %(default)s)",
     )
     parser.add_argument(
         "--max-windows",
@@ -78,8 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="where to run (default: cuda where there is one; --engine vllm runs on"
-        " what its vLLM was built for)",
+        help="where to run (default: cuda if available; --engine vllm runs on the"
+        " device that vLLM was built for)",
     )
     parser.add_argument(
         "--dtype",
@@ -87,17 +87,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="compute dtype (default: float32 on CPU, bfloat16 on CUDA)",
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write figures here")
+    parser.add_argument(
+        "--json", type=Path, metavar="OUT", help="write the figures as JSON"
+    )
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="OUT.png",
-        help="draw perplexity against bytes read, a line a recipe (needs matplotlib)",
+        help="plot perplexity against bytes read, a line per recipe (needs matplotlib)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table, write JSON where asked to.
+    """Measure, print a table, and write JSON and a plot if requested.
 
     Raises:
         ValueError: bad arguments, directories or text; the message says what to do.
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             f"--device {args.device} goes with --engine torch; vLLM runs on the device"
             " that it was built for"
         )
-    # torch and transformers take seconds to import; bad options are told before.
+    # torch and transformers take seconds to import; bad options fail before that.
     import torch
     from transformers import AutoTokenizer
 

@@ -2,9 +2,9 @@
 """Dense against sparse through vLLM itself: its model code and the served kernels.
 
 Each window is a prompt whose log probabilities vLLM returns. A step takes one window,
-and the limit of tokens per step sends all of it down the sparse route, or none: no part
-of a window can be dense while the rest is sparse. Of the distributions only the label's
-and the likeliest token's probability come back, so there is no KL divergence.
+and the switch point sends all of it down either the sparse or the dense route: no part
+of a window can be dense while the rest is sparse. vLLM returns only the probabilities
+of the label and of the most likely token, so there is no KL divergence.
 """
 
 import importlib.util
@@ -47,11 +47,11 @@ class EngineRun:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one engine said of the windows.
+    """Results of one engine on the windows.
 
     Attributes:
         log_probabilities: of the label of each counted prediction, window after window.
-        likeliest: the most likely token of each.
+        likeliest: the most likely token at each of them.
         kept: fraction of channels kept, by linear of the checkpoint, over all
             positions; empty for a dense engine.
         run: what it ran on.
@@ -64,14 +64,14 @@ class Scores:
 
 
 def check_engine(prepared: PreparedModel, window: int) -> None:
-    """Refuse what vLLM could not run, before anything is started.
+    """Refuse what vLLM could not run, before starting anything.
 
     Raises:
         ValueError: vLLM is not installed, or the window leaves no room.
     """
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(
-            "--engine vllm: vLLM is not installed beside this Python; install it, or"
+            "--engine vllm: vLLM is not installed in this environment; install it, or"
             " use --engine torch"
         )
     config = json.loads((prepared.directory / "config.json").read_text("utf-8"))
@@ -87,7 +87,7 @@ def check_engine(prepared: PreparedModel, window: int) -> None:
 def measure_served(
     prepared: Sequence[PreparedModel], windows: Tensor, first: int, dtype: str
 ) -> tuple[list[Loss], EngineRun]:
-    """Evaluate artifacts of one base model, each in an engine of its own.
+    """Evaluate artifacts of one base model, each in its own engine.
 
     Args:
         prepared: one or more artifacts for one base model.
@@ -134,7 +134,7 @@ def _perplexity(scores: Scores) -> float:
 def run_engine(
     prepared: PreparedModel, windows: Tensor, first: int, dtype: str, sparse: bool
 ) -> Scores:
-    """Score windows in an engine with a process of its own, whose end frees its memory.
+    """Score windows in an engine in its own process, which frees its memory at the end.
 
     Args:
         prepared: what to run.
@@ -170,7 +170,7 @@ def run_engine(
         if done.returncode != 0 or not result.exists():
             raise ArtifactError(
                 f"{prepared.directory}: vLLM failed on it (exit status"
-                f" {done.returncode}); its messages are above. --engine torch does"
+                f" {done.returncode}); its messages are above. --engine torch works"
                 " without vLLM"
             )
         raw: dict[str, Any] = json.loads(result.read_text())

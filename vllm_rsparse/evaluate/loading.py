@@ -21,10 +21,10 @@ from vllm_rsparse.op.reference import kept_mask
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A prepared directory, opened: its artifact and the weights it belongs to.
+    """An opened prepared directory: its artifact and the weights it belongs to.
 
     Attributes:
-        directory: where it lies.
+        directory: its path.
         artifact: the opened artifact; its digest agrees with both JSON files.
         weight_files: the base model's safetensors files, links resolved.
     """
@@ -69,7 +69,7 @@ class PreparedModel:
 
     @property
     def recipe(self) -> str:
-        """Name of the recipe that made it, as its provenance says."""
+        """Name of the recipe that made it, from its provenance."""
         recipe = self.artifact.info.provenance.get("recipe")
         name = recipe.get("name") if isinstance(recipe, dict) else None
         return str(name or self.directory.name)

@@ -31,7 +31,7 @@ class Loss:
 
     Attributes:
         directory: the prepared directory.
-        target_sparsity: what it was prepared for.
+        target_sparsity: the sparsity that it was prepared for.
         achieved_sparsity: kept columns and factors over dense elements, counted here.
         by_kind: the same by label of a kind of linear ("q_proj", ...).
         perplexity_dense: exp of the mean negative log likelihood, dense.
@@ -79,10 +79,10 @@ class _Sums:
 
 
 def dense_positions(window: int, dense_fraction: float) -> int:
-    """Leading positions of a window that stay dense.
+    """Number of leading positions of a window that run dense.
 
     Raises:
-        ValueError: nothing sparse would be left to predict from.
+        ValueError: no sparse position would be left to predict from.
     """
     if not 0.0 <= dense_fraction < 1.0:
         raise ValueError(f"--dense-fraction must lie in [0, 1), got {dense_fraction}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss against bytes read: one point an artifact, one line a recipe."""
+"""Loss against bytes read: one point per artifact, one line per recipe."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +12,10 @@ MARKERS = "osD^vPX*"
 
 
 def check_plot(path: Path) -> None:
-    """Refuse, before any work, a picture that could not be drawn.
+    """Refuse a plot that could not be drawn, before any work is done.
 
     Raises:
-        ValueError: no matplotlib, or a format that it does not write.
+        ValueError: no matplotlib, or a format that it cannot write.
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
@@ -36,9 +36,9 @@ def draw(losses: Sequence["Loss"], recipes: Sequence[str], path: Path) -> None:
     """Write the picture.
 
     Args:
-        losses: what was measured, all on the same text.
+        losses: measurements, all on the same text.
         recipes: name of the recipe of each.
-        path: picture; its suffix says the format.
+        path: image file; its suffix selects the format.
     """
     from matplotlib.figure import Figure
 

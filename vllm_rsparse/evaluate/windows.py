@@ -31,10 +31,10 @@ class HeldOutText:
 def read_windows(
     tokenizer: Any, files: Sequence[Path], window: int, limit: int | None
 ) -> HeldOutText:
-    """Cut the files' joined tokens into windows; a rest at the end is left out.
+    """Cut the files' joined tokens into windows; an incomplete last one is dropped.
 
-    Where the tokenizer puts a begin-of-sequence token before a prompt, every window
-    starts with it too.
+    If the tokenizer puts a begin-of-sequence token before a prompt, every window starts
+    with it too.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -43,7 +43,7 @@ def read_windows(
         limit: at most this many windows, spread evenly over the text; None takes all.
 
     Raises:
-        ValueError: a file is not text, or there is less than one window.
+        ValueError: a file is not text, or the text is shorter than one window.
     """
     sources = []
     parts = []

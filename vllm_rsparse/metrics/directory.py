@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The directory in which an engine's ranks count: made, and swept when its owner died.
+"""The directory in which an engine's ranks count: created, and removed by later starts.
 
-A server that is killed cannot remove it, and in shared memory it would stay until the
-machine restarts. The owner holds a lock on a file in it: the kernel drops that with the
-process, also in another container that shares the memory, where a process id says
-nothing. Forked workers hold it too.
+A server that is killed cannot remove its directory, which would stay in shared memory
+until the machine restarts. The owner therefore holds a lock on a file in it, which the
+kernel releases with the process. This also works for another container that shares the
+memory, where a process id means nothing. Forked workers hold the lock too.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ import tempfile
 from pathlib import Path
 
 # Memory, not a disk: nothing is written back, and Linux lets a GPU write to it (since
-# 6.5 pages of a file on a disk cannot be pinned for long).
+# 6.5, pages of a disk-backed file cannot be pinned for long).
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "vllm-rsparse-"
 _LOCK = "owner.lock"
 
 
 class CountsDirectory:
-    """A directory of this process, removed at its end.
+    """A directory of this process, removed when the process ends.
 
     Args:
         parent: where to make it; shared memory where that can be written, else the
@@ -39,7 +39,7 @@ class CountsDirectory:
         sweep(parent)
         self._directory = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent)
         self.path = Path(self._directory.name)
-        # Under its name only once it is locked: a sweep may run in between.
+        # Renamed only once it is locked: a sweep may run in between.
         partial = self.path / f"{_LOCK}.partial"
         self._lock = partial.open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -47,9 +47,9 @@ class CountsDirectory:
 
 
 def sweep(parent: Path) -> list[Path]:
-    """Remove directories whose owner is gone; which ones were removed.
+    """Remove directories whose owner is gone; returns the removed ones.
 
-    Those of other users are left alone, and what cannot be removed stays.
+    Directories of other users, and those that cannot be removed, stay.
     """
     removed = []
     for path in parent.glob(f"{_PREFIX}*"):

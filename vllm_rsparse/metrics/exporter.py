@@ -31,7 +31,7 @@ _PREFIX = "vllm_rsparse_"
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known before a step runs: labels of the info metric, calibration."""
+    """Facts known before a step runs: labels of the info metric, calibration."""
 
     info: dict[str, str]
     calibrated: dict[str, float]
@@ -78,7 +78,7 @@ class Exporter(Collector):
         yield GaugeMetricFamily(
             f"{_PREFIX}ranks", "Ranks on this machine that count.", len(ranks)
         )
-        # All ranks take part in every step and route alike: the first one's count.
+        # All ranks take part in every step and take the same route: the first one's.
         slots = ranks[0][1]
         yield self._steps(slots)
         yield CounterMetricFamily(
@@ -108,7 +108,7 @@ class Exporter(Collector):
     def _steps(slots: Any) -> Metric:
         family = HistogramMetricFamily(
             f"{_PREFIX}step_tokens",
-            "Tokens of the steps that went the sparse and the dense route.",
+            "Tokens of the steps that took the sparse and the dense route.",
             labels=["route"],
         )
         bounds = [*map(str, map(float, layout.BUCKETS)), "+Inf"]
@@ -124,7 +124,7 @@ class Exporter(Collector):
 
     @staticmethod
     def _kinds(ranks: list[tuple[layout.Header, Any]]) -> Iterator[Metric]:
-        """Sums over the ranks: together they hold a layer once."""
+        """Sums over the ranks, which together hold each layer once."""
         dense: dict[str, int] = {}
         sums: dict[str, Any] = {}
         for header, slots in ranks:
@@ -160,10 +160,10 @@ _exporter: Exporter | None = None
 
 
 def start(interval: int, known: Facts) -> Settings | None:
-    """Export this process's engine on vLLM's /metrics; what its workers need for that.
+    """Export this process's engine on vLLM's /metrics; returns its workers' settings.
 
     Args:
-        interval: every so many sparse steps are sampled; 0 exports nothing.
+        interval: one sparse step out of ``interval`` is sampled; 0 exports nothing.
         known: facts of the model.
     """
     global _directory, _exporter
@@ -171,7 +171,7 @@ def start(interval: int, known: Facts) -> Settings | None:
         return None
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         logger.warning(
-            "rsparse: its metrics are not exported: with several API servers, or with"
+            "rsparse: no metrics are exported: with several API servers, or with"
             " PROMETHEUS_MULTIPROC_DIR set, /metrics shows only what vLLM collects;"
             " VLLM_RSPARSE_METRICS_INTERVAL=0 stops this warning"
         )
@@ -181,7 +181,7 @@ def start(interval: int, known: Facts) -> Settings | None:
             _directory = CountsDirectory()
         except OSError as error:
             logger.warning(
-                "rsparse: its metrics are not exported: no temporary directory (%s);"
+                "rsparse: no metrics are exported: no temporary directory (%s);"
                 " set TMPDIR to a writable one",
                 error,
             )

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file in which one rank counts: int64 slots, and a JSON header beside it.
+"""The file in which one rank counts: int64 slots, and a JSON header next to it.
 
-``rank-R.json`` says what the slots of ``rank-R.counts`` mean; it appears, whole, when
+``rank-R.json`` describes the slots of ``rank-R.counts``, and appears atomically once
 they exist. Slots::
 
-    STEP_SLOTS   for each route (sparse, dense): steps by number of tokens, one slot a
+    STEP_SLOTS   for each route (sparse, dense): steps by number of tokens, one slot per
                  bucket, then the sum of their tokens
     1            tokens of the sparse steps that were sampled
-    3 a kind     channels seen, channels kept, bytes read, in the sampled steps
+    3 per kind   channels seen, channels kept, bytes read, in the sampled steps
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 ROUTES = ("sparse", "dense")
-# Tokens of a step, upper bounds; the sizes at which routes switch or batches double.
+# Upper bounds of a step's tokens: the sizes at which routes switch or batches double.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ROUTE_SLOTS = len(BUCKETS) + 2  # the buckets, above the last, sum of the tokens
 SAMPLED_TOKENS = len(ROUTES) * _ROUTE_SLOTS
@@ -29,7 +29,7 @@ KIND_SLOTS = 3
 
 @dataclass(frozen=True)
 class Header:
-    """What ``rank-R.json`` holds.
+    """Contents of ``rank-R.json``.
 
     Attributes:
         rank: of the process that counts.
@@ -46,7 +46,7 @@ class Header:
 
 
 def step_slot(route: int, tokens: int) -> int:
-    """Slot that counts a step of so many tokens."""
+    """Slot that counts a step of ``tokens`` tokens."""
     bucket = next((i for i, le in enumerate(BUCKETS) if tokens <= le), len(BUCKETS))
     return route * _ROUTE_SLOTS + bucket
 
@@ -57,12 +57,12 @@ def token_slot(route: int) -> int:
 
 
 def counts_path(directory: Path, rank: int) -> Path:
-    """Where a rank's slots lie."""
+    """The file with a rank's slots."""
     return directory / f"rank-{rank}.counts"
 
 
 def write_header(directory: Path, header: Header) -> None:
-    """Publish a rank's header; readers see it whole or not at all."""
+    """Publish a rank's header; readers see it complete or not at all."""
     target = directory / f"rank-{header.rank}.json"
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(header)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory that a GPU adds to, so that nobody has to copy the counts or to wait."""
+"""Host memory that a GPU adds to, so that nothing has to copy or wait for counts."""
 
 import ctypes
 from typing import Any
@@ -18,8 +18,8 @@ def on_device(slots: Tensor, device: torch.device) -> Tensor:
         device: where it is to be used; its CUDA context is current.
 
     Raises:
-        RuntimeError: the GPU cannot map it, which Linux refuses since 6.5 for files on
-            a disk. Nothing else fails for it.
+        RuntimeError: the GPU cannot map it; since 6.5 Linux refuses this for
+            disk-backed files. Other CUDA calls are not affected.
     """
     if device.type == "cpu":
         return slots
@@ -29,9 +29,9 @@ def on_device(slots: Tensor, device: torch.device) -> Tensor:
 class _Mapped:
     """Page-locked host memory, at the address by which the GPU reaches it.
 
-    By the driver, not the runtime: an error that the runtime returns is kept, and the
-    next kernel of PyTorch's raises it again. Seen on an H200 (torch 2.11, a file on a
-    disk): the step failed that was only to be counted.
+    Uses the driver, not the runtime: the runtime keeps an error that it returned, and
+    PyTorch's next kernel raises it again. On an H200 (torch 2.11, a disk-backed file)
+    this failed the step that was only to be counted.
     """
 
     def __init__(self, slots: Tensor) -> None:

@@ -21,12 +21,12 @@ _LOG_TAIL_LINES = 40
 # Once the server itself is gone its helpers (vLLM's resource trackers) need a moment.
 _GROUP_GRACE_S = 5.0
 
-# A proxy named in the environment is not meant for the loopback interface.
+# A proxy from the environment must not be used for the loopback interface.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ServerError(RuntimeError):
-    """The server exited or stayed silent; ends with the last lines of its log."""
+    """The server exited or did not answer; ends with the last lines of its log."""
 
 
 def free_port() -> int:
@@ -39,11 +39,11 @@ def free_port() -> int:
 class ServerProcess:
     """A server that is up when the ``with`` block starts and gone when it ends.
 
-    The child leads a session of its own, so a Ctrl-C in the terminal reaches only this
+    The child leads its own session, so Ctrl-C in the terminal reaches only this
     process, which then ends the whole group: SIGTERM first, SIGKILL after
     ``stop_timeout_s``. SIGTERM and SIGHUP end Python without unwinding ``with`` blocks:
-    a program that must clean up then too turns them into exceptions
-    (:func:`exit_on_signals`).
+    a program that must also clean up then calls :func:`exit_on_signals`, which turns
+    them into exceptions.
 
     Args:
         argv: the command; ``--host`` and ``--port`` are appended.
@@ -91,11 +91,11 @@ class ServerProcess:
         """Start the server and wait for its health check.
 
         Raises:
-            ServerError: it exited, did not answer in time, or runs already.
+            ServerError: it exited, did not answer in time, or is already running.
             OSError: the command or the log file cannot be opened.
         """
         if self._process is not None:
-            raise ServerError(f"{self.argv[0]} is running already (pid {self.pid})")
+            raise ServerError(f"{self.argv[0]} is already running (pid {self.pid})")
         try:
             self._wait_until_healthy(self._start())
         except BaseException:
@@ -112,7 +112,7 @@ class ServerProcess:
         self.stop()
 
     def stop(self) -> None:
-        """End the server and everything in its process group; twice is harmless."""
+        """End the server and its whole process group; safe to call twice."""
         with _deferred_signals():
             process, self._process = self._process, None
             if process is None:
@@ -133,7 +133,7 @@ class ServerProcess:
         return "\n".join(lines[-_LOG_TAIL_LINES:])
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # Interrupted between fork and assignment, the child would be nobody's.
+        # If interrupted between fork and assignment, the child would be orphaned.
         with _deferred_signals(), self.log_path.open("wb") as log:
             process = self._process = subprocess.Popen(
                 self.argv,
@@ -184,7 +184,7 @@ def exit_on_signals() -> None:
 
 @contextlib.contextmanager
 def _deferred_signals() -> Iterator[None]:
-    """Hold back what would interrupt the block, and deliver it afterwards.
+    """Defer signals that would interrupt the block, and deliver them afterwards.
 
     Blocking the signals instead would let the child inherit the mask.
     """
@@ -213,7 +213,7 @@ def _signal_group(pgid: int, signum: int) -> None:
 
 
 def _wait_for_empty_group(pgid: int, timeout_s: float) -> bool:
-    """Whether the group's last process went within the time."""
+    """Whether the group's last process ended within the time."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
