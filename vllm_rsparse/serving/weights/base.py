@@ -10,7 +10,6 @@ loaders fill this rank's slice of every fused shard. After that, the layer holds
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch.nn import Parameter
@@ -57,7 +56,7 @@ class CheckpointWeights(ABC):
         parameters: names of the parameters that ``create`` registers.
     """
 
-    parameters: ClassVar[tuple[str, ...]]
+    parameters: tuple[str, ...]
 
     @abstractmethod
     def create(self, layer: LinearBase, partition: Partition) -> None:
