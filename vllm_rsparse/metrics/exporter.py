@@ -171,7 +171,7 @@ def start(interval: int, known: Facts) -> Settings | None:
         return None
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         logger.warning(
-            "rsparse: no metrics are exported: with several API servers, or with"
+            "rsparse: metrics are not exported: with several API servers, or with"
             " PROMETHEUS_MULTIPROC_DIR set, /metrics shows only what vLLM collects;"
             " VLLM_RSPARSE_METRICS_INTERVAL=0 stops this warning"
         )
@@ -181,7 +181,7 @@ def start(interval: int, known: Facts) -> Settings | None:
             _directory = CountsDirectory()
         except OSError as error:
             logger.warning(
-                "rsparse: no metrics are exported: no temporary directory (%s);"
+                "rsparse: metrics are not exported: no temporary directory (%s);"
                 " set TMPDIR to a writable one",
                 error,
             )
