@@ -286,6 +286,7 @@ def test_any_quantization_config() -> None:
             made = config.from_config(document)
         except ValueError:
             return
-        assert made.artifact is None or isinstance(made.artifact, str)
+        artifact = made.settings.artifact
+        assert artifact is None or isinstance(artifact, str)
 
     check()

@@ -50,13 +50,6 @@ def test_importing_the_package_imports_neither_torch_nor_vllm():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_other_checkpoints_are_not_claimed():
-    # Called by vLLM for every quantized model that anybody serves.
-    for user in (None, "rsparse"):
-        config = {"quant_method": "fp8"}
-        assert RSparseConfig.override_quantization_method(config, user) is None
-
-
 @pytest.fixture
 def broken(monkeypatch):
     """The plug-in registered in an environment where a module of ours cannot load."""

@@ -90,7 +90,7 @@ def config(tmp_path, write_artifact):
     from vllm_rsparse.serving.config import RSparseConfig
 
     write_artifact(tmp_path / "rsparse", LINEARS)
-    config = RSparseConfig("rsparse", max_sparse_tokens=1)
+    config = RSparseConfig.from_config({"artifact": "rsparse", "max_sparse_tokens": 1})
     config.maybe_update_config(str(tmp_path))
     return config
 

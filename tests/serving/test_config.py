@@ -66,7 +66,7 @@ def test_plain_checkpoint_without_artifact_gets_directions(tmp_path):
 
 
 def test_route_and_digest_enter_the_hashed_config(model_dir):
-    config = RSparseConfig("rsparse", max_sparse_tokens=3)
+    config = RSparseConfig.from_config({"artifact": "rsparse", "max_sparse_tokens": 3})
     hf_config = SimpleNamespace()
     config.maybe_update_config(str(model_dir), hf_config)
     written = hf_config.quantization_config
@@ -74,7 +74,7 @@ def test_route_and_digest_enter_the_hashed_config(model_dir):
     assert written["max_sparse_tokens"] == 3
     assert written["backend"] == "cpu"
     # vLLM may build the config again from what we wrote.
-    assert RSparseConfig.from_config(written).requested.max_sparse_tokens == 3
+    assert RSparseConfig.from_config(written).settings.max_sparse_tokens == 3
 
 
 def test_environment_overrides_config(model_dir, monkeypatch):
@@ -95,6 +95,33 @@ def test_unknown_backend_is_named_by_the_parameter_that_was_set(model_dir, monke
     monkeypatch.setenv("VLLM_RSPARSE_BACKEND", "quick")
     with pytest.raises(ValueError, match=r"^VLLM_RSPARSE_BACKEND is 'quick'"):
         make(model_dir, backend="fast")
+
+
+def test_the_key_rsparse_overrides_one_setting(model_dir):
+    hf_config = SimpleNamespace(rsparse={"max_sparse_tokens": 5})
+    written = {"artifact": "rsparse", "max_sparse_tokens": 3, "backend": "reference"}
+    config = RSparseConfig.from_config(written)
+    config.maybe_update_config(str(model_dir), hf_config)
+    assert config.served.route == Route(
+        Backend.REFERENCE,
+        Policy(5),
+        "quantization_config.backend",
+        "rsparse.max_sparse_tokens",
+    )
+    assert hf_config.quantization_config["max_sparse_tokens"] == 5
+
+
+def test_another_artifact_does_not_need_the_digest_of_the_first(
+    model_dir, tmp_path, write_artifact
+):
+    other = tmp_path / "other"
+    write_artifact(other, dict.fromkeys(names([0]), (8, 16, 1, False)))
+    hf_config = SimpleNamespace(rsparse={"artifact": str(other)})
+    config = RSparseConfig.from_config(
+        {"artifact": "rsparse", "artifact_sha256": "0" * 64}
+    )
+    config.maybe_update_config(str(model_dir), hf_config)
+    assert config.served.artifact.directory == other
 
 
 @pytest.mark.parametrize("value", ["-1", "many", "1.5"])
@@ -219,4 +246,4 @@ def test_modules_that_the_model_moves_are_followed(model_dir):
 
 def test_unresolved_config_is_refused(model_dir):
     with pytest.raises(ValueError, match="maybe_update_config"):
-        RSparseConfig("rsparse").get_quant_method(FakeLinear(), names([0])[0])
+        RSparseConfig().get_quant_method(FakeLinear(), names([0])[0])

@@ -61,7 +61,9 @@ def engine(monkeypatch):
 
 
 def make_config(directory, **options):
-    config = RSparseConfig("rsparse", backend="reference", **options)
+    config = RSparseConfig.from_config(
+        {"artifact": "rsparse", "backend": "reference", **options}
+    )
     config.maybe_update_config(str(directory))
     return config
 

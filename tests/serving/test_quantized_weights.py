@@ -19,8 +19,9 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from vllm_rsparse.errors import CheckpointError
+from vllm_rsparse.formats.checkpoints.parse import parse_scheme
 from vllm_rsparse.serving.weights.base import Partition, replace_parameters
-from vllm_rsparse.serving.weights.factory import checkpoint_weights
+from vllm_rsparse.serving.weights.factory import checkpoint_weights, shared_layout
 from vllm_rsparse.serving.weights.float import FloatWeights
 from vllm_rsparse.testing.quantized import LAYOUTS
 
@@ -35,6 +36,11 @@ LINEARS = {
     "o_proj": {"o_proj": (HIDDEN, HEADS * HEAD)},
 }
 SHARD_IDS = {"qkv_proj": ("q", "k", "v"), "gate_up_proj": (0, 1), "o_proj": (None,)}
+
+
+def weights_of(quantization, names):
+    layout = shared_layout(parse_scheme(quantization, "config.json"), names)
+    return checkpoint_weights(layout, names)
 
 
 @register_weight_loader_v2_supported_method
@@ -67,7 +73,7 @@ class _Config(QuantizationConfig):
         self.quantization, self.names = quantization, names
 
     def get_quant_method(self, layer, prefix):
-        return _Method(checkpoint_weights(self.quantization, self.names))
+        return _Method(weights_of(self.quantization, self.names))
 
     def get_name(self):
         return "test"
@@ -217,8 +223,8 @@ def test_parts_that_cannot_be_cut_out_are_refused(
 
 def test_linears_that_the_checkpoint_leaves_plain(engine):
     config = LAYOUTS["fp8-channel"][0] | {"ignore": ["re:.*gate_proj", "re:.*o_proj"]}
-    assert isinstance(checkpoint_weights(config, ["a.o_proj"]), FloatWeights)
+    assert isinstance(weights_of(config, ["a.o_proj"]), FloatWeights)
     assert isinstance(checkpoint_weights(None, ["a.o_proj"]), FloatWeights)
     message = r"fuses \(a.gate_proj: not quantized, a.up_proj: Fp8Channel\(\)\)"
     with pytest.raises(CheckpointError, match=message):
-        checkpoint_weights(config, ["a.gate_proj", "a.up_proj"])
+        weights_of(config, ["a.gate_proj", "a.up_proj"])

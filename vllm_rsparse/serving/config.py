@@ -19,11 +19,17 @@ from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.metrics import exporter
 from vllm_rsparse.serving.agreement import local_report
-from vllm_rsparse.serving.config_keys import HOW_TO, check_keys
-from vllm_rsparse.serving.dense import DenseLinearMethod
+from vllm_rsparse.serving.base import BaseQuantization, base_method, checked_first
+from vllm_rsparse.serving.config_keys import HOW_TO
 from vllm_rsparse.serving.linear import RSparseLinearMethod
-from vllm_rsparse.serving.route import Route, RouteRequest, choose_route
+from vllm_rsparse.serving.route import choose_route
 from vllm_rsparse.serving.served import ArtifactSource, Decision, ServedModel
+from vllm_rsparse.serving.settings import (
+    IN_QUANTIZATION_CONFIG,
+    METHOD,
+    Settings,
+    claims,
+)
 from vllm_rsparse.serving.weights.factory import checkpoint_weights
 
 if TYPE_CHECKING:
@@ -41,30 +47,33 @@ class RSparseConfig(QuantizationConfig):
     its own copy (``ServedModel``). A node whose versions or files differ is found
     before weights are loaded (``agreement``).
 
+    Where the checkpoint is quantized, what is not sparse is the base's: our config
+    forwards to vLLM's own config of the checkpoint (``BaseQuantization``).
+
     Args:
-        artifact: where the artifact is: a path inside the model directory, an absolute
-            path, or a Hub repository. None (``--quantization rsparse`` on a plain
-            checkpoint) is refused with directions as soon as the model is known.
-        artifact_sha256: digest the tensor file must have, or None.
-        max_sparse_tokens: switch point of the routing; 0 serves dense. The environment
-            overrides it; None leaves it to the measured default of the device.
-        backend: ``auto`` or a backend by name. The environment overrides it.
+        settings: what ``quantization_config`` says. None is ``--quantization rsparse``
+            on a checkpoint without one; the artifact is then named in the key
+            ``rsparse`` of the model's config, or refused with directions.
     """
 
-    def __init__(
-        self,
-        artifact: str | None = None,
-        artifact_sha256: str | None = None,
-        max_sparse_tokens: int | None = None,
-        backend: str | None = None,
-    ) -> None:
+    def __init__(self, settings: Settings | None = None) -> None:
         super().__init__()
-        self.artifact = artifact
-        self.artifact_sha256 = artifact_sha256
-        self.requested = RouteRequest.of_config(
-            "quantization_config", backend, max_sparse_tokens
+        self.settings = settings or Settings(IN_QUANTIZATION_CONFIG)
+        dictionary = self.settings.base
+        self.base = (
+            None
+            if dictionary is None
+            else BaseQuantization(dictionary, "the checkpoint's config.json")
         )
         self._served: ServedModel | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        # vLLM reads some facts off a config by name: weight_block_size, kv_cache_scheme
+        # and others, which differ between releases.
+        base = self.__dict__.get("base")
+        if base is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(base.config, name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Arrive in another process, perhaps on a node with other versions.
@@ -92,15 +101,18 @@ class RSparseConfig(QuantizationConfig):
 
     @classmethod
     def get_name(cls) -> str:
-        return "rsparse"
+        return METHOD
 
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        dtypes = [torch.bfloat16, torch.float16, torch.float32]
+        if self.base is None:
+            return dtypes
+        return [d for d in dtypes if d in self.base.config.get_supported_act_dtypes()]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        # bf16 tensors and the kernels' instructions need Ampere.
+        # bf16 tensors and the kernels' instructions need Ampere. All base formats that
+        # are served need no more; some of their schemes do and check that themselves.
         return 80
 
     @staticmethod
@@ -108,19 +120,28 @@ class RSparseConfig(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "RSparseConfig":
-        """Build from ``quantization_config`` of config.json or ``--hf-overrides``.
+    def override_quantization_method(
+        cls,
+        hf_quant_cfg: dict[str, Any],
+        user_quant: str | None,
+        hf_config: Any = None,
+    ) -> str | None:
+        """Take a quantized checkpoint over where the user says so.
 
         Raises:
-            ValueError: unknown key, wrong type or value, unsupported format version.
+            ArtifactError: the dictionary is of our keys and names no method.
         """
-        check_keys(config)
-        return cls(
-            artifact=config.get("artifact"),
-            artifact_sha256=config.get("artifact_sha256"),
-            max_sparse_tokens=config.get("max_sparse_tokens"),
-            backend=config.get("backend"),
-        )
+        return METHOD if claims(hf_quant_cfg, user_quant, hf_config) else None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "RSparseConfig":
+        """Build from ``quantization_config``, ours or a quantized checkpoint's own.
+
+        Raises:
+            ValueError: unknown key, wrong type or value, unsupported format version, or
+                a base quantization that cannot be served sparse.
+        """
+        return cls(Settings.of_quantization_config(config))
 
     def maybe_update_config(
         self,
@@ -134,25 +155,26 @@ class RSparseConfig(QuantizationConfig):
             ArtifactError: none was named, it cannot be found, or it is damaged.
             ValueError: a setting is not allowed, or cannot run here.
         """
-        source = self._artifact_source(model_name, revision)
+        self._refuse_online_quantization()
+        overrides = Settings.of_overrides(hf_config)
+        if self.base is not None:
+            self.base.update(model_name, hf_config, revision)
+        source = self._artifact_source(overrides, model_name, revision)
         artifact = source.open()
         route = choose_route(
-            [self.requested],
+            [overrides.route, self.settings.route],
             current_platform.device_type,
             1 - artifact.info.achieved_sparsity,
         )
         facts = exporter.facts(
             artifact.info, route.backend.label, route.policy.max_sparse_tokens
         )
-        decision = Decision(
-            replace(source, sha256=artifact.sha256),
-            route,
-            exporter.start(envs.metrics_interval(), facts),
-            local_report(),
-        )
+        source = replace(source, sha256=artifact.sha256)
+        metrics = exporter.start(envs.metrics_interval(), facts)
+        decision = Decision(source, route, metrics, local_report())
         self._served = ServedModel(decision, artifact)
         if hf_config is not None:
-            hf_config.quantization_config = _written_config(source, artifact, route)
+            hf_config.quantization_config = self._written(decision, artifact)
         logger.info(
             "rsparse: backend %s; target sparsity %.3f, %.3f on the calibration"
             " text; artifact %s",
@@ -162,13 +184,46 @@ class RSparseConfig(QuantizationConfig):
             artifact.directory,
         )
 
-    def _artifact_source(self, model: str, revision: str | None) -> ArtifactSource:
-        if self.artifact is None:
+    def _refuse_online_quantization(self) -> None:
+        if getattr(self, "online_quantization_config", None) is not None:
+            raise ArtifactError(
+                "--quantization-config cannot be combined with rsparse: it quantizes"
+                " weights that the artifact was not prepared for. Leave it out, or"
+                " prepare a quantized checkpoint of the model"
+            )
+
+    def _artifact_source(
+        self, overrides: Settings, model: str, revision: str | None
+    ) -> ArtifactSource:
+        # A digest belongs to the artifact that is named next to it.
+        chosen = self.settings if overrides.artifact is None else overrides
+        if chosen.artifact is None:
             raise ArtifactError(
                 f"--quantization rsparse: {model} names no artifact in its config."
                 f" {HOW_TO}"
             )
-        return ArtifactSource(model, self.artifact, self.artifact_sha256, revision)
+        digest = overrides.artifact_sha256 or chosen.artifact_sha256
+        return ArtifactSource(model, chosen.artifact, digest, revision)
+
+    def _written(self, decision: Decision, artifact: Artifact) -> dict[str, Any]:
+        """What ``hf_config.quantization_config`` says from now on.
+
+        vLLM's compile cache keys on the Hugging Face config, and neither on our config
+        nor on files: with the digest and the route in there, a changed artifact cannot
+        be served by a stale graph. vLLM may build our config again from it.
+        """
+        written = {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "artifact": decision.source.artifact,
+            "artifact_sha256": decision.source.sha256,
+            "sparsity": artifact.info.sparsity,
+            "max_sparse_tokens": decision.route.policy.max_sparse_tokens,
+            "backend": decision.route.backend.label,
+        }
+        if self.base is not None:
+            written["base"] = self.base.dictionary
+        return written
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Follow a model's class that builds modules under other names.
@@ -181,42 +236,45 @@ class RSparseConfig(QuantizationConfig):
             return next(iter(hf_to_vllm_mapper.apply_list([name])), None)
 
         self.served.coverage.rename(rename)
+        if self.base is not None:
+            self.base.config.apply_vllm_mapper(hf_to_vllm_mapper)
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:
-        """The sparse method for a linear that the artifact lists, else the plain one.
+        """The sparse method for a linear that the artifact lists, else the base's own.
 
         Raises:
             ArtifactError: the artifact lists some shards of a fused layer and not
                 others, or lists such a linear in other decoder layers but not here.
+            CheckpointError: the checkpoint's layout of a listed linear is not served.
             NodesDisagreeError: a rank has another artifact, route or version.
         """
+        method = base_method(self.base, layer, prefix, self.packed_modules_mapping)
         if not isinstance(layer, LinearBase):
-            return None
+            return method
         served = self.served
         served.require_agreement()
         names = served.claim(prefix)
         if names is None or served.route.policy.always_dense:
-            return DenseLinearMethod(served)
-        return RSparseLinearMethod(served, names, checkpoint_weights(None, names))
+            return checked_first(served, method)
+        layout = None if self.base is None else self.base.layout(names, method)
+        return RSparseLinearMethod(served, names, checkpoint_weights(layout, names))
 
+    # vLLM's class has the next two as static methods and calls them on an instance.
+    def get_cache_scale_mapper(self) -> "WeightsMapper":
+        """See the base class."""
+        if self.base is not None:
+            return self.base.config.get_cache_scale_mapper()
+        return super().get_cache_scale_mapper()
 
-def _written_config(
-    source: ArtifactSource, artifact: Artifact, route: Route
-) -> dict[str, Any]:
-    """What ``hf_config.quantization_config`` says from now on.
+    def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
+        """See the base class; releases before 0.31 do not have it and do not ask."""
+        if self.base is not None:
+            return self.base.config.get_checkpoint_weight_mapper()
+        return super().get_checkpoint_weight_mapper()
 
-    vLLM's compile cache keys on the Hugging Face config, and neither on our config nor
-    on files: with the digest and the route in there, a changed artifact cannot be
-    served by a stale graph. vLLM may build our config again from it.
-    """
-    return {
-        "quant_method": "rsparse",
-        "format_version": FORMAT_VERSION,
-        "artifact": source.artifact,
-        "artifact_sha256": source.sha256 or artifact.sha256,
-        "sparsity": artifact.info.sparsity,
-        "max_sparse_tokens": route.policy.max_sparse_tokens,
-        "backend": route.backend.label,
-    }
+    @property
+    def _ignore_unexpected_suffixes(self) -> tuple[str, ...]:
+        owner = QuantizationConfig if self.base is None else self.base.config
+        return owner._ignore_unexpected_suffixes

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm_rsparse.artifact.schema import FORMAT_VERSION
 
-_KEYS = (
+KEYS = (
     "quant_method",
     "format_version",
     "artifact",
@@ -13,26 +13,30 @@ _KEYS = (
     "sparsity",
     "max_sparse_tokens",
     "backend",
+    "base",
 )
 HOW_TO = (
     "Serve a directory written by `vllm-rsparse prepare MODEL OUTPUT --sparsity S"
-    " --calibration-data FILE...`, or point a plain checkpoint at an artifact with"
-    ' --hf-overrides \'{"quantization_config": {"quant_method": "rsparse",'
-    ' "artifact": "/absolute/path"}}\''
+    " --calibration-data FILE...`, or point a checkpoint at an artifact with"
+    ' --quantization rsparse --hf-overrides \'{"rsparse": {"artifact":'
+    ' "/absolute/path"}}\''
 )
 
 
-def check_keys(config: dict[str, Any]) -> None:
+def check_keys(config: dict[str, Any], where: str = "quantization_config") -> None:
     """Refuse what ``RSparseConfig`` could not be built from.
+
+    Args:
+        config: the dictionary.
+        where: what users call it.
 
     Raises:
         ValueError: unknown key, wrong type or value, unsupported format version.
     """
-    where = "quantization_config"
     for key in config:
-        if key not in _KEYS:
+        if key not in KEYS:
             raise ValueError(
-                f"{where}: unknown key {key!r}; rsparse knows {', '.join(_KEYS)}"
+                f"{where}: unknown key {key!r}; rsparse knows {', '.join(KEYS)}"
             )
     version = config.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
@@ -52,4 +56,12 @@ def check_keys(config: dict[str, Any]) -> None:
         raise ValueError(
             f"{where}: max_sparse_tokens must be an integer >= 0 (0 serves dense),"
             f" got {limit!r}"
+        )
+    base = config.get("base")
+    if base is not None and not (
+        isinstance(base, dict) and isinstance(base.get("quant_method"), str)
+    ):
+        raise ValueError(
+            f"{where}: base must be the quantization_config of the base checkpoint,"
+            f" with its quant_method, got {base!r}"
         )

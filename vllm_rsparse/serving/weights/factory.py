@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which ``CheckpointWeights`` a layer has. A new checkpoint format adds a line here."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Which ``CheckpointWeights`` a layer has. A new checkpoint layout adds a line here."""
 
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.formats.checkpoints.awq import AwqGemm
@@ -10,7 +7,7 @@ from vllm_rsparse.formats.checkpoints.fp8 import Fp8Block, Fp8Channel, Fp8Tensor
 from vllm_rsparse.formats.checkpoints.gptq import Gptq
 from vllm_rsparse.formats.checkpoints.layout import Layout
 from vllm_rsparse.formats.checkpoints.pack_quantized import PackQuantized
-from vllm_rsparse.formats.checkpoints.parse import parse_scheme
+from vllm_rsparse.formats.checkpoints.scheme import Scheme
 from vllm_rsparse.serving.weights.awq import AwqWeights
 from vllm_rsparse.serving.weights.base import CheckpointWeights
 from vllm_rsparse.serving.weights.float import FloatWeights
@@ -22,26 +19,17 @@ from vllm_rsparse.serving.weights.fp8 import (
 from vllm_rsparse.serving.weights.gptq import GptqWeights
 from vllm_rsparse.serving.weights.pack_quantized import PackQuantizedWeights
 
-_WHERE = "the checkpoint's quantization_config"
 
-
-def checkpoint_weights(
-    quantization: Mapping[str, Any] | None, names: list[str]
-) -> CheckpointWeights:
-    """How the checkpoint holds a layer's weight.
+def shared_layout(scheme: Scheme, names: list[str]) -> Layout | None:
+    """The layout of all shards of a layer; None where they are not quantized.
 
     Args:
-        quantization: the checkpoint's own ``quantization_config``; None where it has
-            none, or for a layer that is known to be in a floating-point type.
+        scheme: the checkpoint's own ``quantization_config``.
         names: checkpoint names of the fused shards, in the order of the output.
 
     Raises:
-        CheckpointError: the format is not supported, or the shards differ in it; says
-            what to do.
+        CheckpointError: the shards differ.
     """
-    if quantization is None:
-        return FloatWeights()
-    scheme = parse_scheme(quantization, _WHERE)
     layouts = [scheme.layout(name) for name in names]
     if any(layout != layouts[0] for layout in layouts):
         found = ", ".join(
@@ -49,13 +37,20 @@ def checkpoint_weights(
             for name, layout in zip(names, layouts, strict=True)
         )
         raise CheckpointError(
-            f"{_WHERE} gives different layouts to linears that vLLM fuses ({found}),"
-            " which is not supported; use a checkpoint that quantizes them alike"
+            "the checkpoint's quantization_config gives different layouts to linears"
+            f" that vLLM fuses ({found}), which is not supported; use a checkpoint that"
+            " quantizes them alike"
         )
-    return _weights(layouts[0], names)
+    return layouts[0]
 
 
-def _weights(layout: Layout | None, names: list[str]) -> CheckpointWeights:
+def checkpoint_weights(layout: Layout | None, names: list[str]) -> CheckpointWeights:
+    """How a layer's weight is loaded and turned into what the kernels read.
+
+    Args:
+        layout: how the checkpoint holds it; None for a floating-point type.
+        names: checkpoint names of the fused shards, for messages.
+    """
     match layout:
         case None:
             return FloatWeights()

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two dictionaries of settings that a model's config may hold.
+
+``quantization_config`` is written by ``prepare``, or given whole by ``--hf-overrides``.
+``rsparse``, given by ``--hf-overrides``, overrides it key by key, and is the only one
+where ``quantization_config`` is the base checkpoint's own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.serving.config_keys import HOW_TO, KEYS, check_keys
+from vllm_rsparse.serving.route import RouteRequest
+
+METHOD = "rsparse"
+# What users call the two.
+IN_QUANTIZATION_CONFIG = "quantization_config"
+IN_OVERRIDES = "rsparse"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one of the dictionaries says; None where it says nothing.
+
+    Attributes:
+        where: what users call the dictionary, for messages.
+        artifact: where the artifact is, see ``locate_artifact``.
+        artifact_sha256: digest that its tensor file must have.
+        max_sparse_tokens: switch point of the route; 0 serves dense.
+        backend: ``auto`` or a backend by name.
+        base: the checkpoint's own ``quantization_config``.
+    """
+
+    where: str
+    artifact: str | None = None
+    artifact_sha256: str | None = None
+    max_sparse_tokens: int | None = None
+    backend: str | None = None
+    base: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of_quantization_config(cls, config: dict[str, Any]) -> "Settings":
+        """Read ``quantization_config``, ours or that of a quantized checkpoint.
+
+        Raises:
+            ValueError: unknown key, wrong type or value, unsupported format version.
+        """
+        method = config.get("quant_method")
+        if method is not None and method != METHOD:
+            return cls(IN_QUANTIZATION_CONFIG, base=config)
+        return cls._read(config, IN_QUANTIZATION_CONFIG)
+
+    @classmethod
+    def of_overrides(cls, hf_config: Any) -> "Settings":
+        """Read the key ``rsparse`` of a model's config; empty where there is none.
+
+        Raises:
+            ValueError: unknown key, wrong type or value.
+        """
+        config = getattr(hf_config, IN_OVERRIDES, None)
+        if config is None:
+            return cls(IN_OVERRIDES)
+        if not isinstance(config, dict):
+            raise ArtifactError(
+                f"{IN_OVERRIDES} must be an object of settings, got {config!r}."
+                f" {HOW_TO}"
+            )
+        if "base" in config:
+            raise ArtifactError(
+                f"{IN_OVERRIDES}.base is not a setting: how the checkpoint is quantized"
+                " is read from its own quantization_config; leave it out"
+            )
+        return cls._read(config, IN_OVERRIDES)
+
+    @classmethod
+    def _read(cls, config: dict[str, Any], where: str) -> "Settings":
+        check_keys(config, where)
+        return cls(
+            where,
+            config.get("artifact"),
+            config.get("artifact_sha256"),
+            config.get("max_sparse_tokens"),
+            config.get("backend"),
+            config.get("base"),
+        )
+
+    @property
+    def route(self) -> RouteRequest:
+        """What it asks for as to the route."""
+        return RouteRequest.of_config(self.where, self.backend, self.max_sparse_tokens)
+
+
+def claims(
+    quantization_config: Mapping[str, Any], user_quant: str | None, hf_config: Any
+) -> bool:
+    """Whether rsparse serves a checkpoint that another method quantized.
+
+    vLLM asks this for every quantized model, whoever quantized it.
+
+    Args:
+        quantization_config: of the model's config.
+        user_quant: what ``--quantization`` says.
+        hf_config: the model's config.
+
+    Raises:
+        ArtifactError: the dictionary is of our keys and names no method; vLLM would
+            serve the model dense.
+    """
+    method = quantization_config.get("quant_method")
+    if not method:
+        mine = set(quantization_config) - {"quant_method"}
+        if user_quant == METHOD or (mine and mine <= set(KEYS)):
+            raise ArtifactError(
+                f"quantization_config is {dict(quantization_config)}, without"
+                " quant_method: --hf-overrides replaces the whole dictionary that"
+                " config.json has. To change a setting of a prepared model, override"
+                ' the key rsparse: --hf-overrides \'{"rsparse": {"max_sparse_tokens":'
+                " 4}}'"
+            )
+        return False
+    if method == METHOD:
+        return False  # vLLM sees that itself
+    asked = getattr(hf_config, IN_OVERRIDES, None) is not None
+    return user_quant == METHOD or (user_quant is None and asked)
