@@ -18,6 +18,17 @@ class CheckpointError(RSparseError):
     """A base model, or text for it, that cannot be read or is not supported."""
 
 
+class DeviceError(RSparseError):
+    """A device that was asked for and is not there."""
+
+
+class NotFiniteError(RSparseError):
+    """Weights or activations hold NaN or infinity.
+
+    The remedy changes the weights or the dtype, so nothing found so far is of use.
+    """
+
+
 class PrepareError(RSparseError):
     """``prepare`` cannot run with these settings, or cannot write its output."""
 

@@ -37,6 +37,7 @@ from vllm_rsparse.evaluate.measure import dense_positions, measure
 from vllm_rsparse.evaluate.windows import read_windows
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
+from vllm_rsparse.prepare.recipe.files import recipe_json
 from vllm_rsparse.prepare.recipe.recipes import RECIPES
 from vllm_rsparse.text_table import align
 
@@ -187,7 +188,7 @@ def compare(
     """Fill ``result`` row by row and write it to ``out`` after each."""
     for name, base in SPARSE.items():
         recipe = replace(RECIPES[base], name=name, activations="sparse")
-        Path(setting.recipe(name)).write_text(recipe.to_json())
+        Path(setting.recipe(name)).write_text(recipe_json(recipe))
     tasks = [(job, setting) for job in jobs]
     # Leaving the block ends the workers, also when the time is over.
     with get_context("spawn").Pool(workers) as pool:

@@ -20,10 +20,22 @@ TEXT = Path(sysconfig.get_path("stdlib")) / "argparse.py"
 
 def _command(model: Path, output: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "vllm_rsparse.cli", "prepare", str(model), str(output),
-        "--sparsity", "0.5", "--calibration-data", str(TEXT), "--device", "cpu",
-        "--recipe", "uniform", *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vllm_rsparse.cli",
+        "prepare",
+        str(model),
+        str(output),
+        "--sparsity",
+        "0.5",
+        "--calibration-data",
+        str(TEXT),
+        "--device",
+        "cpu",
+        "--recipe",
+        "uniform",
+        *more,
+    ]
 
 
 def test_a_user_sees_the_table_and_the_next_command(
@@ -42,9 +54,15 @@ def test_a_user_sees_the_table_and_the_next_command(
     *table, serve = done.stdout.splitlines()
     assert [row.split()[0] for row in table] == [
         "linear",
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
         "all",
-    ]  # fmt: skip
+    ]
     assert table[0].split(maxsplit=1)[1].split("  ")[0] == "target"
     name, target, achieved, rank, error = table[1].split()
     assert (name, target, rank) == ("q_proj", "0.500", "4.0")
@@ -61,6 +79,7 @@ def test_a_user_sees_the_table_and_the_next_command(
         (["--sparsity", "1.5"], "error: --sparsity must lie in [0, 1), got 1.5"),
         (["--calibration-data", "/no/file"], "error: --calibration-data /no/file: can"),
         (["--rho", "0"], "error: --rho must lie in (0, 1]"),
+        (["--save-recipe", "/no/r.json"], "error: --save-recipe /no/r.json: there is"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(
@@ -134,10 +153,7 @@ def test_interrupting_leaves_nothing_that_could_be_served(
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.rglob("config.json"))
     else:  # what was found so far, if anything was
-        assert {path.name for path in tmp_path.iterdir()} <= {
-            "out.search",
-            "out.search.jsonl",
-        }
+        assert {path.name for path in tmp_path.iterdir()} <= {"out.search"}
 
 
 MEASURE = """
@@ -189,12 +205,18 @@ def _random_llama(directory: Path, layers: int, tokenizer: Path) -> Path:
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-        "hidden_size": hidden, "intermediate_size": intermediate,
-        "num_hidden_layers": layers, "num_attention_heads": 12,
-        "num_key_value_heads": 12, "vocab_size": 4096, "tie_word_embeddings": True,
-        "max_position_embeddings": 2048, "dtype": "bfloat16",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "vocab_size": 4096,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2048,
+        "dtype": "bfloat16",
+    }
     (directory / "config.json").write_text(json.dumps(config))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (directory / file).write_bytes((tokenizer / file).read_bytes())
@@ -209,9 +231,15 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(
     for layers in (4, 16):
         model = _random_llama(tmp_path / str(layers), layers, pyllama)
         arguments = _command(
-            model, tmp_path / f"{layers}-out", "--rho", "1", "--calibration-samples",
-            "1", "--calibration-tokens", "256",
-        )[3:]  # fmt: skip
+            model,
+            tmp_path / f"{layers}-out",
+            "--rho",
+            "1",
+            "--calibration-samples",
+            "1",
+            "--calibration-tokens",
+            "256",
+        )[3:]
         done = subprocess.run(
             [sys.executable, "-c", MEASURE, *arguments],
             capture_output=True,

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.artifact.tensors import Artifact, file_sha256
-from vllm_rsparse.errors import CheckpointError, PrepareError
+from vllm_rsparse.errors import CheckpointError, DeviceError, PrepareError
 from vllm_rsparse.prepare.calibration import layers as calibrate_layers
 from vllm_rsparse.prepare.calibration import linear as calibrate
 from vllm_rsparse.prepare.options import PrepareOptions
@@ -135,11 +135,13 @@ def test_bfloat16_calibration_is_close_to_float32(
     )
     for name in exact.info.linears:
         torch.testing.assert_close(
-            rounded.read(name).thresholds, exact.read(name).thresholds,
+            rounded.read(name).thresholds,
+            exact.read(name).thresholds,
             # A quantile moves by about the rounding of its activations, 2^-8, and by
             # the drift of four layers.
-            rtol=0.03, atol=0,
-        )  # fmt: skip
+            rtol=0.03,
+            atol=0,
+        )
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -195,7 +197,7 @@ def test_longer_windows_than_the_model(pyllama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(pyllama: Path, tmp_path: Path) -> None:
-    with pytest.raises(PrepareError, match=r"--device cuda: .* use --device cpu"):
+    with pytest.raises(DeviceError, match=r"--device cuda: .* use --device cpu"):
         prepare(_options(pyllama, tmp_path / "out", device="cuda"))
 
 
@@ -230,10 +232,15 @@ def test_biases_and_norms_of_qwen(
 ) -> None:
     """Another family through the whole pipeline, sharded, in float16."""
     config = transformers.Qwen2Config(
-        vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     base = tmp_path / "base"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16)
     model.save_pretrained(base, max_shard_size="100KB")

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interrupted runs of recipes that propagate: what is kept, and going on from there."""
+"""Interrupted runs: what is kept, and that they resume from it."""
 
 import json
 import logging
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
-from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
-from vllm_rsparse.prepare.store import snapshots
-from vllm_rsparse.prepare.store.journal import Journal
-from vllm_rsparse.prepare.store.snapshots import Snapshots
+from vllm_rsparse.prepare.store import run_store
+from vllm_rsparse.prepare.store.run_store import Key, RunStore
 
 TEXT = Path(json.decoder.__file__)
 LAYERS = 4  # of the reference model
@@ -25,9 +23,16 @@ LAYERS = 4  # of the reference model
 
 def options(model: Path, output: Path, recipe: str, seed: int = 0) -> PrepareOptions:
     return PrepareOptions(
-        str(model), output, 0.5, (TEXT,), samples=2, tokens=40, device="cpu",
-        recipe=recipe, seed=seed,
-    )  # fmt: skip
+        str(model),
+        output,
+        0.5,
+        (TEXT,),
+        samples=2,
+        tokens=40,
+        device="cpu",
+        recipe=recipe,
+        seed=seed,
+    )
 
 
 def contents(output: Path) -> dict[str, bytes]:
@@ -48,21 +53,22 @@ def undisturbed(
     return result
 
 
-def numbered(name: str, *positions: int) -> list[str]:
-    return [f"{name}.{position}" for position in positions]
+def numbered(stage: str, *positions: int) -> list[str]:
+    return [f"{stage}.{position}" for position in positions]
 
 
 TRIED = [
     *("greedy", "greedy, corrected", "sensitivity", "sensitivity, corrected"),
-    *("half of each", "half of each, corrected", "half evenly", "without factors"),
+    *("half of each", "half of each, corrected"),
+    *("evened", "without factors"),  # of the best so far, whichever it is
 ]
 FOUND = [
     *numbered("entering", 0, 1, 2, 3, 4),
     *numbered("sensitivity", 3, 2, 1, 0),
-    *numbered("measured", 0, 1, 2, 3),  # in the journal, as the divergences are
+    *numbered("greedy", 0, 1, 2, 3),
     *numbered("ranks.plain", 0, 1, 2, 3),
     *numbered("ranks.corrected", 0, 1, 2, 3),
-    *(f"measured.divergence {way}" for way in TRIED),
+    *(f"divergence.{candidate}" for candidate in TRIED),
     *numbered("calibrated", 0, 1, 2, 3),
 ]
 
@@ -73,10 +79,10 @@ FOUND = [
         ("best", "entering.2", 0, []),
         # The gradient that leaves layer 2 was not kept any more.
         ("best", "sensitivity.2", 0, ["sensitivity.2"]),
-        ("best", "measured.1", 0, []),
+        ("best", "greedy.1", 0, []),
         ("best", "ranks.plain.1", 0, []),
-        ("best", "measured.divergence sensitivity", 0, []),
-        ("best", "measured.divergence half evenly", 0, []),
+        ("best", "divergence.sensitivity", 0, []),
+        ("best", "divergence.evened", 0, []),
         ("best", "calibrated.2", 0, ["calibrated.2"]),
         # No state was due since the gradient by what leaves the last layer, or the
         # hidden states that enter the first.
@@ -85,7 +91,7 @@ FOUND = [
         ("greedy", "calibrated.1", 0, ["calibrated.1"]),
     ],
 )
-def test_a_killed_run_goes_on(
+def test_a_killed_run_resumes(
     pyllama: Path,
     tmp_path: Path,
     undisturbed: dict[str, dict[str, bytes]],
@@ -95,35 +101,36 @@ def test_a_killed_run_goes_on(
     seconds: float,
     found_again: list[str],
 ) -> None:
-    monkeypatch.setattr(snapshots, "STATE_SECONDS", seconds)
-    put, note = Snapshots.put, Journal.note
+    monkeypatch.setattr(run_store, "STATE_SECONDS", seconds)
+    put, record = RunStore.put, RunStore.record
     kept: list[str] = []
 
+    def killed(store: RunStore, key: Key) -> None:
+        name = re.sub(r"\..*, (evened|without factors)$", r".\1", str(key))
+        kept.append(name)
+        if name == killed_after and kept.count(name) == 1:
+            # As a kill in the middle of the next file would.
+            (store.directory / "next.partial").write_bytes(b"half")
+            raise KeyboardInterrupt
+
     def counted_put(
-        self: Snapshots, key: str, tensors: Mapping[str, Tensor], note: Any = None
+        self: RunStore, key: Key, tensors: Mapping[str, Tensor], note: Any = None
     ) -> None:
         put(self, key, tensors, note)
-        kept.append(key)
-        if key == killed_after and kept.count(key) == 1:
-            # As a kill in the middle of the next file would.
-            (self.directory / "next.partial").write_bytes(b"half")
-            raise KeyboardInterrupt
+        killed(self, key)
 
-    def counted_note(self: Journal, results: Mapping[str, Any]) -> None:
-        note(self, results)
-        kept.extend(f"measured.{key}" for key in results)
-        if kept[-1] == killed_after:
-            raise KeyboardInterrupt
+    def counted_record(self: RunStore, results: Mapping[Key, Any]) -> None:
+        record(self, results)
+        for key in results:
+            killed(self, key)
 
-    monkeypatch.setattr(Snapshots, "put", counted_put)
-    monkeypatch.setattr(Journal, "note", counted_note)
+    monkeypatch.setattr(RunStore, "put", counted_put)
+    monkeypatch.setattr(RunStore, "record", counted_record)
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         prepare(options(pyllama, output, recipe))
     assert kept[-1] == killed_after
-    left = {path.name for path in tmp_path.iterdir()}
-    assert "out.search" in left
-    assert left <= {"out.search", "out.search.jsonl"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out.search"]
 
     first_run = len(kept)
     prepare(options(pyllama, output, recipe))
@@ -133,84 +140,72 @@ def test_a_killed_run_goes_on(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.fixture
+def interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run ``best`` until it has found something in the last layer."""
+
+    def killed(self: RunStore) -> bool:
+        raise KeyboardInterrupt
+
+    def run(settings: PrepareOptions) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(RunStore, "state_due", killed)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(settings)
+        assert (tmp_path / "out.search" / "sensitivity.3.safetensors").exists()
+
+    return run
+
+
 def test_what_another_run_left_is_not_used(
     pyllama: Path,
     tmp_path: Path,
     undisturbed: dict[str, dict[str, bytes]],
-    monkeypatch: pytest.MonkeyPatch,
+    interrupt: Callable[..., None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     output = tmp_path / "out"
-
-    def killed(self: Snapshots) -> bool:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Snapshots, "state_due", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(options(pyllama, output, "best", seed=1))
-    assert (tmp_path / "out.search" / "sensitivity.3.safetensors").exists()
+    interrupt(options(pyllama, output, "best", seed=1))
     # A recipe that keeps nothing does not touch it.
     prepare(options(pyllama, output, "wina"))
     assert (tmp_path / "out.search").exists()
     shutil.rmtree(output)
     with caplog.at_level(logging.WARNING):
         prepare(options(pyllama, output, "best"))
-    assert "out.search is from a run with another model, text or options" in caplog.text
+    assert "out.search is from a run that differs in --seed, calib" in caplog.text
     assert contents(output) == undisturbed["best"]
     assert not (tmp_path / "out.search").exists()
 
 
-def test_tensors_come_back(tmp_path: Path) -> None:
-    kept = {
-        "half": torch.randn(3, 5).bfloat16(),
-        "columns": torch.randn(3, 5)[:, ::2],
-        "counts": torch.arange(4),
-        "none": torch.empty(0, 2),
-    }
-    one = Snapshots(tmp_path / "s", {"a": 1})
-    assert "key" not in one
-    assert not one.directory.exists()
-    one.put("key", {"half": torch.zeros(1)}, "old")
-    one.put("key", kept, {"b": [0.1, None]})
-    one.put("empty", {})
-    with Snapshots(tmp_path / "s", {"a": 1}) as other:
-        assert "key" in other
-        tensors, note = other.get("key")
-        assert tensors.keys() == kept.keys()
-        assert all(torch.equal(tensors[name], kept[name]) for name in kept)
-        tensors["half"].zero_()  # the file stays as it is
-        assert torch.equal(other.get("key")[0]["half"], kept["half"])
-        assert note == {"b": [0.1, None]}
-        assert other.get("empty") == ({}, None)
-    assert not other.directory.exists()
-
-
-def test_errors_name_the_file_and_say_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("file", "old", "new", "named"),
+    [
+        ("config.json", '"rope_theta": 10000.0', '"rope_theta": 5e5', "config.json"),
+        # Of no influence on the tokens of this text, but who could tell.
+        ("chat_template.jinja", "", "{{ messages }}", "tokenizer files"),
+    ],
+)
+def test_a_model_that_was_edited_meanwhile(
+    pyllama: Path,
+    tmp_path: Path,
+    interrupt: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+    file: str,
+    old: str,
+    new: str,
+    named: str,
 ) -> None:
-    one = Snapshots(tmp_path / "s", {})
-    one.put("key", {"x": torch.ones(8)})
-    with pytest.raises(PrepareError, match=r"key2.* cannot be read .*remove .*/s and"):
-        one.get("key2")
-    path = tmp_path / "s" / "key.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(PrepareError, match=r"key\.safetensors: cannot be read"):
-        one.get("key")
-    with pytest.raises(PrepareError, match=r"/s: .* takes 1\d{18} bytes.*are free"):
-        one.require(10**18)
-    one.require(1)
-
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(snapshots, "save_file", full)
-    with pytest.raises(PrepareError, match=r"other\.safe.* No space left .*make room"):
-        one.put("other", {})
-    assert "other" not in one
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "thesis.txt").touch()
-    with pytest.raises(PrepareError, match="not of its making"):
-        Snapshots(foreign, {}).put("key", {})
-    assert [file.name for file in foreign.iterdir()] == ["thesis.txt"]
+    """The results so far belong to the model as it was."""
+    model = tmp_path / "model"
+    shutil.copytree(pyllama, model)
+    settings = options(model, tmp_path / "out", "best")
+    interrupt(settings)
+    edited = model / file
+    before = edited.read_text() if edited.exists() else ""
+    assert old in before
+    edited.write_text(before.replace(old, new) if old else new)
+    with caplog.at_level(logging.WARNING):
+        prepare(settings)
+    assert f"from a run that differs in {named}: starting again" in caplog.text
+    prepare(options(model, tmp_path / "fresh", "best"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")

@@ -181,14 +181,15 @@ def _measure_torch(
 
     from vllm_rsparse.evaluate.loading import SwitchableModel
     from vllm_rsparse.evaluate.measure import measure
+    from vllm_rsparse.model.device import choose_device
 
-    device = _device(args.device)
+    device = choose_device(args.device)
     dtype = args.dtype
     if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    model = SwitchableModel(prepared[0], torch.device(device), getattr(torch, dtype))
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    model = SwitchableModel(prepared[0], device, getattr(torch, dtype))
     model.check_window(args.window)
-    return measure(model, prepared, windows, first), _Ran(device, dtype)
+    return measure(model, prepared, windows, first), _Ran(device.type, dtype)
 
 
 def _measure_vllm(
@@ -226,14 +227,3 @@ def table(losses: Sequence["Loss"]) -> str:
 
 def _optional(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _device(name: str) -> str:
-    import torch
-
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ValueError(
-            "--device cuda: this torch sees no CUDA device; use --device cpu"
-        )
-    return ("cuda" if available else "cpu") if name == "auto" else name

@@ -21,6 +21,7 @@ from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.attention import attention_implementation
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.families import family_of
+from vllm_rsparse.model.finite import check_weight
 from vllm_rsparse.model.memory import release_freed_memory
 
 
@@ -131,7 +132,7 @@ class StreamedModel:
         name = "lm_head.weight"
         if not self.checkpoint.has(name):  # tied to the embedding
             name = "model.embed_tokens.weight"
-        weight = self.checkpoint.read([name])[name].to(self.device, self.dtype)
+        weight = self._converted(name, self.checkpoint.read([name])[name], self.dtype)
         self._materialise(norm, "model.norm")
         try:
             yield lambda hidden: functional.linear(norm(hidden), weight)
@@ -151,12 +152,18 @@ class StreamedModel:
                     f" {list(meta.shape)}; config and weights belong to different"
                     " models"
                 )
-            state[name] = tensor.to(self.device, meta.dtype)
+            state[name] = self._converted(f"{prefix}.{name}", tensor, meta.dtype)
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
         for name, submodule in module.named_modules():
             if submodule._non_persistent_buffers_set:
                 self._initialise_buffers(submodule, f"{prefix}.{name}".rstrip("."))
+
+    def _converted(self, name: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of the checkpoint on the device, refused where it is not finite."""
+        converted = stored.to(self.device, dtype)
+        check_weight(stored, converted, f"{self.checkpoint.directory}: {name}")
+        return converted
 
     def _initialise_buffers(self, module: nn.Module, where: str) -> None:
         """Compute what no checkpoint holds (rotary frequencies, embedding scales).

@@ -106,8 +106,12 @@ def choose_windows(
         logger.warning(
             "calibration text has %d tokens, enough for %d of the %d windows of %d"
             " tokens asked for: using %d; more text makes better thresholds",
-            len(stream), available, samples, tokens, available,
-        )  # fmt: skip
+            len(stream),
+            available,
+            samples,
+            tokens,
+            available,
+        )
         samples = available
     # Ranked by random(), the one generator whose sequence Python guarantees to stay the
     # same from version to version.

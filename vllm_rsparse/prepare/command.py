@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from vllm_rsparse.prepare.options import DEFAULT_TOKENS, DEVICES, DTYPES, PrepareOptions
+from vllm_rsparse.prepare.recipe.recipes import RECIPES
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         default=PrepareOptions.recipe,
         metavar="NAME|FILE",
-        help="how the sparsity is shared out: best, greedy, uniform (the paper's),"
-        " evolutionary, evolutionary-joint, teal, wina, or a JSON file;"
+        help=f"how the sparsity is allocated: {', '.join(RECIPES)}, or a JSON file;"
         " docs/accuracy.md compares them (default: %(default)s)",
     )
     parser.add_argument(
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=PrepareOptions.rho,
         help="share of the kept bytes for exact channels, the rest goes to low-rank"
-        " factors; 1: no factors (default: 0.95 for the recipe uniform, else 1)",
+        " factors; 1: no factors (default: the recipe's own, 0.95 for uniform, else 1)",
     )
     parser.add_argument(
         "--calibration-samples",
@@ -130,7 +130,9 @@ def run(args: argparse.Namespace) -> int:
     logger.info(
         "achieved sparsity %.3f (target %.3f), factors counted, on the calibration"
         " text; written to %s",
-        info.achieved_sparsity, info.sparsity, options.output,
-    )  # fmt: skip
+        info.achieved_sparsity,
+        info.sparsity,
+        options.output,
+    )
     print(f"serve it with: vllm serve {options.output} --quantization rsparse")
     return 0

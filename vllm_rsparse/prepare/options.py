@@ -23,8 +23,7 @@ class PrepareOptions:
         recipe: name of a recipe, or a JSON file (see ``recipes``).
         save_recipe: where to write the recipe with what every linear got.
         rho: share of the kept budget that goes to exact channels, in (0, 1];
-            1 means no low-rank factors. None takes the recipe's: 0.95 for "uniform",
-            else 1.
+            1 means no low-rank factors. None takes the recipe's.
         samples: number of calibration windows.
         tokens: tokens per window; None takes 4096 or the model's length if shorter.
         device: where calibration runs ("auto": CUDA where there is one).

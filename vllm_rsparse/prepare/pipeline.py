@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -19,16 +20,25 @@ from vllm_rsparse.artifact.tensors import (
 )
 from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
+from vllm_rsparse.model.device import choose_device
 from vllm_rsparse.model.linears import find_linears
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.model.texts import choose_windows, load_tokenizer, read_texts
 from vllm_rsparse.prepare.calibration.layers import calibrate_layers
 from vllm_rsparse.prepare.options import DEFAULT_TOKENS, PrepareOptions
-from vllm_rsparse.prepare.recipe.recipes import load_recipe
-from vllm_rsparse.prepare.search.planning import plan_linears, search_identity
-from vllm_rsparse.prepare.store.journal import Journal
-from vllm_rsparse.prepare.store.output import StagedOutput, check_output, write_text
-from vllm_rsparse.prepare.store.snapshots import Snapshots
+from vllm_rsparse.prepare.recipe.files import load_recipe, recipe_json
+from vllm_rsparse.prepare.recipe.recipes import Recipe
+from vllm_rsparse.prepare.run import Run, dense_prefix
+from vllm_rsparse.prepare.search.allocators import allocator_of
+from vllm_rsparse.prepare.search.planning import plan_linears
+from vllm_rsparse.prepare.store.identity import run_identity
+from vllm_rsparse.prepare.store.output import (
+    StagedOutput,
+    check_output,
+    check_recipe_file,
+    write_text,
+)
+from vllm_rsparse.prepare.store.run_store import RunStore
 
 
 def prepare(options: PrepareOptions) -> ArtifactInfo:
@@ -41,14 +51,18 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
         What was written to ``rsparse.json``.
 
     Raises:
-        PrepareError: bad input, unsupported model, unusable output directory.
+        PrepareError: bad settings, unusable output directory.
+        CheckpointError: bad input, unsupported model.
+        NotFiniteError: NaN or infinity in weights or activations.
         OSError: the disk is full or a file cannot be written.
     """
     # What can be told at once is told before a download and before the tokenizer runs.
     check_output(options.output, options.overwrite)
-    recipe = load_recipe(options.recipe)
+    if options.save_recipe is not None:
+        check_recipe_file(options.save_recipe, options.output)
+    recipe = _recipe(options)
     texts = read_texts(options.calibration_data)
-    device = _device(options.device)
+    device = choose_device(options.device)
     checkpoint = Checkpoint(resolve_model(options.model, options.revision))
     linears, stored_dtype = find_linears(checkpoint)
     dtype = _compute_dtype(options.dtype, device, stored_dtype)
@@ -62,24 +76,21 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
         options.seed,
         model.vocab_size,
     )
-    identity = search_identity(recipe, options, model, text.windows)
-    beside = options.output.absolute().parent / f"{options.output.name}.search"
-    journal = Journal(beside.with_name(f"{beside.name}.jsonl"), identity)
-    snapshots = Snapshots(beside, identity)
-    with staged, journal, snapshots:
+    output = options.output.absolute()
+    store = RunStore(
+        output.with_name(f"{output.name}.search"),
+        run_identity(recipe, options, model, text.windows),
+    )
+    prefix = dense_prefix(text.windows) if recipe.activations == "sparse" else 0
+    run = Run(model, tuple(linears), text.windows, prefix, options.seed, store)
+    with staged, store:
         with _hint_when_out_of_memory():
-            planned = plan_linears(
-                recipe, options, model, linears, text.windows, journal, snapshots
-            )
+            planned = plan_linears(run, recipe, options.sparsity)
             calibrated = calibrate_layers(
-                model,
-                linears,
+                run,
                 planned,
-                text.windows,
                 staged.artifact / TENSORS_NAME,
                 getattr(torch, stored_dtype),
-                options.seed,
-                snapshots,
             )
         digest = file_sha256(staged.artifact / TENSORS_NAME)
         info = ArtifactInfo(
@@ -96,15 +107,15 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
                 "recipe": {
                     "name": recipe.name,
                     "sparsity": options.sparsity,
-                    "rho": planned.rho,
+                    "rho": recipe.rho,
                 },
                 "method": {
                     "score": recipe.score,
                     "allocation": recipe.allocation,
                     "activations": recipe.activations,
-                    "correction": planned.recipe.correction,
+                    "correction": planned.corrected,
                     "factors": recipe.factors,
-                    "trials": planned.trials,
+                    "trials": dict(planned.trials),
                 },
                 "calibration": text.provenance
                 | {"device": device.type, "dtype": _name(dtype)},
@@ -129,8 +140,18 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
         )
         staged.commit()
     if options.save_recipe is not None:
-        options.save_recipe.write_text(planned.recipe.to_json(), encoding="utf-8")
+        text_of_recipe = recipe_json(planned.recipe)
+        options.save_recipe.write_text(text_of_recipe, encoding="utf-8")
     return info
+
+
+def _recipe(options: PrepareOptions) -> Recipe:
+    """The recipe with ``--rho``; refused where its choices do not go together."""
+    recipe = load_recipe(options.recipe)
+    if options.rho is not None:
+        recipe = replace(recipe, rho=options.rho)
+    allocator_of(recipe)
+    return recipe
 
 
 @contextmanager
@@ -142,16 +163,6 @@ def _hint_when_out_of_memory() -> Iterator[None]:
             f"out of device memory ({error}); lower --calibration-samples or"
             " --calibration-tokens, or use --device cpu"
         ) from error
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise PrepareError(
-            "--device cuda: this torch sees no CUDA device; use --device cpu"
-        )
-    return torch.device(name)
 
 
 def _compute_dtype(name: str, device: torch.device, stored: str) -> torch.dtype:

@@ -3,6 +3,7 @@
 
 from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry, model_sparsity
 from vllm_rsparse.model.names import LinearName, label_of
+from vllm_rsparse.text_table import align
 
 
 def summary(info: ArtifactInfo) -> str:
@@ -18,15 +19,7 @@ def summary(info: ArtifactInfo) -> str:
         kinds.setdefault(LinearName.parse(name).kind, {})[name] = entry
     rows += [_row(label_of(kind), entries) for kind, entries in kinds.items()]
     rows.append(_row("all", info.linears))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    # Labels to the left, figures to the right.
-    layout = "  ".join(["{:<{}}"] + ["{:>{}}"] * (len(widths) - 1))
-    return "\n".join(
-        layout.format(
-            *(item for pair in zip(row, widths, strict=True) for item in pair)
-        )
-        for row in rows
-    )
+    return align(rows)
 
 
 def _row(label: str, entries: dict[str, LinearEntry]) -> tuple[str, ...]:

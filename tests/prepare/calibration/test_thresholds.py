@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.errors import NotFiniteError
 from vllm_rsparse.prepare.calibration import thresholds
-from vllm_rsparse.prepare.calibration.linear import kept_fraction
+from vllm_rsparse.prepare.calibration.dropped import count_dropped
 from vllm_rsparse.prepare.calibration.thresholds import (
     KEEP_ALL,
     channel_thresholds,
@@ -54,7 +54,7 @@ def test_kth_smallest_does_not_depend_on_the_chunks() -> None:
 def test_values_that_are_not_finite_are_refused(bad: float) -> None:
     x = torch.ones(4, 8)
     x[2, 3] = bad
-    with pytest.raises(PrepareError, match=r"NaN or infinity.*--dtype"):
+    with pytest.raises(NotFiniteError, match=r"NaN or infinity.*--dtype"):
         score_threshold(x, torch.ones(8), 0.5)
 
 
@@ -108,7 +108,8 @@ def test_keeping_everything_keeps_zeros_too() -> None:
     x = torch.zeros(5, 3)
     score = score_threshold(x, torch.ones(3), 1.0)
     assert score == KEEP_ALL
-    assert kept_fraction(x, channel_thresholds(score, torch.ones(3))) == 1.0
+    limits = channel_thresholds(score, torch.ones(3))
+    assert count_dropped(x, limits).kept_fraction == 1.0
 
 
 def test_half_precision_inputs_are_scored_in_float32() -> None:

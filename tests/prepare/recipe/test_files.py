@@ -2,6 +2,7 @@
 """Recipes in JSON files: written, read, and refused by name."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,47 @@ import pytest
 
 from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.model.linears import Linear
+from vllm_rsparse.prepare.recipe.files import check_plans, load_recipe, recipe_json
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
-from vllm_rsparse.prepare.recipe.recipes import RECIPES, check_plans, load_recipe
+from vllm_rsparse.prepare.recipe.recipes import RECIPES, Recipe
 
 
 def test_recipes_survive_json(tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
     for recipe in RECIPES.values():
-        fixed = recipe.with_plans({"model.layers.0.mlp.up_proj": LinearPlan(0.4, 0.9)})
-        for one in (recipe, fixed):
-            path.write_text(one.to_json())
-            assert load_recipe(str(path)) == one
+        plans = {"model.layers.0.mlp.up_proj": LinearPlan(0.4, 0.9)}
+        fixed = replace(recipe, correction="always", linears=plans)
+        for original in (recipe, fixed):
+            path.write_text(recipe_json(original))
+            assert load_recipe(str(path)) == original
+
+
+@pytest.mark.parametrize(
+    ("change", "correction", "rho"),
+    [
+        ({"correction": True}, "try", 1.0),
+        ({"correction": False}, "never", 1.0),
+        # What a search has settled, and what has no search.
+        ({"correction": True, "linears": {}}, "always", 1.0),
+        ({"correction": True, "allocation": "greedy"}, "always", 1.0),
+        ({"correction": False, "name": "uniform"}, "never", 0.95),
+    ],
+)
+def test_files_of_version_0_1(
+    tmp_path: Path, change: dict[str, Any], correction: str, rho: float
+) -> None:
+    path = tmp_path / "recipe.json"
+    raw = {
+        "name": "best",
+        "score": "sensitivity",
+        "allocation": "mixed",
+        "activations": "sparse",
+        "linears": None,
+        "factors": "regressed",
+    }
+    path.write_text(json.dumps(raw | change))
+    recipe = load_recipe(str(path))
+    assert (recipe.correction, recipe.rho) == (correction, rho)
 
 
 PLAN = {"sparsity": 0.5, "rho": 1.0}
@@ -32,11 +63,13 @@ PLAN = {"sparsity": 0.5, "rho": 1.0}
             {"score": "l1"},
             "score must be one of magnitude, norm, sensitivity, got 'l1'",
         ),
-        ({"allocation": "sensitivity"}, "needs score 'sensitivity', got 'norm'"),
         ({"factors": "regressed"}, "needs score 'sensitivity', got 'norm'"),
         ({"factors": "qr"}, "factors must be one of svd, regressed, got 'qr'"),
         ({"activations": None}, "activations must be one of dense, sparse, got None"),
-        ({"correction": 1}, "correction must be true or false"),
+        ({"correction": 1}, "correction must be one of never, always, try, got 1"),
+        ({"correction": "try", "linears": {}}, "'try' goes with a search, but"),
+        ({"rho": 0}, "rho is out of range, got 0"),
+        ({"rho": "1"}, "rho is out of range, got '1'"),
         ({"extra": 1}, "unknown key 'extra'; known are name, score"),
         ({"linears": []}, "`linears` must be an object"),
         ({"linears": {"x": 0.5}}, r"linears\['x'\]: expected an object"),
@@ -48,7 +81,7 @@ PLAN = {"sparsity": 0.5, "rho": 1.0}
 )
 def test_bad_recipe_files(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = tmp_path / "recipe.json"
-    path.write_text(json.dumps(json.loads(RECIPES["wina"].to_json()) | change))
+    path.write_text(json.dumps(json.loads(recipe_json(RECIPES["wina"])) | change))
     with pytest.raises(PrepareError, match=message):
         load_recipe(str(path))
 
@@ -71,12 +104,15 @@ def test_bad_recipe_names(tmp_path: Path) -> None:
 def test_recipe_of_another_model_or_budget() -> None:
     linears = [Linear("a", 0, "a", (4, 4)), Linear("b", 0, "b", (4, 4))]
     plan = LinearPlan(0.5, 1.0)
+
+    def recipe(*names: str) -> Recipe:
+        return replace(RECIPES["wina"], linears=dict.fromkeys(names, plan))
+
     with pytest.raises(PrepareError, match="lacks b"):
-        check_plans(RECIPES["wina"].with_plans({"a": plan}), linears, 0.5)
-    three = {"a": plan, "b": plan, "c": plan}
+        check_plans(recipe("a"), linears, 0.5)
     with pytest.raises(PrepareError, match="lists c"):
-        check_plans(RECIPES["wina"].with_plans(three), linears, 0.5)
-    two = RECIPES["wina"].with_plans({"a": plan, "b": plan})
+        check_plans(recipe("a", "b", "c"), linears, 0.5)
+    two = recipe("a", "b")
     check_plans(two, linears, 0.5)
     with pytest.raises(PrepareError, match=r"adds up to a sparsity of 0\.5000"):
         check_plans(two, linears, 0.4)

@@ -23,13 +23,15 @@ from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.model.texts import choose_windows, load_tokenizer, read_texts
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
+from vllm_rsparse.prepare.recipe.files import load_recipe, recipe_json
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
-from vllm_rsparse.prepare.recipe.recipes import RECIPES, Recipe, load_recipe
+from vllm_rsparse.prepare.recipe.recipes import RECIPES, Recipe
+from vllm_rsparse.prepare.run import Run
 from vllm_rsparse.prepare.search.sensitivity import sensitivities
-from vllm_rsparse.prepare.store.snapshots import Snapshots
+from vllm_rsparse.prepare.store.run_store import RunStore
 
 SAMPLES, TOKENS = 3, 80
-FIRST = 8  # int(0.1 * TOKENS)
+DENSE_PREFIX = 8  # int(0.1 * TOKENS)
 
 Prepare = Callable[..., tuple[Path, ArtifactInfo]]
 
@@ -84,8 +86,9 @@ def test_sensitivity_is_the_gradient_of_the_whole_model(
 ) -> None:
     model, linears = streamed(pyllama)
     windows = windows_of(pyllama, text)
-    snapshots = Snapshots(tmp_path / "search", {})
-    found = sensitivities(model, linears, windows, FIRST, 5, snapshots)
+    store = RunStore(tmp_path / "search", {})
+    run = Run(model, tuple(linears), windows, DENSE_PREFIX, 5, store)
+    found = sensitivities(run).linears
 
     # The same by autograd through the complete model, all layers in memory.
     whole = AutoModelForCausalLM.from_pretrained(pyllama, dtype=torch.float32)
@@ -95,20 +98,20 @@ def test_sensitivity_is_the_gradient_of_the_whole_model(
             lambda module, args, out, name=linear.name: outputs.update({name: out})
         )
     powers = {linear.name: torch.zeros(linear.shape[1]) for linear in linears}
-    outer = {one.name: torch.zeros(one.shape[0], one.shape[0]) for one in linears}
+    outer = {x.name: torch.zeros(x.shape[0], x.shape[0]) for x in linears}
     generator = torch.Generator().manual_seed(5)
     for window in windows:
-        logs = whole(window[None]).logits[0, FIRST:].log_softmax(-1)
+        logs = whole(window[None]).logits[0, DENSE_PREFIX:].log_softmax(-1)
         labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
         grads = torch.autograd.grad(
-            -logs.gather(-1, labels).sum(), [outputs[one.name] for one in linears]
+            -logs.gather(-1, labels).sum(), [outputs[linear.name] for linear in linears]
         )
         for linear, grad in zip(linears, grads, strict=True):
-            g = grad[0, FIRST:]
+            g = grad[0, DENSE_PREFIX:]
             d = g @ whole.get_submodule(linear.name).weight
             powers[linear.name] += d.abs().pow(1.5).sum(0)
             outer[linear.name] += g.T @ g
-    tokens = len(windows) * (TOKENS - FIRST)
+    tokens = len(windows) * (TOKENS - DENSE_PREFIX)
     for linear in linears:
         expected = (powers[linear.name] / tokens).pow(1 / 1.5)
         # float32 sums in another order, forward and backward through four layers.
@@ -128,8 +131,8 @@ def test_sensitivity_is_the_gradient_of_the_whole_model(
     "recipe",
     [
         # Neither would have corrections and factors for sure.
-        replace(RECIPES["best"], allocation="sensitivity"),
-        replace(RECIPES["greedy"], correction=True),
+        replace(RECIPES["best"], allocation="sensitivity", correction="always"),
+        replace(RECIPES["greedy"], correction="always"),
     ],
     ids=lambda recipe: recipe.name,
 )
@@ -137,7 +140,7 @@ def test_thresholds_fit_the_sparse_model_itself(
     make: Prepare, pyllama: Path, text: Path, tmp_path: Path, recipe: Recipe
 ) -> None:
     file = tmp_path / "recipe.json"
-    file.write_text(recipe.to_json())
+    file.write_text(recipe_json(recipe))
     directory, info = make(str(file))
     assert info.achieved_sparsity == pytest.approx(0.5, abs=1e-3)
     prepared = PreparedModel.open(directory)
@@ -146,11 +149,11 @@ def test_thresholds_fit_the_sparse_model_itself(
     inputs: dict[str, Tensor] = {}
     for name, module in model.linears.items():
         module.register_forward_pre_hook(
-            lambda m, args, name=name: inputs.update({name: args[0][:, FIRST:]})
+            lambda m, args, name=name: inputs.update({name: args[0][:, DENSE_PREFIX:]})
         )
     windows = windows_of(pyllama, text)
-    model.logits(windows, FIRST, sparse=True)
-    tokens = len(windows) * (TOKENS - FIRST)
+    model.logits(windows, DENSE_PREFIX, sparse=True)
+    tokens = len(windows) * (TOKENS - DENSE_PREFIX)
     tensors = load_file(directory / "rsparse" / "rsparse.safetensors")
     for name, module in model.linears.items():
         # Scores that nearly tie with the threshold may fall to either side.
@@ -181,7 +184,7 @@ def test_searched_recipes_lose_less_than_uniform_thresholds(
     model = SwitchableModel(prepared[0], torch.device("cpu"), torch.float32)
     held_out = Path(json.encoder.__file__)
     windows = windows_of(pyllama, held_out, samples=16)
-    best, greedy, wina = measure(model, prepared, windows, FIRST)
+    best, greedy, wina = measure(model, prepared, windows, DENSE_PREFIX)
     # Measured on 48 windows of 512: 0.25 nats against 0.45.
     assert best.kl_divergence < 0.8 * wina.kl_divergence
     assert greedy.kl_divergence < wina.kl_divergence
@@ -217,16 +220,15 @@ def test_an_edited_recipe_is_obeyed(
 ) -> None:
     linears = streamed(pyllama)[1]
     plans = {
-        one.name: LinearPlan(0.8 if one.kind.startswith("mlp") else 0.2, 1.0)
-        for one in linears
+        linear.name: LinearPlan(0.8 if linear.kind.startswith("mlp") else 0.2, 1.0)
+        for linear in linears
     }
-    sparsity = 1 - sum(
-        (1 - plans[one.name].sparsity) * one.shape[0] * one.shape[1] for one in linears
-    ) / sum(one.shape[0] * one.shape[1] for one in linears)
+    sizes = {linear.name: linear.shape[0] * linear.shape[1] for linear in linears}
+    skipped = sum(plans[name].sparsity * size for name, size in sizes.items())
+    sparsity = skipped / sum(sizes.values())
     file = tmp_path / "mine.json"
-    file.write_text(
-        Recipe("mine", "norm", "uniform", "dense", False).with_plans(plans).to_json()
-    )
+    recipe = replace(RECIPES["wina"], name="mine", linears=plans)
+    file.write_text(recipe_json(recipe))
     _, info = make(str(file), sparsity=round(sparsity, 3))
     for name, entry in info.linears.items():
         assert 1 - entry.kept_fraction == pytest.approx(plans[name].sparsity, abs=2e-3)

@@ -3,7 +3,9 @@
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,65 +18,74 @@ from vllm_rsparse.model.texts import choose_windows, load_tokenizer, read_texts
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
-from vllm_rsparse.prepare.search import evolution as search_evolution
+from vllm_rsparse.prepare.run import Run
+from vllm_rsparse.prepare.search import evolution
+from vllm_rsparse.prepare.search.allocators import ALLOCATORS
 from vllm_rsparse.prepare.search.candidates import Candidates
-from vllm_rsparse.prepare.search.evolution import MIN_RHO, Breeder
-from vllm_rsparse.prepare.store.journal import Journal
+from vllm_rsparse.prepare.search.evolution import MIN_RHO, Breeder, Evolution
+from vllm_rsparse.prepare.store.run_store import RESULTS, Key, RunStore
 
 TEXT = Path(json.decoder.__file__)
 
 
 def options(model: Path, output: Path, recipe: str, seed: int = 0) -> PrepareOptions:
     return PrepareOptions(
-        str(model), output, 0.5, (TEXT,), samples=2, tokens=40, device="cpu",
-        recipe=recipe, seed=seed,
-    )  # fmt: skip
+        str(model),
+        output,
+        0.5,
+        (TEXT,),
+        samples=2,
+        tokens=40,
+        device="cpu",
+        recipe=recipe,
+        seed=seed,
+    )
 
 
 @pytest.fixture
 def small_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_evolution, "POPULATION", 4)
-    monkeypatch.setattr(search_evolution, "GENERATIONS", 2)
+    for name, joint in (("evolutionary", False), ("evolutionary-joint", True)):
+        monkeypatch.setitem(ALLOCATORS, name, Evolution(joint, 4, 2))
 
 
-def test_losses_are_those_of_the_whole_model(pyllama: Path) -> None:
+def test_losses_are_those_of_the_whole_model(pyllama: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint(pyllama)
     model = StreamedModel(checkpoint, torch.device("cpu"), torch.float32)
     linears = find_linears(checkpoint)[0]
-    first = 4
+    prefix = 4
     text = choose_windows(
         load_tokenizer(pyllama), read_texts((TEXT,)), 2, 40, 0, 4096
     ).windows
-    widest = LinearPlan(0.0, MIN_RHO)
-    candidates = Candidates(model, linears, text, first, widest, seed=0)
-    plans = {one.name: LinearPlan(0.4, 0.9) for one in linears}
-    dense = {one.name: LinearPlan(0.0, 1.0) for one in linears}
+    run = Run(model, tuple(linears), text, prefix, 0, RunStore(tmp_path / "s", {}))
+    candidates = Candidates(run, LinearPlan(0.0, MIN_RHO))
+    plans = {linear.name: LinearPlan(0.4, 0.9) for linear in linears}
+    dense = {linear.name: LinearPlan(0.0, 1.0) for linear in linears}
     sparse_loss, dense_loss = candidates.losses([plans, dense])
 
     whole = AutoModelForCausalLM.from_pretrained(pyllama, dtype=torch.float32)
     inputs: dict[str, Tensor] = {}
-    for one in linears:
-        whole.get_submodule(one.name).register_forward_pre_hook(
-            lambda module, args, name=one.name: inputs.update({name: args[0]})
+    for linear in linears:
+        whole.get_submodule(linear.name).register_forward_pre_hook(
+            lambda module, args, name=linear.name: inputs.update({name: args[0]})
         )
-    labels = text[:, first + 1 :, None]
+    labels = text[:, prefix + 1 :, None]
 
     def loss() -> float:
-        logs = whole(text).logits[:, first:-1].log_softmax(-1)
+        logs = whole(text).logits[:, prefix:-1].log_softmax(-1)
         return -logs.gather(-1, labels).mean().item()
 
     # float32 through four layers, one window at a time or both together.
     assert dense_loss == pytest.approx(loss(), rel=1e-5)
     scores = {}
-    for one in linears:
-        norms = whole.get_submodule(one.name).weight.norm(dim=0)
-        scores[one.name] = (inputs[one.name].abs() * norms).flatten()
-    for one in linears:
-        linear = whole.get_submodule(one.name)
-        w = linear.weight.detach()
-        rank = plans[one.name].rank(one.shape)
+    for linear in linears:
+        norms = whole.get_submodule(linear.name).weight.norm(dim=0)
+        scores[linear.name] = (inputs[linear.name].abs() * norms).flatten()
+    for linear in linears:
+        module = whole.get_submodule(linear.name)
+        w = module.weight.detach()
+        rank = plans[linear.name].rank(linear.shape)
         u, s, vh = torch.linalg.svd(w)
         # In the checkpoint's dtype, as the artifact stores them.
         u, vh = (
@@ -83,9 +94,9 @@ def test_losses_are_those_of_the_whole_model(pyllama: Path) -> None:
         )
         low = u @ vh
         # Midway between two scores, as in the package.
-        count = len(scores[one.name])
-        dropped = count - round(plans[one.name].keep * count)
-        limit = scores[one.name].sort().values[dropped - 1 : dropped + 1].mean()
+        count = len(scores[linear.name])
+        dropped = count - round(plans[linear.name].keep * count)
+        limit = scores[linear.name].sort().values[dropped - 1 : dropped + 1].mean()
         norms = w.norm(dim=0)
 
         def forward(
@@ -93,9 +104,9 @@ def test_losses_are_those_of_the_whole_model(pyllama: Path) -> None:
         ) -> Tensor:
             kept = x * (x.abs() > t)
             y = kept @ w.T + (x - kept) @ low.T
-            return torch.cat([x[:, :first] @ w.T, y[:, first:]], 1)
+            return torch.cat([x[:, :prefix] @ w.T, y[:, prefix:]], 1)
 
-        linear.forward = forward
+        module.forward = forward
     expected = loss()
     # A channel near its threshold turns with the last bit of a sum; others follow.
     assert sparse_loss == pytest.approx(expected, abs=0.1 * (expected - dense_loss))
@@ -110,7 +121,7 @@ def test_plans_keep_to_the_budget_and_differ(joint: bool, sparsity: float) -> No
     breeder = Breeder(linears, sparsity, low, joint, random.Random(3))
     plans = breeder.start(5)
     plans += [breeder.child(plans) for _ in range(5)]
-    sizes = {one.name: one.shape[0] * one.shape[1] for one in linears}
+    sizes = {linear.name: linear.shape[0] * linear.shape[1] for linear in linears}
     for one in plans:
         skipped = sum(plan.sparsity * sizes[name] for name, plan in one.items())
         assert skipped / sum(sizes.values()) == pytest.approx(sparsity, abs=1e-6)
@@ -127,42 +138,41 @@ def test_an_interrupted_search_goes_on(
     pyllama: Path, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prepare(options(pyllama, tmp_path / "whole", recipe))
-    assert not list(tmp_path.glob("*.jsonl"))
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
-    calls = 0
-    note = Journal.note
+    # What the search, not the calibration after it, has found.
+    searched: list[Key] = []
+    record = RunStore.record
 
-    def interrupted(self: Journal, results: dict[str, float]) -> None:
-        nonlocal calls
-        calls += 1
-        note(self, results)
-        if calls == 2:
+    def interrupted(self: RunStore, results: Mapping[Key, Any]) -> None:
+        record(self, results)
+        searched.extend(results)
+        if len(searched) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "note", interrupted)
+        patch.setattr(RunStore, "record", interrupted)
         # One candidate at a time, however fast this machine is.
-        patch.setattr(search_evolution, "NOTE_EVERY", 0.0)
+        patch.setattr(evolution, "NOTE_EVERY", 0.0)
         with pytest.raises(KeyboardInterrupt):
             prepare(options(pyllama, tmp_path / "out", recipe))
     # The staging directory is gone.
-    (journal,) = [path for path in tmp_path.iterdir() if path.name != "whole"]
-    assert journal.name == "out.search.jsonl"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"whole", "out.search"}
     # As if it had been killed in the middle of a line.
-    journal.write_text(journal.read_text() + '{"key": "ab')
+    results = tmp_path / "out.search" / RESULTS
+    results.write_text(results.read_text() + '{"stage": "ev')
 
-    counted: list[str] = []
+    def counting(self: RunStore, results: Mapping[Key, Any]) -> None:
+        record(self, results)
+        searched.extend(results)
 
-    def counting(self: Journal, results: dict[str, float]) -> None:
-        counted.extend(results)
-        note(self, results)
-
-    monkeypatch.setattr(Journal, "note", counting)
+    monkeypatch.setattr(RunStore, "record", counting)
     again = prepare(options(pyllama, tmp_path / "out", recipe))
     assert again.tensors_sha256 == whole.tensors_sha256
-    total = 4 if recipe == "greedy" else 4 + 2 * 2
-    assert len(counted) == total - 2
-    assert not journal.exists()
+    assert len(searched) == (4 if recipe == "greedy" else 4 + 2 * 2)
+    assert len(set(searched)) == len(searched)
+    assert not results.parent.exists()
 
 
 @pytest.mark.usefixtures("small_search")
@@ -174,12 +184,3 @@ def test_seeds(pyllama: Path, tmp_path: Path) -> None:
         for i, seed in enumerate((0, 0, 1))
     ]
     assert digests[0] == digests[1] != digests[2]
-
-
-def test_a_journal_of_another_search_is_not_used(tmp_path: Path) -> None:
-    path = tmp_path / "j"
-    one = Journal(path, {"seed": 0})
-    one.note({"a": 1.0})
-    assert Journal(path, {"seed": 0}).get("a") == 1.0
-    assert Journal(path, {"seed": 1}).get("a") is None
-    assert not path.exists()

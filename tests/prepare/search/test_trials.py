@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,28 +16,49 @@ from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.model.texts import choose_windows, load_tokenizer, read_texts
 from vllm_rsparse.prepare.recipe.plan import LinearPlan, uniform
 from vllm_rsparse.prepare.recipe.planned import Planned
-from vllm_rsparse.prepare.recipe.recipes import RECIPES, Recipe
-from vllm_rsparse.prepare.search import trials as search_trials
-from vllm_rsparse.prepare.search.sensitivity import sensitivities
+from vllm_rsparse.prepare.recipe.recipes import RECIPES, TRY, Recipe
+from vllm_rsparse.prepare.run import Run
+from vllm_rsparse.prepare.search import trials
+from vllm_rsparse.prepare.search.scores import Scored
+from vllm_rsparse.prepare.search.sensitivity import (
+    LayerStates,
+    SensitivityPass,
+    sensitivities,
+)
 from vllm_rsparse.prepare.search.trials import TRIED_TOKENS, choose
-from vllm_rsparse.prepare.store.journal import Journal
-from vllm_rsparse.prepare.store.snapshots import Snapshots
+from vllm_rsparse.prepare.store.run_store import RunStore
 
-SPARSITY, FIRST, INF = 0.5, 8, float("inf")
+SPARSITY, DENSE_PREFIX, INF = 0.5, 8, float("inf")
 TRIED = ("a", "a, corrected", "b", "b, corrected", "half evenly", "without factors")
 RANK, N, K = 3, 64, 128
 
 
-def shares(
+def allocation(
     linears: list[Linear], low: float, sparsity: float
 ) -> Mapping[str, LinearPlan]:
     """At ``SPARSITY``, ``low`` for the first half and more for the others."""
     half = len(linears) // 2
     first = low + sparsity - SPARSITY
     return {
-        one.name: LinearPlan(first if i < half else 2 * sparsity - first, 1.0)
-        for i, one in enumerate(linears)
+        linear.name: LinearPlan(first if i < half else 2 * sparsity - first, 1.0)
+        for i, linear in enumerate(linears)
     }
+
+
+class States(LayerStates):
+    """Of a model whose layers change nothing."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self._hidden = hidden
+
+    def leaving(self) -> Tensor:
+        return self._hidden
+
+
+class Model:
+    """As much of a streamed model as trials that are replaced need."""
+
+    device = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -66,47 +86,42 @@ def test_the_candidate_nearest_to_the_dense_model_is_taken(
     corrected: bool,
     factors: bool,
 ) -> None:
-    linears = [Linear(f"l{i}", i, "self_attn.q_proj", (N, K)) for i in range(4)]
-    ways = {
-        "a": partial(shares, linears, 0.1),
-        "b": partial(shares, linears, 0.3),
+    linears = tuple(Linear(f"l{i}", i, "self_attn.q_proj", (N, K)) for i in range(4))
+    allocations = {
+        "a": partial(allocation, linears, 0.1),
+        "b": partial(allocation, linears, 0.3),
     }
     # "half evenly" of 0.3 and 0.5 is 0.4.
     left = iter(divergences)
-    seen: list[tuple[str, int, bool]] = []
-
-    def run_sparse(*args: Any) -> None:
-        seen.append((args[-1], len(args[3]), args[2].recipe.correction))
-
-    monkeypatch.setattr(search_trials, "run_sparse", run_sparse)
-    monkeypatch.setattr(search_trials, "divergence", lambda *args: next(left))
+    tried: list[tuple[str, int, bool]] = []
     asked: list[bool] = []
 
-    def find_ranks(*args: Any) -> dict[str, int]:
-        asked.append(args[-1])
+    def run_sparse(run: Run, planned: Planned, label: str) -> Tensor:
+        tried.append((label, len(run.windows), planned.corrected))
+        return run.windows
+
+    def find_ranks(
+        run: Run, scored: Scored, plans: Mapping[str, LinearPlan], corrected: bool
+    ) -> dict[str, int]:
+        asked.append(corrected)
         return {"l0": RANK}
 
-    monkeypatch.setattr(search_trials, "find_ranks", find_ranks)
-
-    class Model:
-        device = torch.device("cpu")
-
-        def embed(self, windows: Tensor) -> Tensor:
-            return windows
-
-    start = Planned(RECIPES["best"], {}, 1.0, {}, {"l0": torch.eye(8)}, FIRST)
+    monkeypatch.setattr(trials, "run_sparse", run_sparse)
+    monkeypatch.setattr(trials, "divergence", lambda *args: next(left))
+    monkeypatch.setattr(trials, "find_ranks", find_ranks)
     windows = torch.zeros(20, TRIED_TOKENS // 3)
-    snapshots = Snapshots(tmp_path / "search", {})
-    snapshots.put("entering.4", {"hidden": windows})
-    with Journal(tmp_path / "journal", {}) as journal:
-        best = choose(
-            Model(), linears, start, ways, {}, windows, SPARSITY, 0,  # type: ignore[arg-type]
-            journal, snapshots,
-        )  # fmt: skip
+    scored = Scored(
+        RECIPES["best"],
+        metrics={"l0": torch.eye(8)},
+        sensitivity=SensitivityPass({}, States(windows)),
+    )
+    with RunStore(tmp_path / "search", {}) as store:
+        run = Run(Model(), linears, windows, DENSE_PREFIX, 0, store)  # type: ignore[arg-type]
+        best = choose(run, scored, allocations, allocations["b"], SPARSITY)
     assert asked == [False, True]  # the factors' covariance depends on it
-    assert [(name, tried) for name, tried, _ in seen] == [(name, 4) for name in TRIED]
-    assert [correction for _, _, correction in seen[:4]] == [False, True] * 2
-    assert seen[5][2] == best.recipe.correction == corrected
+    assert [(label, windows) for label, windows, _ in tried] == [(x, 4) for x in TRIED]
+    assert [correction for _, _, correction in tried[:4]] == [False, True] * 2
+    assert tried[5][2] == best.corrected == corrected
     assert best.trials == dict(zip(TRIED, divergences, strict=True))
     # The channels of all four linears pay for the factors of one.
     paid = RANK * (N + K) / (N * K) if factors else 0.0
@@ -115,45 +130,69 @@ def test_the_candidate_nearest_to_the_dense_model_is_taken(
     mean = sum(plan.sparsity for plan in best.plans.values()) / 4
     # `with_rank` books half a rank more.
     assert mean == pytest.approx(SPARSITY, abs=0.6 * paid / RANK / 4 + 1e-9)
-    assert best.recipe.linears == best.plans
 
 
 def test_on_the_reference_model(pyllama: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint(pyllama)
     model = StreamedModel(checkpoint, torch.device("cpu"), torch.float32)
-    linears = find_linears(checkpoint)[0]
+    linears = tuple(find_linears(checkpoint)[0])
     text = read_texts((Path(json.decoder.__file__),))
     windows = choose_windows(load_tokenizer(pyllama), text, 3, 80, 0, 4096).windows
-    total = sum(n * k for n, k in (one.shape for one in linears))
-    down = sum(n * k for n, k in (o.shape for o in linears if "down" in o.name))
+    sizes = {linear.name: linear.shape[0] * linear.shape[1] for linear in linears}
+    total = sum(sizes.values())
+    down = sum(size for name, size in sizes.items() if "down" in name)
     # down_proj bears sparsity best: to spare it costs the others dearly.
     without_down = {
-        one.name: LinearPlan(
-            0.0 if "down" in one.name else SPARSITY * total / (total - down), 1.0
+        name: LinearPlan(
+            0.0 if "down" in name else SPARSITY * total / (total - down), 1.0
         )
-        for one in linears
+        for name in sizes
     }
-    ways = {
-        "bad": lambda sparsity: without_down,
-        "good": lambda sparsity: uniform(linears, sparsity, 1.0),
-    }
-    snapshots = Snapshots(tmp_path / "search", {})
-    sensitivities(model, linears, windows, FIRST, 0, snapshots)
-    recipe = Recipe("two", "norm", "uniform", "sparse", True)
-    start = Planned(recipe, {}, 1.0, {}, {}, FIRST)
-
-    def chosen(members: list[Linear], journal: Journal) -> Planned:
-        return choose(
-            model, members, start, ways, {}, windows, SPARSITY, 0, journal, snapshots
-        )  # fmt: skip
-
-    path = tmp_path / "journal"
-    with Journal(path, {}) as journal:
-        best = chosen(linears, journal)
-        assert best.plans == dict(uniform(linears, SPARSITY, 1.0))
+    even = partial(uniform, linears, rho=1.0)
+    allocations = {"bad": lambda sparsity: without_down, "good": even}
+    recipe = Recipe(
+        name="two",
+        score="norm",
+        allocation="mixed",
+        activations="sparse",
+        correction=TRY,
+    )
+    directory = tmp_path / "search"
+    with RunStore(directory, {}) as store:
+        run = Run(model, linears, windows, DENSE_PREFIX, 0, store)
+        scored = Scored(recipe, sensitivity=sensitivities(run))
+        best = choose(run, scored, allocations, even, SPARSITY)
+        assert best.plans == uniform(linears, SPARSITY, 1.0)
         assert best.trials["bad"] > best.trials["good"] > 0
-        # Known losses are not computed again.
+        # Known divergences are not computed again.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(search_trials, "run_sparse", None)
-            assert chosen(linears, journal).trials == best.trials
-    assert not path.exists()  # the run ended well
+            patch.setattr(trials, "run_sparse", None)
+            again = choose(run, scored, allocations, even, SPARSITY)
+        assert again.trials == best.trials
+    assert not directory.exists()  # the run ended well
+
+
+@pytest.mark.parametrize(
+    ("correction", "tried"),
+    [("never", ["a", "half evenly"]), ("always", ["a, corrected", "half evenly"])],
+)
+def test_a_correction_that_is_fixed_is_not_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, correction: str, tried: list[str]
+) -> None:
+    linears = (Linear("l0", 0, "self_attn.q_proj", (N, K)),)
+    monkeypatch.setattr(trials, "run_sparse", lambda *args: None)
+    monkeypatch.setattr(trials, "divergence", lambda *args: 1.0)
+    recipe = Recipe(
+        name="one",
+        score="sensitivity",
+        allocation="mixed",
+        activations="sparse",
+        correction=correction,
+    )
+    windows = torch.zeros(1, 16)
+    scored = Scored(recipe, sensitivity=SensitivityPass({}, States(windows)))
+    run = Run(Model(), linears, windows, 1, 0, RunStore(tmp_path / "s", {}))  # type: ignore[arg-type]
+    even = partial(uniform, linears, rho=1.0)
+    best = choose(run, scored, {"a": even}, even, SPARSITY)
+    assert list(best.trials) == tried
+    assert best.recipe.correction == correction

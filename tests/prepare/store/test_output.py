@@ -8,7 +8,7 @@ import pytest
 
 from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.model.checkpoint import Checkpoint
-from vllm_rsparse.prepare.store.output import StagedOutput
+from vllm_rsparse.prepare.store.output import StagedOutput, check_recipe_file
 
 BASE_FILES = (
     "model.safetensors",
@@ -147,3 +147,23 @@ def test_the_base_is_never_the_output(tmp_path: Path) -> None:
     for output in (base, base.parent, base / ".." / "base"):
         with pytest.raises(PrepareError, match="is, or contains, the base model"):
             StagedOutput(output, base, overwrite=True)
+
+
+def test_a_recipe_file_that_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "old.json").touch()
+    for path in (tmp_path / "new.json", tmp_path / "old.json"):
+        check_recipe_file(path, tmp_path / "out")
+    # OUTPUT is there by the time that the recipe is written.
+    check_recipe_file(tmp_path / "out" / "recipe.json", tmp_path / "out")
+
+
+def test_a_recipe_file_that_could_not_be_written(tmp_path: Path) -> None:
+    with pytest.raises(
+        PrepareError, match=r"--save-recipe .*no folder .*/nosuch; make"
+    ):
+        check_recipe_file(tmp_path / "nosuch" / "r.json", tmp_path / "out")
+    with pytest.raises(PrepareError, match=r"--save-recipe .* is a folder; give"):
+        check_recipe_file(tmp_path, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(PrepareError, match=r"no folder .*/file; make it"):
+        check_recipe_file(tmp_path / "file" / "r.json", tmp_path / "out")

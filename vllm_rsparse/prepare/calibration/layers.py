@@ -3,9 +3,8 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from tqdm import tqdm
 
 from vllm_rsparse.artifact.schema import LinearEntry
 from vllm_rsparse.model.linears import Linear
-from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.linear import CalibratedLinear, calibrate_linear
 from vllm_rsparse.prepare.calibration.observers import LayerInputs, input_channels
 from vllm_rsparse.prepare.calibration.propagate import (
@@ -24,10 +22,14 @@ from vllm_rsparse.prepare.calibration.propagate import (
     stages,
 )
 from vllm_rsparse.prepare.recipe.planned import Planned
-from vllm_rsparse.prepare.store.snapshots import Snapshots
+from vllm_rsparse.prepare.run import LayerLinears, Run
+from vllm_rsparse.prepare.store.run_store import Key
 from vllm_rsparse.prepare.store.writer import SafetensorsWriter, TensorSpec
 
 logger = logging.getLogger(__name__)
+
+_CALIBRATED = "calibrated"
+_HIDDEN = Key("hidden", "state")
 
 
 @dataclass
@@ -38,75 +40,72 @@ class Calibrated:
     residuals: dict[str, float] = field(default_factory=dict)
 
     def add(self, entries: dict[str, LinearEntry], residuals: dict[str, float]) -> None:
-        """What one layer brought."""
+        """Take over what one layer has."""
         self.entries |= entries
         for method, residual in residuals.items():
             self.residuals[method] = max(self.residuals.get(method, 0.0), residual)
 
 
 def calibrate_layers(
-    model: StreamedModel,
-    linears: Sequence[Linear],
-    planned: Planned,
-    windows: Tensor,
-    path: Path,
-    stored_dtype: torch.dtype,
-    seed: int,
-    snapshots: Snapshots,
+    run: Run, planned: Planned, path: Path, stored_dtype: torch.dtype
 ) -> Calibrated:
     """Write the artifact's tensors.
 
+    What is found is kept in the run's store where sparse activations are calibrated
+    on; dense ones take one forward pass, which is not worth it.
+
     Args:
-        model: the streamed base model.
-        linears: all linears that take part, layer by layer.
-        planned: what each gets.
-        windows: int64 [samples, tokens].
+        run: the model and its calibration text.
+        planned: what each linear gets.
         path: safetensors file to create.
         stored_dtype: of the factors.
-        seed: of the randomised methods.
-        snapshots: keep what was found where sparse activations are calibrated on; dense
-            ones take one forward pass, which is not worth it.
     """
-    inputs_bytes = input_channels(linears) * windows.numel() * model.dtype.itemsize
+    model, store = run.model, run.store
+    samples, tokens = run.windows.shape
+    inputs = input_channels(run.linears) * run.windows.numel() * model.dtype.itemsize
     logger.info(
         "calibrating %d linears on %d windows of %d tokens, %s on %s; the inputs of one"
         " layer take %.1f GiB",
-        len(linears), *windows.shape, str(model.dtype).removeprefix("torch."),
-        model.device, inputs_bytes / 2**30,
-    )  # fmt: skip
-    layers = [(i, list(group)) for i, group in groupby(linears, lambda one: one.layer)]
+        len(run.linears),
+        samples,
+        tokens,
+        str(model.dtype).removeprefix("torch."),
+        model.device,
+        inputs / 2**30,
+    )
     calibrated = Calibrated()
     with (
-        SafetensorsWriter(path, _specs(linears, planned, stored_dtype)) as writer,
-        tqdm(total=len(linears), desc="prepare", unit="linear") as progress,
+        SafetensorsWriter(path, _specs(run.linears, planned, stored_dtype)) as writer,
+        tqdm(total=len(run.linears), desc="prepare", unit="linear") as progress,
     ):
-        hidden, done = model.embed(windows), 0
+        hidden, done = model.embed(run.windows), 0
         sparse = planned.recipe.activations == "sparse"
-        if sparse and "hidden" in snapshots:
-            tensors, done = snapshots.get("hidden")
+        if sparse and _HIDDEN in store:
+            tensors, done = store.get(_HIDDEN)
             hidden = tensors["hidden"].to(model.device)
-        for position, (index, members) in enumerate(layers):
-            key = f"calibrated.{position}"
+        for position, layer in enumerate(run.layers):
+            key = Key(_CALIBRATED, position)
             if position < done:
-                tensors, note = snapshots.get(key)
+                tensors, note = store.get(key)
                 entries = {name: _entry(raw) for name, raw in note["entries"].items()}
-                progress.update(len(members))
+                residuals = note["residuals"]
+                progress.update(len(layer))
             else:
-                found = _Layer(model, planned, seed, progress)
-                run = found.on_sparse if sparse else found.on_dense
-                run(index, members, hidden)
-                tensors, entries = found.tensors, found.entries
-                note = {
-                    "entries": {name: asdict(one) for name, one in entries.items()},
-                    "residuals": found.residuals,
-                }
+                calibration = _LayerCalibration(run, planned, progress)
                 if sparse:
-                    snapshots.put(key, tensors, note)
-                    if snapshots.state_due():
-                        snapshots.put("hidden", {"hidden": hidden}, position + 1)
+                    calibration.on_sparse(layer, hidden)
+                else:
+                    calibration.on_dense(layer, hidden)
+                tensors, entries = calibration.tensors, calibration.entries
+                residuals = calibration.residuals
+                if sparse:
+                    raw = {name: asdict(entry) for name, entry in entries.items()}
+                    store.put(key, tensors, {"entries": raw, "residuals": residuals})
+                    if store.state_due():
+                        store.put(_HIDDEN, {"hidden": hidden}, position + 1)
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
-            calibrated.add(entries, note["residuals"])
+            calibrated.add(entries, residuals)
     if "randomised" in calibrated.residuals:
         logger.info(
             "randomised SVD: singular pairs are off by at most %.1e, relative",
@@ -115,75 +114,70 @@ def calibrate_layers(
     return calibrated
 
 
-def run_sparse(
-    model: StreamedModel,
-    linears: Sequence[Linear],
-    planned: Planned,
-    hidden: Tensor,
-    seed: int,
-    name: str,
-) -> None:
+def run_sparse(run: Run, planned: Planned, label: str) -> Tensor:
     """Calibrate on sparse activations, and keep nothing but what leaves the last layer.
 
     Args:
-        model: the streamed base model.
-        linears: all linears that take part, layer by layer.
-        planned: what each gets.
-        hidden: [samples, tokens, hidden], embedded windows; replaced.
-        seed: of the randomised methods.
-        name: what progress is reported as.
+        run: the model and the text to calibrate on.
+        planned: what each linear gets.
+        label: what progress is reported as.
+
+    Returns:
+        [samples, tokens, hidden] in the compute dtype, on the device.
     """
-    with tqdm(total=len(linears), desc=name, unit="linear", leave=False) as progress:
-        for index, members in groupby(linears, lambda one: one.layer):
-            layer = _Layer(model, planned, seed, progress)
-            layer.on_sparse(index, list(members), hidden)
+    hidden = run.model.embed(run.windows)
+    with tqdm(
+        total=len(run.linears), desc=label, unit="linear", leave=False
+    ) as progress:
+        for layer in run.layers:
+            _LayerCalibration(run, planned, progress).on_sparse(layer, hidden)
+    return hidden
 
 
-class _Layer:
+class _LayerCalibration:
     """Calibrates the linears of one layer."""
 
-    def __init__(
-        self, model: StreamedModel, planned: Planned, seed: int, progress: tqdm
-    ) -> None:
-        self._model = model
+    def __init__(self, run: Run, planned: Planned, progress: tqdm) -> None:
+        self._run = run
         self._planned = planned
-        self._seed = seed
         self._progress = progress
         self.tensors: dict[str, Tensor] = {}
         self.entries: dict[str, LinearEntry] = {}
         self.residuals: dict[str, float] = {}
 
-    def on_dense(self, index: int, members: Sequence[Linear], hidden: Tensor) -> None:
+    def on_dense(self, layer: LayerLinears, hidden: Tensor) -> None:
         """On the dense layer's activations; hidden states go through it."""
-        inputs = LayerInputs(members, hidden.shape[0] * hidden.shape[1])
-        with self._model.layer(index) as layer, inputs.observe(layer):
-            self._model.run_layer(index, hidden)
-        for linear in members:
-            self._calibrate(linear, inputs[linear.kind])
+        model = self._run.model
+        inputs = LayerInputs(layer, hidden.shape[0] * hidden.shape[1])
+        with model.layer(layer.index) as module, inputs.observe(module):
+            model.run_layer(layer.index, hidden)
+        for linear in layer:
+            self._calibrate(linear, inputs.of(linear))
 
-    def on_sparse(self, index: int, members: Sequence[Linear], hidden: Tensor) -> None:
+    def on_sparse(self, layer: LayerLinears, hidden: Tensor) -> None:
         """On activations that each linear, once sparse, changes for the later ones."""
-        first = self._planned.first
-        with self._model.layer(index) as layer, sparse_linears(layer) as sparse:
-            for stage in stages(members):
-                x = stage_input(self._model, stage[0], layer, hidden, first)
+        model, prefix = self._run.model, self._run.dense_prefix
+        with model.layer(layer.index) as module, sparse_linears(module) as sparse:
+            for stage in stages(layer):
+                x = stage_input(model, stage[0], module, hidden, prefix)
                 for linear in stage:
                     result = self._calibrate(linear, x)
-                    sparse.install(linear.kind, result.tensors, first)
-            self._model.run_layer(index, hidden)
+                    sparse.install(linear.kind, result.tensors, prefix)
+            model.run_layer(layer.index, hidden)
 
     def _calibrate(self, linear: Linear, x: Tensor) -> CalibratedLinear:
-        weight = self._model.checkpoint.read([linear.weight])[linear.weight]
+        model = self._run.model
+        weight = model.checkpoint.read([linear.weight])[linear.weight]
         scale = self._planned.scales.get(linear.name)
         metric = self._planned.metrics.get(linear.name)
-        device = self._model.device
+        device = model.device
         result = calibrate_linear(
             weight.to(device),
             x,
             self._planned.plans[linear.name],
-            _seed(self._seed, linear.name),
+            _seed(self._run.seed, linear.name),
             None if scale is None else scale.to(device),
-            self._planned.recipe.correction,
+            self._planned.corrected,
             None if metric is None else metric.to(device),
         )
         for suffix, tensor in result.tensors.items():
@@ -202,7 +196,7 @@ def _entry(raw: dict[str, Any]) -> LinearEntry:
 
 
 def _specs(
-    linears: Sequence[Linear], planned: Planned, dtype: torch.dtype
+    linears: Iterable[Linear], planned: Planned, dtype: torch.dtype
 ) -> dict[str, TensorSpec]:
     specs = {}
     for linear in linears:
@@ -212,7 +206,7 @@ def _specs(
         if rank > 0:
             specs[f"{linear.name}.u"] = TensorSpec((n, rank), dtype)
             specs[f"{linear.name}.v"] = TensorSpec((rank, k), dtype)
-        if planned.recipe.correction:
+        if planned.corrected:
             specs[f"{linear.name}.bias"] = TensorSpec((n,), torch.float32)
     return specs
 

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.artifact.schema import LinearEntry
-from vllm_rsparse.op.reference import kept_mask
+from vllm_rsparse.prepare.calibration.dropped import Dropped, count_dropped
 from vllm_rsparse.prepare.calibration.factors import Factors, truncated_svd
-from vllm_rsparse.prepare.calibration.regress import dropped_covariance, regressed
+from vllm_rsparse.prepare.calibration.regress import regressed
 from vllm_rsparse.prepare.calibration.thresholds import (
     channel_thresholds,
     column_norms,
-    row_chunks,
     score_threshold,
 )
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
@@ -71,67 +70,67 @@ def calibrate_linear(
     scale = column_norms(weight) if scale is None else scale
     thresholds = channel_thresholds(score_threshold(x, scale, plan.keep), scale)
     tensors = {"thresholds": thresholds}
-    factors = None
     rank = plan.rank((n, k))
+    dropped = count_dropped(
+        x,
+        thresholds,
+        total=correction,
+        outer=rank > 0 and metric is not None,
+        leading=ERROR_TOKENS,
+    )
+    factors = None
     if rank > 0:
         if metric is None:
             factors = truncated_svd(weight, rank, seed)
         else:
-            covariance = dropped_covariance(x, thresholds, correction)
+            covariance = dropped.covariance(centred=correction)
             factors = regressed(weight, covariance, metric, rank, seed)
         tensors["u"] = factors.u.to(weight.dtype)
         tensors["v"] = factors.v.to(weight.dtype)
     if correction:
-        tensors["bias"] = mean_dropped(weight, x, tensors)
+        tensors["bias"] = mean_lost(weight, dropped, tensors)
     entry = LinearEntry(
         shape=(n, k),
         sparsity=plan.sparsity,
         rho=plan.rho,
         rank=rank,
-        kept_fraction=kept_fraction(x, thresholds),
-        relative_error=relative_error(weight, x[:ERROR_TOKENS], tensors),
+        kept_fraction=dropped.kept_fraction,
+        relative_error=relative_error(weight, dropped, tensors),
         bias=correction,
     )
     return CalibratedLinear(tensors, entry, factors)
 
 
-def kept_fraction(x: Tensor, thresholds: Tensor) -> float:
-    """Fraction of (token, channel) pairs that the run time's comparison keeps."""
-    kept = sum(int(kept_mask(rows, thresholds).sum()) for rows in row_chunks(x))
-    return kept / x.numel()
-
-
-def mean_dropped(weight: Tensor, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+def mean_lost(weight: Tensor, dropped: Dropped, tensors: dict[str, Tensor]) -> Tensor:
     """E[W d - U V d] over the tokens, float32 [N]; d is the dropped part of x."""
-    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    for rows in row_chunks(x):
-        mask = kept_mask(rows, tensors["thresholds"])
-        total += rows.masked_fill(mask, 0).sum(0, dtype=torch.float64)
-    mean = (total / len(x)).float()
+    mean = dropped.mean.float()
     lost = weight.float() @ mean
     if "u" in tensors:
         lost -= tensors["u"].float() @ (tensors["v"].float() @ mean)
     return lost
 
 
-def relative_error(weight: Tensor, x: Tensor, tensors: dict[str, Tensor]) -> float:
+def relative_error(
+    weight: Tensor, dropped: Dropped, tensors: dict[str, Tensor]
+) -> float:
     """||y_sparse - y|| / ||y|| with y = W x, the layer's own bias left out.
 
-    Only the dropped part d of x differs: y_sparse - y = U V d + correction - W d.
+    Over the leading tokens. Only the dropped part d of x differs:
+    y_sparse - y = U V d + correction - W d.
     """
-    w = weight.to(x.dtype)
-    factors = [tensors[key].to(x.dtype) for key in ("v", "u") if key in tensors]
+    dtype = dropped.x.dtype
+    w = weight.to(dtype)
+    factors = [tensors[key].to(dtype) for key in ("v", "u") if key in tensors]
     error = energy = 0.0
-    for rows in row_chunks(x):
-        dropped = rows.masked_fill(kept_mask(rows, tensors["thresholds"]), 0)
-        difference = dropped @ w.mT
+    for x, d in dropped.leading():
+        difference = d @ w.mT
         if factors:
             v, u = factors
-            difference -= (dropped @ v.mT) @ u.mT
+            difference -= (d @ v.mT) @ u.mT
         if "bias" in tensors:
-            difference -= tensors["bias"].to(x.dtype)
+            difference -= tensors["bias"].to(dtype)
         error += _energy(difference)
-        energy += _energy(rows @ w.mT)
+        energy += _energy(x @ w.mT)
     return math.sqrt(error / energy) if energy > 0 else 0.0
 
 

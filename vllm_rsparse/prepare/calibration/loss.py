@@ -13,7 +13,7 @@ from vllm_rsparse.prepare.calibration.thresholds import CHUNK_ELEMENTS
 
 @torch.no_grad()
 def text_losses(
-    model: StreamedModel, states: Sequence[Tensor], windows: Tensor, first: int
+    model: StreamedModel, states: Sequence[Tensor], windows: Tensor, dense_prefix: int
 ) -> list[float]:
     """Mean negative log likelihood of the text (nats); infinite where it is not finite.
 
@@ -21,15 +21,15 @@ def text_losses(
         model: the streamed base model; its head is loaded once for all states.
         states: [samples, tokens, hidden] each, what leaves the last layer.
         windows: int64 [samples, tokens].
-        first: leading positions of each window that are not counted.
+        dense_prefix: leading positions of each window that are not counted.
     """
-    labels = windows[:, first + 1 :].to(model.device)
+    labels = windows[:, dense_prefix + 1 :].to(model.device)
     result = []
     with model.head() as head:
         for state in states:
             total = 0.0
             for row, wanted in zip(state, labels, strict=True):
-                logs = head(row[first:-1]).float().log_softmax(-1)
+                logs = head(row[dense_prefix:-1]).float().log_softmax(-1)
                 picked = logs.gather(-1, wanted.unsqueeze(-1))
                 total -= picked.sum(dtype=torch.float64).item()
             loss = total / labels.numel()
@@ -38,7 +38,9 @@ def text_losses(
 
 
 @torch.no_grad()
-def divergence(model: StreamedModel, state: Tensor, dense: Tensor, first: int) -> float:
+def divergence(
+    model: StreamedModel, state: Tensor, dense: Tensor, dense_prefix: int
+) -> float:
     """Mean KL(dense || sparse) of the next token's distribution (nats).
 
     Infinite where it is not finite. On few tokens it tells candidates apart better than
@@ -48,10 +50,10 @@ def divergence(model: StreamedModel, state: Tensor, dense: Tensor, first: int) -
         model: the streamed base model.
         state: [samples, tokens, hidden], what leaves the last layer.
         dense: the same of the dense model.
-        first: leading positions of each window that are not counted.
+        dense_prefix: leading positions of each window that are not counted.
     """
     total = 0.0
-    counted = state[:, first:].flatten(0, 1), dense[:, first:].flatten(0, 1)
+    counted = [x[:, dense_prefix:].flatten(0, 1) for x in (state, dense)]
     with model.head() as head:
         chunk = max(1, CHUNK_ELEMENTS // model.vocab_size)
         for rows, wanted in zip(*(part.split(chunk) for part in counted), strict=True):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.model.finite import check_activations
 from vllm_rsparse.model.linears import Linear
 
 
@@ -36,6 +37,16 @@ class LayerInputs:
         self._total = total_tokens
         self._inputs: dict[str, Tensor] = {}
         self._filled: dict[str, int] = {}
+
+    def of(self, linear: Linear) -> Tensor:
+        """Input [tokens, K] of a linear of the layer.
+
+        Raises:
+            NotFiniteError: it holds NaN or infinity.
+        """
+        x = self[linear.kind]
+        check_activations(x, f"the input of {linear.name}")
+        return x
 
     def __getitem__(self, kind: str) -> Tensor:
         """Input [tokens, K] of the layer's linear of a kind."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vllm_rsparse.model.finite import check_activations
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.op.reference import kept_mask
@@ -33,21 +34,30 @@ def stages(members: Iterable[Linear]) -> Iterator[list[Linear]]:
 
 @torch.no_grad()
 def stage_input(
-    model: StreamedModel, linear: Linear, layer: nn.Module, hidden: Tensor, first: int
+    model: StreamedModel,
+    linear: Linear,
+    layer: nn.Module,
+    hidden: Tensor,
+    dense_prefix: int,
 ) -> Tensor:
-    """What enters a linear, [samples x (tokens - first), K]; hidden states stay.
+    """What enters a linear, [samples x (tokens - dense_prefix), K].
+
+    Hidden states stay as they are.
 
     Args:
         model: the streamed model; ``layer`` is the materialised layer of ``linear``.
         linear: whose input is wanted.
         layer: with the linears that run before it already sparse.
         hidden: [samples, tokens, hidden], entering the layer.
-        first: leading positions of each window that are left out.
+        dense_prefix: leading positions of each window that are left out.
+
+    Raises:
+        NotFiniteError: it holds NaN or infinity.
     """
     rows: list[Tensor] = []
 
     def reach(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows.append(args[0][0, first:])
+        rows.append(args[0][0, dense_prefix:])
         raise _Reached
 
     handle = layer.get_submodule(linear.kind).register_forward_pre_hook(reach)
@@ -57,7 +67,9 @@ def stage_input(
                 model.call_layer(linear.layer, window)
     finally:
         handle.remove()
-    return torch.cat(rows)
+    x = torch.cat(rows)
+    check_activations(x, f"the input of {linear.name}")
+    return x
 
 
 @contextmanager
@@ -71,13 +83,15 @@ def sparse_linears(layer: nn.Module) -> Iterator["SparseLayer"]:
 
 
 class SparseLayer:
-    """Makes linears of one layer sparse from a given position on."""
+    """Makes linears of one layer sparse behind each window's dense prefix."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
         self._changed: list[nn.Module] = []
 
-    def install(self, kind: str, tensors: Mapping[str, Tensor], first: int) -> None:
+    def install(
+        self, kind: str, tensors: Mapping[str, Tensor], dense_prefix: int
+    ) -> None:
         """Run this linear sparse, with tensors named as in the artifact."""
         module = self._layer.get_submodule(kind)
         if not isinstance(module, nn.Linear):
@@ -88,7 +102,7 @@ class SparseLayer:
         ]
 
         def forward(x: Tensor) -> Tensor:
-            exact, rest = x[:, :first], x[:, first:]
+            exact, rest = x[:, :dense_prefix], x[:, dense_prefix:]
             mask = kept_mask(rest.flatten(0, 1), tensors["thresholds"]).view(rest.shape)
             y = functional.linear(rest.masked_fill(~mask, 0), weight, bias)
             if factors:

@@ -8,42 +8,18 @@ that output. Over all U V of rank r, E[e^T B e] is least for the projection
     U V = Q Q^T B W,    Q^T B Q = 1,    S B Q = Q diag(l),    S = W E[d d^T] W^T
 
 on the r eigenvectors with the largest eigenvalues l, and each eigenvalue is the cost
-that its direction takes away. d is less its mean where the constant
-correction has that.
+that its direction takes away. Where there is a constant correction, d is less its mean.
 """
 
 import torch
 from torch import Tensor
 
 from vllm_rsparse.prepare.calibration.factors import Factors
-from vllm_rsparse.prepare.calibration.thresholds import row_chunks
 
 ITERATIONS = 12
 # Directions looked for, as a share of the smaller side; the best ranks found were 13 of
 # 384 (reference model, first q_proj at 60%).
 WIDEST = 1 / 8
-
-
-def dropped_covariance(x: Tensor, thresholds: Tensor, centred: bool) -> Tensor:
-    """E[d d^T], float64 [K, K], of what thresholds drop of inputs x [tokens, K].
-
-    Args:
-        x: inputs.
-        thresholds: float32 [K].
-        centred: d less its mean.
-    """
-    k = x.shape[1]
-    total = torch.zeros(k, dtype=torch.float64, device=x.device)
-    outer = torch.zeros(k, k, dtype=torch.float64, device=x.device)
-    for rows in row_chunks(x):
-        dropped = rows.float()
-        dropped = dropped.masked_fill(dropped.abs() > thresholds, 0)
-        total += dropped.sum(0, dtype=torch.float64)
-        outer += dropped.mT @ dropped
-    if not centred:
-        return outer / len(x)
-    mean = total / len(x)
-    return outer / len(x) - torch.outer(mean, mean)
 
 
 def directions(
@@ -70,8 +46,8 @@ def directions(
     for _ in range(ITERATIONS):
         q = _orthonormal(s @ (b @ q), b)
     bq = b @ q
-    values, turn = torch.linalg.eigh(bq.mT @ s @ bq)
-    return values.flip(0).clamp_min(0), q @ turn.flip(1)
+    values, vectors = torch.linalg.eigh(bq.mT @ s @ bq)
+    return values.flip(0).clamp_min(0), q @ vectors.flip(1)
 
 
 def regressed(
@@ -84,17 +60,17 @@ def regressed(
     values, q = directions(weight, covariance, metric, seed)
     w, b = weight.double(), metric.double()
     u = torch.zeros(len(weight), rank, dtype=torch.float64, device=weight.device)
-    found = min(rank, q.shape[1])
-    u[:, :found] = q[:, :found]
+    filled = min(rank, q.shape[1])
+    u[:, :filled] = q[:, :filled]
     v = u.mT @ b @ w
     # How far the worst direction used is from an eigenvector.
-    image = w @ (covariance.double() @ (w.mT @ (b @ u[:, :found])))
-    off = torch.linalg.vector_norm(image - u[:, :found] * values[:found], dim=0)
+    image = w @ (covariance.double() @ (w.mT @ (b @ u[:, :filled])))
+    off = torch.linalg.vector_norm(image - u[:, :filled] * values[:filled], dim=0)
     off /= torch.linalg.vector_norm(image, dim=0).clamp_min(1e-300)
     # Columns of Q are as long as the metric is small; half precision has no room.
     lengths = torch.linalg.vector_norm(u, dim=0).clamp_min(1e-30)
     u, v = u / lengths, v * lengths[:, None]
-    residual = off.max().item() if found else 0.0
+    residual = off.max().item() if filled else 0.0
     return Factors(u.float(), v.float().contiguous(), "regressed", residual)
 
 
@@ -103,8 +79,8 @@ def _orthonormal(y: Tensor, b: Tensor) -> Tensor:
     if y.shape[1] == 0:
         return y
     y = y / torch.linalg.vector_norm(y, dim=0).clamp_min(1e-300)
-    values, turn = torch.linalg.eigh(y.mT @ b @ y)
+    values, vectors = torch.linalg.eigh(y.mT @ b @ y)
     seen = values > values[-1] * 1e-12
     if not seen.any() or values[-1] <= 0:
         return y[:, :0]
-    return y @ (turn[:, seen] / values[seen].sqrt())
+    return y @ (vectors[:, seen] / values[seen].sqrt())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.errors import NotFiniteError
 
 # Elements of activations handled at a time: bounds the temporaries.
 CHUNK_ELEMENTS = 1 << 20
@@ -46,7 +46,7 @@ def score_threshold(x: Tensor, norms: Tensor, keep: float) -> float:
         t; -1 where everything is kept.
 
     Raises:
-        PrepareError: the activations hold NaN or infinity.
+        NotFiniteError: the activations hold NaN or infinity.
     """
     total = x.numel()
     dropped = total - round(keep * total)
@@ -61,7 +61,15 @@ def score_threshold(x: Tensor, norms: Tensor, keep: float) -> float:
         ),
         default=largest_dropped,
     )
-    # In float32, as it is compared; between two neighbours there is nothing.
+    return midway(largest_dropped, smallest_kept)
+
+
+def midway(largest_dropped: float, smallest_kept: float) -> float:
+    """The threshold between two float32 scores, as a float32 value.
+
+    Between two neighbouring numbers there is nothing: it is then the lower one, which
+    is dropped because the comparison is strict.
+    """
     middle = torch.tensor((largest_dropped + smallest_kept) / 2).item()
     return middle if middle < smallest_kept else largest_dropped
 
@@ -77,11 +85,11 @@ def kth_smallest(chunks: Callable[[], Iterator[Tensor]], k: int) -> float:
         k: rank, from 1 to the number of values.
 
     Raises:
-        PrepareError: a value is NaN or infinite.
+        NotFiniteError: a value is NaN or infinite.
     """
     high = _histogram(_bits(chunk) >> _LOW_BITS for chunk in chunks())
     if int(high[_INFINITY_BUCKET:].sum()) > 0:
-        raise PrepareError(
+        raise NotFiniteError(
             "calibration activations hold NaN or infinity; use --dtype bfloat16 or"
             " float32, and check that the base model works"
         )

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the sparsity is shared out: a recipe maps every linear to a plan."""
+"""How the sparsity is allocated: a recipe maps every linear to a plan."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vllm_rsparse.artifact.schema import factor_rank
-from vllm_rsparse.model.linears import Linear
+
+if TYPE_CHECKING:
+    from vllm_rsparse.model.linears import Linear
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,24 @@ class LinearPlan:
         return factor_rank(*shape, self.sparsity, self.rho)
 
 
+# A way to allocate: the model's sparsity -> plans without factors, by linear.
+Allocation = Callable[[float], Mapping[str, LinearPlan]]
+
+
 def uniform(
-    linears: Iterable[Linear], sparsity: float, rho: float
+    linears: Iterable["Linear"], sparsity: float, rho: float
 ) -> dict[str, LinearPlan]:
     """The paper's uniform recipe: the same s and rho everywhere."""
     plan = LinearPlan(sparsity, rho)
     return {linear.name: plan for linear in linears}
+
+
+def mean_of(
+    first: Allocation, second: Allocation, sparsity: float
+) -> dict[str, LinearPlan]:
+    """Plans without factors that give a linear the mean of what the two give it."""
+    plans, others = first(sparsity), second(sparsity)
+    return {
+        name: LinearPlan((plan.sparsity + others[name].sparsity) / 2, 1.0)
+        for name, plan in plans.items()
+    }

@@ -8,14 +8,11 @@ pass, with nothing calibrated.
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vllm_rsparse.model.linears import Linear
-from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.factors import truncated_svd
 from vllm_rsparse.prepare.calibration.loss import text_losses
 from vllm_rsparse.prepare.calibration.observers import LayerInputs
@@ -24,8 +21,10 @@ from vllm_rsparse.prepare.calibration.thresholds import (
     KEEP_ALL,
     channel_thresholds,
     column_norms,
+    midway,
 )
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
+from vllm_rsparse.prepare.run import Run
 
 # Scores that a linear's quantiles are taken from; the kept fraction is then off by
 # 0.0014 (one standard deviation), and 224 linears take 117 MB.
@@ -35,47 +34,31 @@ STATE_BYTES = 4 << 30
 
 
 class Candidates:
-    """Evaluates plans on fixed windows.
+    """Evaluates plans on the run's windows.
 
     Args:
-        model: the streamed base model.
-        linears: all linears that take part, layer by layer.
-        windows: int64 [samples, tokens].
-        first: leading positions of each window that stay dense and are not counted.
+        run: the model and the text; positions behind its dense prefix count.
         widest: the plan with the largest rank that a candidate may have.
-        seed: of the randomised SVD.
     """
 
-    def __init__(
-        self,
-        model: StreamedModel,
-        linears: Sequence[Linear],
-        windows: Tensor,
-        first: int,
-        widest: LinearPlan,
-        seed: int,
-    ) -> None:
-        self._model = model
-        self._layers = [
-            (index, list(group)) for index, group in groupby(linears, lambda x: x.layer)
-        ]
-        self._windows = windows
-        self._first = first
+    def __init__(self, run: Run, widest: LinearPlan) -> None:
+        self._run = run
         self._tables: dict[str, _Table] = {}
-        hidden = model.embed(windows)
+        model = run.model
+        hidden = model.embed(run.windows)
         self._state_bytes = hidden.nbytes
-        with tqdm(total=len(linears), desc="quantiles", unit="linear") as progress:
-            for index, members in self._layers:
-                inputs = LayerInputs(members, windows.numel())
-                with model.layer(index) as layer, inputs.observe(layer):
-                    model.run_layer(index, hidden)
-                for linear in members:
+        with tqdm(total=len(run.linears), desc="quantiles", unit="linear") as progress:
+            for layer in run.layers:
+                inputs = LayerInputs(layer, run.windows.numel())
+                with model.layer(layer.index) as module, inputs.observe(module):
+                    model.run_layer(layer.index, hidden)
+                for linear in layer:
                     weight = model.checkpoint.read([linear.weight])[linear.weight]
                     self._tables[linear.name] = _Table(
                         weight.to(model.device),
-                        inputs[linear.kind],
+                        inputs.of(linear),
                         widest.rank(linear.shape),
-                        seed,
+                        run.seed,
                     )
                     progress.update()
 
@@ -87,20 +70,20 @@ class Candidates:
     @torch.no_grad()
     def losses(self, candidates: Sequence[Mapping[str, LinearPlan]]) -> list[float]:
         """Mean negative log likelihood of each, over the sparse positions (nats)."""
-        model, first = self._model, self._first
-        hidden = model.embed(self._windows)
+        run, model = self._run, self._run.model
+        hidden = model.embed(run.windows)
         states = [hidden.clone() for _ in candidates]
-        for index, members in self._layers:
-            with model.layer(index) as layer:
+        for layer in run.layers:
+            with model.layer(layer.index) as module:
                 for plans, state in zip(candidates, states, strict=True):
-                    with sparse_linears(layer) as sparse:
-                        for linear in members:
+                    with sparse_linears(module) as sparse:
+                        for linear in layer:
                             tensors = self._tables[linear.name].tensors(
                                 plans[linear.name], linear.shape, model.device
                             )
-                            sparse.install(linear.kind, tensors, first)
-                        model.run_layer(index, state)
-        return text_losses(model, states, self._windows, first)
+                            sparse.install(linear.kind, tensors, run.dense_prefix)
+                        model.run_layer(layer.index, state)
+        return text_losses(model, states, run.windows, run.dense_prefix)
 
 
 class _Table:
@@ -126,12 +109,17 @@ class _Table:
         self, plan: LinearPlan, shape: tuple[int, int], device: torch.device
     ) -> dict[str, Tensor]:
         """Named as in the artifact."""
-        dropped = len(self._scores) - round(plan.keep * len(self._scores))
-        # Midway between two scores, as `score_threshold` does.
-        around = self._scores[max(0, dropped - 1) : dropped + 1]
-        score = KEEP_ALL if dropped == 0 else around.mean().item()
-        result = {"thresholds": channel_thresholds(score, self._norms)}
+        thresholds = channel_thresholds(self._score(plan.keep), self._norms)
+        result = {"thresholds": thresholds}
         rank = plan.rank(shape)
         if rank > 0 and self._u is not None and self._v is not None:
             result["u"], result["v"] = self._u[:, :rank], self._v[:rank]
         return {name: tensor.to(device) for name, tensor in result.items()}
+
+    def _score(self, keep: float) -> float:
+        """The score that leaves a fraction of all scores above it."""
+        dropped = len(self._scores) - round(keep * len(self._scores))
+        if dropped == 0:
+            return KEEP_ALL
+        around = self._scores[dropped - 1 : dropped + 1].tolist()
+        return midway(around[0], around[-1])

@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's evolutionary search (its Algorithm 1), by perplexity of the whole model.
 
-A population of 32 plans goes through 5 generations. In each the better half stays and
-has as many children: every linear's genes come from one of two parents, and mutate with
-probability 0.5. The genes are rho of every linear at one common sparsity, as in the
-paper, or sparsity and rho of every linear, moved to the model's byte budget by a common
-shift of the sparsities.
+In each generation the better half of the plans stays and has as many children: every
+linear's genes come from one of two parents, and mutate with probability 0.5. The genes
+are rho of every linear at one common sparsity, as in the paper, or sparsity and rho of
+every linear, moved to the model's byte budget by a common shift of the sparsities.
 """
 
+import hashlib
 import random
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from torch import Tensor
 from tqdm import tqdm
 
 from vllm_rsparse.model.linears import Linear
-from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
+from vllm_rsparse.prepare.recipe.planned import Planned
+from vllm_rsparse.prepare.run import Run
+from vllm_rsparse.prepare.search.allocator import Allocator
 from vllm_rsparse.prepare.search.candidates import Candidates
-from vllm_rsparse.prepare.store.journal import Journal, digest
+from vllm_rsparse.prepare.search.scores import Scored
+from vllm_rsparse.prepare.store.run_store import Key, RunStore
 
-POPULATION = 32
-GENERATIONS = 5
 MUTATION = 0.5
 # The paper's start, and the standard deviations of what a mutation adds.
 START_RHO = 0.95
@@ -34,54 +35,54 @@ MIN_RHO = 0.7
 MAX_SPARSITY = 0.95
 # Seconds between results on disk, where one candidate takes no longer.
 NOTE_EVERY = 30.0
+_STAGE = "evolution"
 
 Plans = dict[str, LinearPlan]
 
 
-def evolutionary(
-    model: StreamedModel,
-    linears: Sequence[Linear],
-    windows: Tensor,
-    first: int,
-    sparsity: float,
-    joint: bool,
-    seed: int,
-    journal: Journal,
-) -> Plans:
-    """The best plans found.
+@dataclass(frozen=True)
+class Evolution(Allocator):
+    """The search, with the paper's sizes.
 
-    Args:
-        model: the streamed base model.
-        linears: all linears that take part.
-        windows: int64 [samples, tokens], the paper takes 16 samples.
-        first: leading positions of each window that stay dense.
-        sparsity: of the model, factors counted.
+    The same seed finds the same plans. Losses are kept in the run's store.
+
+    Attributes:
         joint: search sparsities too, not only rho.
-        seed: of every random choice; the same seed finds the same plans.
-        journal: keeps the losses.
+        population: plans of a generation.
+        generations: after the first.
     """
-    low = max(0.0, 2 * sparsity - 1) if joint else sparsity
-    candidates = Candidates(
-        model, linears, windows, first, LinearPlan(low, MIN_RHO), seed
-    )
-    breeder = Breeder(linears, sparsity, low, joint, random.Random(seed))
-    children = POPULATION // 2
-    total = POPULATION + GENERATIONS * children
-    with tqdm(total=total, desc="evolutionary", unit="candidate") as progress:
-        ranked: list[tuple[float, Plans]] = []
 
-        def rank(new: list[Plans]) -> list[tuple[float, Plans]]:
-            losses = _losses(candidates, new, journal, progress)
-            # Stable: of equal losses the older plan stays.
-            both = ranked + list(zip(losses, new, strict=True))
-            return sorted(both, key=lambda pair: pair[0])[:POPULATION]
+    joint: bool
+    population: int = 32
+    generations: int = 5
 
-        ranked = rank(breeder.start(POPULATION))
-        for _ in range(GENERATIONS):
-            parents = [plans for _, plans in ranked[: POPULATION - children]]
-            ranked = ranked[: POPULATION - children]
-            ranked = rank([breeder.child(parents) for _ in range(children)])
-    return ranked[0][1]
+    def allocate(self, run: Run, scored: Scored, sparsity: float) -> Planned:
+        """The best plans found; the paper takes 16 windows."""
+        # Candidates are compared as decoding would run them, behind a dense prompt,
+        # on whatever activations the thresholds are calibrated.
+        run = run.with_dense_prefix()
+        low = max(0.0, 2 * sparsity - 1) if self.joint else sparsity
+        candidates = Candidates(run, LinearPlan(low, MIN_RHO))
+        generator = random.Random(run.seed)
+        breeder = Breeder(run.linears, sparsity, low, self.joint, generator)
+        children = self.population // 2
+        survivors = self.population - children
+        total = self.population + self.generations * children
+        with tqdm(total=total, desc="evolutionary", unit="candidate") as progress:
+            ranked: list[tuple[float, Plans]] = []
+
+            def rank(new: list[Plans]) -> list[tuple[float, Plans]]:
+                losses = _losses(candidates, new, run.store, progress)
+                # Stable: of equal losses the older plan stays.
+                both = ranked + list(zip(losses, new, strict=True))
+                return sorted(both, key=lambda pair: pair[0])[: self.population]
+
+            ranked = rank(breeder.start(self.population))
+            for _ in range(self.generations):
+                ranked = ranked[:survivors]
+                parents = [plans for _, plans in ranked]
+                ranked = rank([breeder.child(parents) for _ in range(children)])
+        return scored.planned(ranked[0][1])
 
 
 class Breeder:
@@ -104,7 +105,9 @@ class Breeder:
         joint: bool,
         generator: random.Random,
     ) -> None:
-        self._sizes = {one.name: one.shape[0] * one.shape[1] for one in linears}
+        self._sizes = {
+            linear.name: linear.shape[0] * linear.shape[1] for linear in linears
+        }
         self._sparsity = sparsity
         self._low = low
         self._joint = joint
@@ -119,9 +122,9 @@ class Breeder:
 
     def child(self, parents: Sequence[Plans]) -> Plans:
         """A mutated mixture of two of them."""
-        one, other = self._random.sample(range(len(parents)), 2)
+        mother, father = self._random.sample(range(len(parents)), 2)
         mixed = {
-            name: parents[one if self._random.random() < 0.5 else other][name]
+            name: parents[mother if self._random.random() < 0.5 else father][name]
             for name in self._sizes
         }
         return self._mutated(mixed, MUTATION)
@@ -167,11 +170,11 @@ class Breeder:
 
 
 def _losses(
-    candidates: Candidates, new: Sequence[Plans], journal: Journal, progress: tqdm
+    candidates: Candidates, new: Sequence[Plans], store: RunStore, progress: tqdm
 ) -> list[float]:
-    """Losses of plans, in order; what the journal knows is not computed again."""
+    """Losses of plans, in order; what the store knows is not computed again."""
     keys = [_key(plans) for plans in new]
-    missing = [i for i, key in enumerate(keys) if journal.get(key) is None]
+    missing = [i for i, key in enumerate(keys) if store.recall(key) is None]
     progress.update(len(new) - len(missing))
     size = 1  # candidates at a time: each chunk loads every layer once
     while missing:
@@ -180,11 +183,12 @@ def _losses(
         losses = candidates.losses([new[i] for i in chunk])
         seconds = (time.monotonic() - started) / len(chunk)
         size = min(max(1, int(NOTE_EVERY / max(seconds, 1e-3))), candidates.at_once)
-        journal.note({keys[i]: loss for i, loss in zip(chunk, losses, strict=True)})
+        store.record({keys[i]: loss for i, loss in zip(chunk, losses, strict=True)})
         progress.update(len(chunk))
-        progress.set_postfix_str(f"best {journal.smallest():.4f} nats")
-    return [journal.get(key) for key in keys]
+        progress.set_postfix_str(f"best {store.smallest(_STAGE):.4f} nats")
+    return [store.recall(key) for key in keys]
 
 
-def _key(plans: Mapping[str, LinearPlan]) -> str:
-    return digest(*((name, p.sparsity, p.rho) for name, p in sorted(plans.items())))
+def _key(plans: Mapping[str, LinearPlan]) -> Key:
+    genes = tuple((name, p.sparsity, p.rho) for name, p in sorted(plans.items()))
+    return Key(_STAGE, hashlib.sha256(repr(genes).encode()).hexdigest()[:16])

@@ -1,153 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks of the factors that ``best`` gives to q and k, at the price of its channels.
+"""Ranks of the factors of q and k, at the price of their channels.
 
-Where the sparsity is shared out by one constant, an element of the weights buys
+Where the sparsity is allocated by one constant, an element of the weights buys
 
     t^2 / N    with t the score at the threshold
 
 of loss. A direction of the lost output costs N + K elements and takes away its
 eigenvalue (see ``regress``): it is worth having where that is more. This looks at the
-inputs of q and k only, which are had from what enters each layer, as ``sensitivities``
-kept it; then the channels are shared out again on what the factors leave of the budget.
+inputs of q and k only, which are found from what enters each layer, as the sensitivity
+pass kept it; then the channels are allocated again on what the factors leave of the
+budget.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from vllm_rsparse.model.linears import Linear
-from vllm_rsparse.model.streaming import StreamedModel
+from vllm_rsparse.prepare.calibration.dropped import count_dropped
 from vllm_rsparse.prepare.calibration.propagate import stage_input, stages
-from vllm_rsparse.prepare.calibration.regress import directions, dropped_covariance
+from vllm_rsparse.prepare.calibration.regress import directions
 from vllm_rsparse.prepare.calibration.thresholds import (
     channel_thresholds,
     score_threshold,
 )
-from vllm_rsparse.prepare.recipe.plan import LinearPlan
+from vllm_rsparse.prepare.recipe.plan import Allocation, LinearPlan
+from vllm_rsparse.prepare.run import LayerLinears, Run
+from vllm_rsparse.prepare.search.scores import Scored
 from vllm_rsparse.prepare.search.sensitivity import Sensitivity
-from vllm_rsparse.prepare.store.snapshots import Snapshots
-
-# Sparsity -> plans without factors.
-Share = Callable[[float], Mapping[str, LinearPlan]]
+from vllm_rsparse.prepare.store.run_store import Key
 
 
 def find_ranks(
-    model: StreamedModel,
-    linears: Sequence[Linear],
-    first: int,
-    found: Mapping[str, Sensitivity],
-    plans: Mapping[str, LinearPlan],
-    seed: int,
-    snapshots: Snapshots,
-    correction: bool,
+    run: Run, scored: Scored, plans: Mapping[str, LinearPlan], corrected: bool
 ) -> dict[str, int]:
     """Rank of the factors that each linear's dropped part is worth; 0 for most.
 
+    The ranks of a layer are kept in the run's store.
+
     Args:
-        model: the streamed base model.
-        linears: all linears that take part, layer by layer.
-        first: leading positions of each window that stay dense and do not count.
-        found: what ``sensitivities`` found.
+        run: the model and its calibration text.
+        scored: with the sensitivity pass, whose states are used.
         plans: without factors; they say what is dropped.
-        seed: of the subspace iteration.
-        snapshots: where ``sensitivities`` kept what enters each layer; the ranks of a
-            layer are kept too.
-        correction: whether a constant makes up for the mean of what is dropped.
+        corrected: whether a constant makes up for the mean of what is dropped.
     """
     ranks: dict[str, int] = {}
-    way = "corrected" if correction else "plain"
-    layers = [(i, list(group)) for i, group in groupby(linears, lambda one: one.layer)]
-    for position, (index, members) in enumerate(tqdm(layers, "factors", unit="layer")):
-        kept = f"ranks.{way}.{position}"
-        if kept not in snapshots:
-            hidden = snapshots.get(f"entering.{position}")[0]["hidden"]
-            with model.layer(index) as layer:
-                snapshots.put(
-                    kept,
-                    {},
-                    _layer_ranks(
-                        model, members, layer, hidden.to(model.device), first, found,
-                        plans, seed, correction,
-                    ),
-                )  # fmt: skip
-        ranks |= snapshots.get(kept)[1]
+    stage = "ranks.corrected" if corrected else "ranks.plain"
+    buyer = _Buyer(run, scored.gradients.linears, plans, corrected)
+    states = scored.gradients.states
+    for position, layer in enumerate(tqdm(run.layers, "factors", unit="layer")):
+        key = Key(stage, position)
+        known = run.store.recall(key)
+        if known is None:
+            hidden = states.entering(position).to(run.model.device)
+            with run.model.layer(layer.index) as module:
+                known = buyer.layer_ranks(layer, module, hidden)
+            run.store.record({key: known})
+        ranks |= known
     return ranks
 
 
 def with_factors(
-    linears: Sequence[Linear], ranks: Mapping[str, int], share: Share, sparsity: float
+    linears: Sequence[Linear],
+    ranks: Mapping[str, int],
+    allocation: Allocation,
+    sparsity: float,
 ) -> dict[str, LinearPlan]:
     """Plans of the same sparsity, with factors paid for by keeping fewer channels.
 
     Args:
         linears: all linears that take part.
         ranks: from ``find_ranks``; linears that are not in it have none.
-        share: sparsity -> plans without factors.
+        allocation: of the channels.
         sparsity: of the model, factors counted.
     """
-    dense = sum(one.shape[0] * one.shape[1] for one in linears)
-    factors = sum(ranks.get(one.name, 0) * sum(one.shape) for one in linears)
-    shares = share(min(sparsity + factors / dense, 1.0))
+    dense = sum(linear.shape[0] * linear.shape[1] for linear in linears)
+    factors = sum(ranks.get(linear.name, 0) * sum(linear.shape) for linear in linears)
+    plans = allocation(min(sparsity + factors / dense, 1.0))
     return {
-        one.name: LinearPlan.with_rank(
-            shares[one.name].keep, ranks.get(one.name, 0), one.shape
+        linear.name: LinearPlan.with_rank(
+            plans[linear.name].keep, ranks.get(linear.name, 0), linear.shape
         )
-        for one in linears
+        for linear in linears
     }
 
 
-def _layer_ranks(
-    model: StreamedModel,
-    members: Sequence[Linear],
-    layer: nn.Module,
-    hidden: Tensor,
-    first: int,
-    found: Mapping[str, Sensitivity],
-    plans: Mapping[str, LinearPlan],
-    seed: int,
-    correction: bool,
-) -> dict[str, int]:
-    ranks = {}
-    for stage in stages(members):
-        wanted = [one for one in stage if one.factors_pay]
-        if not wanted:
-            continue
-        x = stage_input(model, stage[0], layer, hidden, first)
-        for linear in wanted:
-            weight = model.checkpoint.read([linear.weight])[linear.weight]
-            keep = plans[linear.name].keep
-            ranks[linear.name] = _rank(
-                weight.to(x.device), x, found[linear.name], keep, seed, correction
-            )
-    return ranks
+@dataclass(frozen=True)
+class _Buyer:
+    """Finds the ranks that are worth their bytes."""
 
+    run: Run
+    sensitivity_of: Mapping[str, Sensitivity]
+    plans: Mapping[str, LinearPlan]
+    corrected: bool
 
-@torch.no_grad()
-def _rank(
-    weight: Tensor,
-    x: Tensor,
-    found: Sensitivity,
-    keep: float,
-    seed: int,
-    correction: bool,
-) -> int:
-    if found.metric is None:
-        return 0
-    n, k = weight.shape
-    scale, metric = found.scale.to(x.device), found.metric.to(x.device)
-    score = score_threshold(x, scale, keep)
-    if score <= 0:  # nothing is dropped
-        return 0
-    thresholds = channel_thresholds(score, scale)
-    covariance = dropped_covariance(x, thresholds, correction)
-    values, _ = directions(weight, covariance, metric, seed)
-    # Eigenvalues are of mean squares, scores of another mean: bring them to one scale.
-    w = weight.double()
-    squares = ((metric.double() @ w) * w).sum(0).clamp_min(0)
-    some = scale > 0
-    unit = (squares[some].sqrt() / scale[some].double()).median() ** 2
-    price = unit * score**2 / n
-    return int((values / (n + k) > price).sum())
+    def layer_ranks(
+        self, layer: LayerLinears, module: nn.Module, hidden: Tensor
+    ) -> dict[str, int]:
+        """Of the linears of a materialised layer, from what enters it."""
+        model = self.run.model
+        ranks = {}
+        for stage in stages(layer):
+            wanted = [linear for linear in stage if linear.factors_pay]
+            if not wanted:
+                continue
+            x = stage_input(model, stage[0], module, hidden, self.run.dense_prefix)
+            for linear in wanted:
+                weight = model.checkpoint.read([linear.weight])[linear.weight]
+                ranks[linear.name] = self._rank(linear, weight.to(x.device), x)
+        return ranks
+
+    @torch.no_grad()
+    def _rank(self, linear: Linear, weight: Tensor, x: Tensor) -> int:
+        sensitivity = self.sensitivity_of[linear.name]
+        if sensitivity.metric is None:
+            return 0
+        n, k = weight.shape
+        scale, metric = sensitivity.scale.to(x.device), sensitivity.metric.to(x.device)
+        score = score_threshold(x, scale, self.plans[linear.name].keep)
+        if score <= 0:  # nothing is dropped
+            return 0
+        thresholds = channel_thresholds(score, scale)
+        dropped = count_dropped(x, thresholds, outer=True)
+        covariance = dropped.covariance(centred=self.corrected)
+        values, _ = directions(weight, covariance, metric, self.run.seed)
+        # Eigenvalues are of mean squares, scores of another mean: bring them to one
+        # scale.
+        w = weight.double()
+        squares = ((metric.double() @ w) * w).sum(0).clamp_min(0)
+        scored = scale > 0
+        unit = (squares[scored].sqrt() / scale[scored].double()).median() ** 2
+        price = unit * score**2 / n
+        return int((values / (n + k) > price).sum())

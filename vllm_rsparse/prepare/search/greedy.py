@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Share each layer's budget by the least added error per byte, without gradients.
+"""Allocate each layer's budget by the least added error per byte, without gradients.
 
 In every layer each linear alone is made sparse at some levels, on a few windows, and
 the squared error of the layer's output is noted. Errors of several linears are taken to
@@ -9,6 +9,8 @@ least added error per byte, until the layer has the sparsity asked for. A layer 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 
 import torch
@@ -16,7 +18,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vllm_rsparse.model.linears import Linear
-from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.propagate import (
     sparse_linears,
     stage_input,
@@ -27,69 +28,65 @@ from vllm_rsparse.prepare.calibration.thresholds import (
     column_norms,
     score_threshold,
 )
-from vllm_rsparse.prepare.recipe.plan import LinearPlan
-from vllm_rsparse.prepare.store.journal import Journal
+from vllm_rsparse.prepare.recipe.plan import Allocation, LinearPlan
+from vllm_rsparse.prepare.run import LayerLinears, Run
+from vllm_rsparse.prepare.search.channels import ChannelAllocator
+from vllm_rsparse.prepare.search.scores import Scored
+from vllm_rsparse.prepare.store.run_store import Key
 
 LEVELS = (0.0, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SEARCH_WINDOWS = 4
 
 
-def measure(
-    model: StreamedModel,
-    linears: Sequence[Linear],
-    windows: Tensor,
-    first: int,
-    scales: Mapping[str, Tensor],
-    journal: Journal,
-) -> dict[str, list[float]]:
+class Greedy(ChannelAllocator):
+    """The same sparsity in every layer, within it where the output suffers least."""
+
+    def allocation(self, run: Run, scored: Scored) -> Allocation:
+        """Measures the errors of every linear alone."""
+        return partial(in_layers, run.linears, measure(run, scored.scales))
+
+
+def measure(run: Run, scales: Mapping[str, Tensor]) -> dict[str, list[float]]:
     """Squared error of the layer's output with one linear sparse at each of ``LEVELS``.
 
+    The first ``SEARCH_WINDOWS`` windows are used; the errors of a layer are kept in the
+    run's store.
+
     Args:
-        model: the streamed base model.
-        linears: all linears that take part, layer by layer.
-        windows: int64 [samples, tokens]; the first ``SEARCH_WINDOWS`` are used.
-        first: leading positions of each window that stay dense.
+        run: the model and its calibration text.
         scales: float32 [K] by linear; column norms where there is none.
-        journal: keeps the errors of every layer.
 
     Returns:
         Errors by name of linear.
     """
+    model, store = run.model, run.store
     result: dict[str, list[float]] = {}
-    with tqdm(total=len(linears), desc="greedy", unit="linear") as progress:
-        hidden = model.embed(windows[:SEARCH_WINDOWS])
-        for index, group in groupby(linears, lambda linear: linear.layer):
-            members = list(group)
-            errors: dict[str, list[float]] = {}
-            with model.layer(index) as layer:
+    with tqdm(total=len(run.linears), desc="greedy", unit="linear") as progress:
+        hidden = model.embed(run.windows[:SEARCH_WINDOWS])
+        for position, layer in enumerate(run.layers):
+            key = Key("greedy", position)
+            with model.layer(layer.index) as module:
                 exact = hidden.clone()
-                model.run_layer(index, exact)
-                known = journal.get(str(index))
-                if known is not None:
-                    errors = known
-                    progress.update(len(members))
-                for stage in stages(members) if known is None else ():
-                    x = stage_input(model, stage[0], layer, hidden, first)
-                    for linear in stage:
-                        scale = scales.get(linear.name)
-                        errors[linear.name] = _errors(
-                            model, linear, layer, hidden, exact, x, scale, first
-                        )
-                        progress.update()
-            if known is None:
-                journal.note({str(index): errors})
+                model.run_layer(layer.index, exact)
+                errors = store.recall(key)
+                if errors is None:
+                    probe = _Probe(run, module, hidden, exact)
+                    errors = probe.errors(layer, scales, progress)
+                    store.record({key: errors})
+                else:
+                    progress.update(len(layer))
             result |= errors
             hidden = exact
     return result
 
 
-def share_in_layers(
+def in_layers(
     linears: Sequence[Linear], errors: Mapping[str, Sequence[float]], sparsity: float
 ) -> dict[str, LinearPlan]:
     """Plans from ``measure``: the same sparsity in every layer, no factors."""
     plans: dict[str, LinearPlan] = {}
     for _, group in groupby(linears, lambda linear: linear.layer):
-        sizes = {one.name: one.shape[0] * one.shape[1] for one in group}
+        sizes = {linear.name: linear.shape[0] * linear.shape[1] for linear in group}
         shares = allocate({name: errors[name] for name in sizes}, sizes, sparsity)
         plans |= {name: LinearPlan(share, 1.0) for name, share in shares.items()}
     return plans
@@ -112,41 +109,61 @@ def allocate(
     shares = dict.fromkeys(errors, 0.0)
     left = sparsity * sum(sizes.values())
     for _, width, name in sorted(steps):
-        taken = min(width * sizes[name], left)
-        shares[name] += taken / sizes[name]
-        left -= taken
+        skipped = min(width * sizes[name], left)
+        shares[name] += skipped / sizes[name]
+        left -= skipped
     if left > 0:  # asked for more than the highest level: the rest evenly
         rest = left / sum(sizes.values())
         shares = {name: share + rest for name, share in shares.items()}
     return shares
 
 
-def _errors(
-    model: StreamedModel,
-    linear: Linear,
-    layer: nn.Module,
-    hidden: Tensor,
-    exact: Tensor,
-    x: Tensor,
-    scale: Tensor | None,
-    first: int,
-) -> list[float]:
-    weight = layer.get_submodule(linear.kind).weight
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{linear.name} has no weight")
-    scale = column_norms(weight) if scale is None else scale.to(x.device)
-    errors = [0.0]
-    for level in LEVELS[1:]:
-        thresholds = channel_thresholds(score_threshold(x, scale, 1 - level), scale)
-        with sparse_linears(layer) as sparse:
-            sparse.install(linear.kind, {"thresholds": thresholds}, first)
-            out = hidden.clone()
-            model.run_layer(linear.layer, out)
-        difference = (out - exact)[:, first:]
-        errors.append(
-            torch.linalg.vector_norm(difference, dtype=torch.float64).item() ** 2
-        )
-    return errors
+@dataclass(frozen=True)
+class _Probe:
+    """Makes one linear of a layer sparse at a time.
+
+    Attributes:
+        run: the model; its materialised layer is ``module``.
+        module: dense, but for what is probed.
+        hidden: [samples, tokens, hidden], entering the layer.
+        exact: the same, leaving the dense layer.
+    """
+
+    run: Run
+    module: nn.Module
+    hidden: Tensor
+    exact: Tensor
+
+    def errors(
+        self, layer: LayerLinears, scales: Mapping[str, Tensor], progress: tqdm
+    ) -> dict[str, list[float]]:
+        """Of every linear at each of ``LEVELS``."""
+        model, prefix = self.run.model, self.run.dense_prefix
+        errors = {}
+        for stage in stages(layer):
+            x = stage_input(model, stage[0], self.module, self.hidden, prefix)
+            for linear in stage:
+                errors[linear.name] = self._errors(linear, x, scales.get(linear.name))
+                progress.update()
+        return errors
+
+    def _errors(self, linear: Linear, x: Tensor, scale: Tensor | None) -> list[float]:
+        weight = self.module.get_submodule(linear.kind).weight
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{linear.name} has no weight")
+        scale = column_norms(weight) if scale is None else scale.to(x.device)
+        model, prefix = self.run.model, self.run.dense_prefix
+        errors = [0.0]
+        for level in LEVELS[1:]:
+            thresholds = channel_thresholds(score_threshold(x, scale, 1 - level), scale)
+            with sparse_linears(self.module) as sparse:
+                sparse.install(linear.kind, {"thresholds": thresholds}, prefix)
+                out = self.hidden.clone()
+                model.run_layer(linear.layer, out)
+            difference = (out - self.exact)[:, prefix:]
+            norm = torch.linalg.vector_norm(difference, dtype=torch.float64)
+            errors.append(norm.item() ** 2)
+        return errors
 
 
 def _hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

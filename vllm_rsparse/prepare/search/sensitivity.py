@@ -14,31 +14,31 @@ A channel of a linear with N outputs costs N elements to read. Keeping those wit
 
     x_j^2 a_j^2 / N  >  one constant for the whole model
 
-is the cheapest way to lose little, if errors add up independently; this shares the
-sparsity out between layers and kinds without a search. In q and k they do not: what
-is dropped there adds up (in the first q_proj to 3.4 times the sum of its parts), mostly
-in a few directions of the output, which ``search_factors`` finds from E[g g^T].
+is the cheapest way to lose little, if errors add up independently (``one_threshold``).
+In q and k they do not: what is dropped there adds up (in the first q_proj to 3.4 times
+the sum of its parts), mostly in a few directions of the output, which ``factors`` finds
+from E[g g^T].
 
 Streamed as ``prepare`` is: the forward pass keeps what enters each layer on disk, the
 backward pass loads one layer at a time again, last to first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vllm_rsparse.model.finite import check_activations
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.thresholds import row_chunks
-from vllm_rsparse.prepare.recipe.plan import LinearPlan
-from vllm_rsparse.prepare.store.snapshots import Snapshots
+from vllm_rsparse.prepare.run import LayerLinears, Run
+from vllm_rsparse.prepare.store.run_store import Key, RunStore
 
 # Scores are counted by the upper 16 bits of their float32 pattern: 128 bins an octave.
-_BINS = 1 << 16
+BINS = 1 << 16
 _MOMENT = 1.5
 
 
@@ -49,8 +49,8 @@ class Sensitivity:
     Attributes:
         scale: float32 [K] on the CPU, a_j; times |x_j| it is the score.
         counts: int64 [65536], calibration scores / sqrt(N) by upper 16 bits.
-        metric: float32 [N, N] on the CPU, E[g g^T]; None where
-            factors do not pay.
+        metric: float32 [N, N] on the CPU, E[g g^T]; None where factors do
+            not pay.
     """
 
     scale: Tensor
@@ -58,161 +58,161 @@ class Sensitivity:
     metric: Tensor | None = None
 
 
-def sensitivities(
-    model: StreamedModel,
-    linears: Sequence[Linear],
-    windows: Tensor,
-    first: int,
-    seed: int,
-    snapshots: Snapshots,
-) -> dict[str, Sensitivity]:
-    """One forward and one backward pass of the dense model over the windows.
+class LayerStates:
+    """Hidden states of the dense model between its layers, kept on disk.
 
     Args:
-        model: the streamed base model.
-        linears: all linears that take part, layer by layer.
-        windows: int64 [samples, tokens].
-        first: leading positions of each window that stay dense and do not count.
-        seed: draws the labels.
-        snapshots: keep what was found, by position in the order of the layers, and
-            ``entering.0``, ...: hidden states [samples, tokens, hidden].
+        store: where the forward pass kept them.
+        layers: how many layers it went through.
     """
-    layers = [(i, list(group)) for i, group in groupby(linears, lambda one: one.layer)]
+
+    def __init__(self, store: RunStore, layers: int) -> None:
+        self._store = store
+        self._layers = layers
+
+    def entering(self, position: int) -> Tensor:
+        """What enters a layer, [samples, tokens, hidden] on the CPU, to keep."""
+        return self._store.get(_entering(position))[0]["hidden"]
+
+    def leaving(self) -> Tensor:
+        """What leaves the last layer, as ``entering``."""
+        return self.entering(self._layers)
+
+
+@dataclass(frozen=True)
+class SensitivityPass:
+    """What one forward and one backward pass of the dense model found.
+
+    Attributes:
+        linears: by name.
+        states: of the forward pass.
+    """
+
+    linears: Mapping[str, Sensitivity]
+    states: LayerStates
+
+
+def sensitivities(run: Run) -> SensitivityPass:
+    """One forward and one backward pass of the dense model over the windows.
+
+    What enters each layer, and what is found there, is kept in the run's store.
+
+    Raises:
+        NotFiniteError: activations, logits or gradients hold NaN or infinity.
+    """
+    model, store, layers = run.model, run.store, run.layers
     result: dict[str, Sensitivity] = {}
     with tqdm(total=2 * len(layers), desc="sensitivity", unit="layer") as progress:
-        hidden = _forward(model, layers, windows, snapshots, progress)
-        gradient, reached = _start(model, hidden, len(layers), first, seed, snapshots)
+        hidden, states = _forward(run, progress)
+        gradient, reached = _start(run, hidden)
         del hidden
         for position in range(reached, len(layers)):
-            result |= _kept(snapshots, position, layers[position][1])
+            result |= _kept(store, position, layers[position])
         progress.update(len(layers) - reached)
         for position in reversed(range(reached)):
-            index, members = layers[position]
-            entering = snapshots.get(f"entering.{position}")[0]["hidden"]
-            with model.layer(index) as layer:
-                taps = {linear.kind: _Tap(linear, layer, first) for linear in members}
-                _backward(model, index, entering, gradient)
-                found = {
-                    one.name: taps[one.kind].finish(taps[one.input_group])
-                    for one in members
+            layer = layers[position]
+            with model.layer(layer.index) as module:
+                taps = {
+                    linear.kind: _Tap(linear, module, run.dense_prefix)
+                    for linear in layer
                 }
-            _keep(snapshots, position, found)
-            if snapshots.state_due():
-                snapshots.put("gradient", {"gradient": gradient}, position)
+                _backward(model, layer.index, states.entering(position), gradient)
+                found = {
+                    linear.name: taps[linear.kind].finish(taps[linear.input_group])
+                    for linear in layer
+                }
+            _keep(store, position, found)
+            if store.state_due():
+                store.put(_GRADIENT, {"gradient": gradient}, position)
             result |= found
             progress.update()
-    return result
+    return SensitivityPass(result, states)
 
 
-def _start(
-    model: StreamedModel,
-    hidden: Tensor,
-    layers: int,
-    first: int,
-    seed: int,
-    snapshots: Snapshots,
-) -> tuple[Tensor, int]:
+def _entering(position: int) -> Key:
+    return Key("entering", position)
+
+
+def _sensitivity(position: int) -> Key:
+    return Key("sensitivity", position)
+
+
+_GRADIENT = Key("gradient", "state")
+
+
+def _start(run: Run, hidden: Tensor) -> tuple[Tensor, int]:
     """Where the backward pass begins: the gradient by what enters a layer, and which.
 
     Layers from there on are known; the gradient means nothing where all are.
     """
-    if "sensitivity.0" in snapshots:  # the last that is found
+    store = run.store
+    if _sensitivity(0) in store:  # the last that is found
         return hidden, 0
-    if "gradient" in snapshots:
-        tensors, reached = snapshots.get("gradient")
-        return tensors["gradient"].to(model.device), reached
-    gradient = _output_gradient(model, hidden, first, seed)
-    snapshots.put("gradient", {"gradient": gradient}, layers)
-    return gradient, layers
+    if _GRADIENT in store:
+        tensors, reached = store.get(_GRADIENT)
+        return tensors["gradient"].to(run.model.device), reached
+    gradient = _output_gradient(run.model, hidden, run.dense_prefix, run.seed)
+    store.put(_GRADIENT, {"gradient": gradient}, len(run.layers))
+    return gradient, len(run.layers)
 
 
-def _forward(
-    model: StreamedModel,
-    layers: Sequence[tuple[int, Sequence[Linear]]],
-    windows: Tensor,
-    snapshots: Snapshots,
-    progress: tqdm,
-) -> Tensor:
-    """Keep what enters each layer; returns what leaves the last."""
-    hidden = model.embed(windows)  # also records what the layers are called with
-    snapshots.require((len(layers) + 1) * hidden.nbytes)
+def _forward(run: Run, progress: tqdm) -> tuple[Tensor, LayerStates]:
+    """Keep what enters each layer; returns what leaves the last, and where all is."""
+    model, store, layers = run.model, run.store, run.layers
+    hidden = model.embed(run.windows)  # also records what the layers are called with
+    store.require((len(layers) + 1) * hidden.nbytes)
+    states = LayerStates(store, len(layers))
     done = 0
-    while done < len(layers) and f"entering.{done + 1}" in snapshots:
+    while done < len(layers) and _entering(done + 1) in store:
         done += 1
     if done > 0:
-        hidden = snapshots.get(f"entering.{done}")[0]["hidden"].to(model.device)
+        hidden = states.entering(done).to(model.device)
     else:
-        snapshots.put("entering.0", {"hidden": hidden})
+        store.put(_entering(0), {"hidden": hidden})
     progress.update(done)
     for position in range(done, len(layers)):
-        index = layers[position][0]
+        index = layers[position].index
         with model.layer(index):
             model.run_layer(index, hidden)
-        snapshots.put(f"entering.{position + 1}", {"hidden": hidden})
+        check_activations(hidden, f"what leaves decoder layer {index}")
+        store.put(_entering(position + 1), {"hidden": hidden})
         progress.update()
-    return hidden
+    return hidden, states
 
 
 def _keep(
-    snapshots: Snapshots, position: int, found: Mapping[str, Sensitivity]
+    store: RunStore, position: int, sensitivity_of: Mapping[str, Sensitivity]
 ) -> None:
     tensors = {}
-    for name, one in found.items():
-        tensors[f"{name}.scale"] = one.scale
-        tensors[f"{name}.counts"] = one.counts
-        if one.metric is not None:
-            tensors[f"{name}.metric"] = one.metric
-    snapshots.put(f"sensitivity.{position}", tensors)
+    for name, sensitivity in sensitivity_of.items():
+        tensors[f"{name}.scale"] = sensitivity.scale
+        tensors[f"{name}.counts"] = sensitivity.counts
+        if sensitivity.metric is not None:
+            tensors[f"{name}.metric"] = sensitivity.metric
+    store.put(_sensitivity(position), tensors)
 
 
 def _kept(
-    snapshots: Snapshots, position: int, members: Sequence[Linear]
+    store: RunStore, position: int, layer: LayerLinears
 ) -> dict[str, Sensitivity]:
-    tensors, _ = snapshots.get(f"sensitivity.{position}")
+    tensors, _ = store.get(_sensitivity(position))
     return {
-        one.name: Sensitivity(
-            tensors[f"{one.name}.scale"],
-            tensors[f"{one.name}.counts"],
-            tensors.get(f"{one.name}.metric"),
+        linear.name: Sensitivity(
+            tensors[f"{linear.name}.scale"],
+            tensors[f"{linear.name}.counts"],
+            tensors.get(f"{linear.name}.metric"),
         )
-        for one in members
-    }
-
-
-def share_out(
-    linears: Sequence[Linear], found: Mapping[str, Sensitivity], sparsity: float
-) -> dict[str, LinearPlan]:
-    """Plans with one threshold on score / sqrt(N) for the whole model; no factors.
-
-    The fraction of the bin that the threshold falls into is chosen so that the plans
-    add up to ``sparsity`` exactly.
-    """
-    fractions = torch.stack(
-        [
-            found[one.name].counts.double() / found[one.name].counts.sum()
-            for one in linears
-        ]
-    )
-    elements = torch.tensor([float(n * k) for n, k in (one.shape for one in linears)])
-    weights = elements.double() / elements.sum()
-    dropped = (weights @ fractions).cumsum(0)
-    edge = min(int(torch.searchsorted(dropped, sparsity)), _BINS - 1)
-    inside = float(weights @ fractions[:, edge])
-    below = float(dropped[edge]) - inside
-    part = min(max((sparsity - below) / inside, 0.0), 1.0) if inside > 0 else 0.0
-    shares = fractions[:, :edge].sum(1) + part * fractions[:, edge]
-    return {
-        linear.name: LinearPlan(min(max(share, 0.0), 1.0), 1.0)
-        for linear, share in zip(linears, shares.tolist(), strict=True)
+        for linear in layer
     }
 
 
 class _Tap:
     """Sums of |d_j|^1.5 of one linear, and its inputs where it is their source."""
 
-    def __init__(self, linear: Linear, layer: nn.Module, first: int) -> None:
+    def __init__(self, linear: Linear, layer: nn.Module, dense_prefix: int) -> None:
+        self._name = linear.name
         self._outputs = linear.shape[0]
-        self._first = first
+        self._dense_prefix = dense_prefix
         self._source = linear.kind == linear.input_group
         module = layer.get_submodule(linear.kind)
         self._weight: Tensor = module.weight  # type: ignore[assignment]
@@ -228,12 +228,12 @@ class _Tap:
 
     def _hook(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         if self._source:
-            x = args[0].detach()[:, self._first :]
+            x = args[0].detach()[:, self._dense_prefix :]
             self._inputs.append(x.reshape(-1, x.shape[-1]))
         out.register_hook(self._add)
 
     def _add(self, gradient: Tensor) -> None:
-        counted = gradient[:, self._first :].reshape(-1, gradient.shape[-1])
+        counted = gradient[:, self._dense_prefix :].reshape(-1, gradient.shape[-1])
         d = counted @ self._weight
         self._sums = self._sums + d.float().abs_().pow_(_MOMENT).sum(0)
         if self._metric is not None:
@@ -247,12 +247,13 @@ class _Tap:
         if not isinstance(self._sums, Tensor):
             raise RuntimeError("backward did not reach the linear")
         scale = (self._sums / self._tokens).pow_(1 / _MOMENT)
-        counts = torch.zeros(_BINS, dtype=torch.int64, device=scale.device)
+        check_activations(scale, f"the gradients at {self._name}")
+        counts = torch.zeros(BINS, dtype=torch.int64, device=scale.device)
         for x in source._inputs:
             for rows in row_chunks(x):
                 score = rows.float().abs_() * (scale / self._outputs**0.5)
                 bins = (score.view(torch.int32) >> 16).flatten()
-                counts += torch.bincount(bins, minlength=_BINS)
+                counts += torch.bincount(bins, minlength=BINS)
         metric = self._metric
         if metric is not None:
             metric = (metric / self._tokens).cpu()
@@ -273,16 +274,18 @@ def _backward(
 
 
 def _output_gradient(
-    model: StreamedModel, hidden: Tensor, first: int, seed: int
+    model: StreamedModel, hidden: Tensor, dense_prefix: int, seed: int
 ) -> Tensor:
     """Gradient of the summed loss by the last layer's output, labels drawn from it."""
     gradient = torch.zeros_like(hidden)
     generator = torch.Generator(device=hidden.device).manual_seed(seed)
     with model.head() as head, torch.enable_grad():
         for row in range(len(hidden)):
-            h = hidden[row, first:].detach().clone().requires_grad_()
-            logs = head(h).float().log_softmax(-1)
+            h = hidden[row, dense_prefix:].detach().clone().requires_grad_()
+            logits = head(h)
+            check_activations(logits, "the logits")
+            logs = logits.float().log_softmax(-1)
             labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
             loss = -logs.gather(-1, labels).sum()
-            (gradient[row, first:],) = torch.autograd.grad(loss, h)
+            (gradient[row, dense_prefix:],) = torch.autograd.grad(loss, h)
     return gradient

@@ -1,46 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choices that no estimate makes well, made by trying them on the calibration text.
 
-What gradients say about sharing out ("sensitivity") holds for small errors only, so it
+What gradients say about allocating ("sensitivity") holds for small errors only, so it
 starves the first layers of a deep model; measured errors ("greedy") are of one linear
-at a time; at high sparsity neither holds, and shares closer to even ones lose less. The
+at a time; at high sparsity neither holds, and plans closer to even ones lose less. The
 constant correction is the best for a linear's own output, and harms deep models all
-the same (docs/recipes.md has what it does by kind). Nor do factors always pay. KL
-divergence in nats on the text of the trials, with factors but in the last row:
+the same. Nor do factors always pay. docs/notes/recipes.md has the measurements.
 
-    parameters, layers             7.9 M, 4         117 M, 10        47 M, 16
-                                   50%     70%      50%     70%      70%
-    sensitivity                    0.275   1.330    0.038   0.488    0.472
-      corrected                    0.265   1.220    0.045   0.806    0.845
-    greedy                         0.290   1.550    0.030   0.226    0.454
-      corrected                    0.274   1.343    0.032   0.336    0.766
-    half of each                   0.276   1.407    0.033   0.300    0.410
-      corrected                    0.270   1.247    0.037   0.482    0.738
-    the best so far, half evenly   0.306   1.385    0.030   0.198    0.322
-    the best so far, no factors    0.293   1.390    0.031   0.213    0.297
-
-So each is calibrated as the artifact will be, on ``TRIED_TOKENS`` tokens, and the one
-is taken that stays nearest to the dense model's predictions.
+So each candidate is calibrated as the artifact will be, on ``TRIED_TOKENS`` tokens, and
+the one is taken that stays nearest to the dense model's predictions.
 """
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
-from torch import Tensor
-
-from vllm_rsparse.model.linears import Linear
-from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.layers import run_sparse
 from vllm_rsparse.prepare.calibration.loss import divergence
-from vllm_rsparse.prepare.recipe.plan import LinearPlan, uniform
+from vllm_rsparse.prepare.recipe.plan import Allocation, LinearPlan, mean_of, uniform
 from vllm_rsparse.prepare.recipe.planned import Planned
-from vllm_rsparse.prepare.search.factors import Share, find_ranks, with_factors
-from vllm_rsparse.prepare.search.sensitivity import Sensitivity
-from vllm_rsparse.prepare.store.journal import Journal
-from vllm_rsparse.prepare.store.snapshots import Snapshots
+from vllm_rsparse.prepare.recipe.recipes import ALWAYS, NEVER, TRY
+from vllm_rsparse.prepare.run import Run
+from vllm_rsparse.prepare.search.allocator import Allocator
+from vllm_rsparse.prepare.search.factors import find_ranks, with_factors
+from vllm_rsparse.prepare.search.greedy import Greedy
+from vllm_rsparse.prepare.search.one_threshold import OneThreshold
+from vllm_rsparse.prepare.search.scores import Scored
+from vllm_rsparse.prepare.store.run_store import Key
 
 logger = logging.getLogger(__name__)
 
@@ -49,83 +37,105 @@ logger = logging.getLogger(__name__)
 TRIED_TOKENS = 8192
 
 
-def halved(one: Share, other: Share, sparsity: float) -> dict[str, LinearPlan]:
-    """Plans without factors that give a linear the mean of what the two give it."""
-    first, second = one(sparsity), other(sparsity)
-    return {
-        name: LinearPlan((first[name].sparsity + second[name].sparsity) / 2, 1.0)
-        for name in first
-    }
+class Mixed(Allocator):
+    """Tries two strategies and their mean, then variants of the best of them."""
+
+    needs_gradients = True
+    tries_correction = True
+
+    def allocate(self, run: Run, scored: Scored, sparsity: float) -> Planned:
+        """Calibrates up to eight candidates."""
+        greedy = Greedy().allocation(run, scored)
+        one_threshold = OneThreshold().allocation(run, scored)
+        mean = partial(mean_of, greedy, one_threshold)
+        allocations: dict[str, Allocation] = {
+            "greedy": greedy,
+            "sensitivity": one_threshold,
+            "half of each": mean,
+        }
+        return choose(run, scored, allocations, mean, sparsity)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One combination to try.
+
+    Attributes:
+        origin: name of the allocation that it stems from.
+        allocation: of the channels; with ``evened``, moved half way to even ones.
+        corrected: with the constant correction.
+        evened: see ``allocation``.
+        factors: with factors where they pay.
+    """
+
+    origin: str
+    allocation: Allocation
+    corrected: bool
+    evened: bool = False
+    factors: bool = True
+
+    @property
+    def key(self) -> Key:
+        """Of its divergence in the run's store."""
+        flags = {
+            "corrected": self.corrected,
+            "evened": self.evened,
+            "without factors": not self.factors,
+        }
+        words = [self.origin, *(word for word, given in flags.items() if given)]
+        return Key("divergence", ", ".join(words))
+
+    @property
+    def label(self) -> str:
+        """For the log and the artifact's provenance."""
+        if not self.factors:
+            return "without factors"
+        if self.evened:
+            return "half evenly"
+        return f"{self.origin}, corrected" if self.corrected else self.origin
 
 
 def choose(
-    model: StreamedModel,
-    linears: Sequence[Linear],
-    start: Planned,
-    ways: Mapping[str, Share],
-    found: Mapping[str, Sensitivity],
-    windows: Tensor,
+    run: Run,
+    scored: Scored,
+    allocations: Mapping[str, Allocation],
+    typical: Allocation,
     sparsity: float,
-    seed: int,
-    journal: Journal,
-    snapshots: Snapshots,
 ) -> Planned:
     """Plans, correction and factors, by KL divergence of what is calibrated with them.
 
     Args:
-        model: the streamed base model.
-        linears: all linears that take part, layer by layer.
-        start: the recipe, whose correction is tried if it is true; its plans are not
-            used.
-        ways: to share out the sparsity, by name; one at least.
-        found: what ``sensitivities`` found; it left what enters each layer, and what
-            leaves the last one, in ``snapshots``.
-        windows: int64 [samples, tokens].
+        run: the model and its calibration text.
+        scored: the recipe, and the sensitivity pass, whose states are compared with.
+        allocations: of the channels, by name; one at least.
+        typical: the one that ranks are bought for; they hardly depend on it.
         sparsity: of the model, factors counted.
-        seed: of the randomised methods.
-        journal: keeps the divergences.
-        snapshots: keep the ranks.
     """
-    tried = math.ceil(TRIED_TOKENS / windows.shape[1])
-    layers = len({one.layer for one in linears})
-    dense = snapshots.get(f"entering.{layers}")[0]["hidden"][:tried]
-    trials = _Trials(model, linears, windows[:tried], dense, seed, journal)
-    options = [start.with_correction(False)]
-    if start.recipe.correction:
-        options.append(start.with_correction(True))
-    # Ranks hardly depend on how the sparsity is shared out: the last way's serve all.
-    plans = list(ways.values())[-1](sparsity)
-    ranks: dict[bool, dict[str, int]] = {False: {}, True: {}}
-    if start.metrics:
-        for option in options:
-            corrected = option.recipe.correction
-            ranks[corrected] = find_ranks(
-                model, linears, start.first, found, plans, seed, snapshots, corrected
-            )
-    for name, share in ways.items():
-        for option in options:
-            corrected = option.recipe.correction
-            trials.add(
-                f"{name}, corrected" if corrected else name,
-                option.with_plans(
-                    with_factors(linears, ranks[corrected], share, sparsity)
-                ),
-                share,
-            )
-    best, share = trials.best
-    corrected = best.recipe.correction
-    evenly = partial(halved, share, partial(uniform, linears, rho=1.0))
+    corrections = _CORRECTIONS[scored.recipe.correction]
+    ranks: dict[bool, Mapping[str, int]] = {corrected: {} for corrected in corrections}
+    if scored.metrics:
+        plans = typical(sparsity)
+        for corrected in corrections:
+            ranks[corrected] = find_ranks(run, scored, plans, corrected)
+    trials = _Trials(run, scored, ranks, sparsity)
     trials.add(
-        "half evenly",
-        best.with_plans(with_factors(linears, ranks[corrected], evenly, sparsity)),
-        evenly,
+        Candidate(name, allocation, corrected)
+        for name, allocation in allocations.items()
+        for corrected in corrections
     )
-    best, share = trials.best
-    if any(ranks[corrected].values()):
-        trials.add("without factors", best.with_plans(dict(share(sparsity))), share)
-    best, _ = trials.best
+    best = trials.best
+    even = partial(uniform, run.linears, rho=1.0)
+    evened = partial(mean_of, best.allocation, even)
+    trials.add([replace(best, allocation=evened, evened=True)])
+    best = trials.best
+    if any(ranks[best.corrected].values()):
+        trials.add([replace(best, factors=False)])
     trials.report()
-    return replace(best, trials=trials.divergences)
+    return trials.planned(trials.best)
+
+
+# What a recipe's correction lets candidates have.
+_CORRECTIONS = {NEVER: [False], ALWAYS: [True], TRY: [False, True]}
 
 
 class _Trials:
@@ -133,45 +143,62 @@ class _Trials:
 
     def __init__(
         self,
-        model: StreamedModel,
-        linears: Sequence[Linear],
-        windows: Tensor,
-        dense: Tensor,
-        seed: int,
-        journal: Journal,
+        run: Run,
+        scored: Scored,
+        ranks: Mapping[bool, Mapping[str, int]],
+        sparsity: float,
     ) -> None:
-        self._model = model
-        self._linears = linears
-        self._windows = windows
-        self._dense = dense.to(model.device)
-        self._seed = seed
-        self._journal = journal
-        self._candidates: dict[str, tuple[Planned, Share]] = {}
-        self.divergences: dict[str, float] = {}
+        tried = math.ceil(TRIED_TOKENS / run.windows.shape[1])
+        self._run = run.with_windows(run.windows[:tried])
+        self._dense = scored.gradients.states.leaving()[:tried].to(run.model.device)
+        self._scored = scored
+        self._ranks = ranks
+        self._sparsity = sparsity
+        self._divergences: dict[Candidate, float] = {}
 
-    def add(self, name: str, planned: Planned, share: Share) -> None:
-        """Try a candidate."""
-        key = f"divergence {name}"
-        known = self._journal.get(key)
-        if known is None:
-            hidden = self._model.embed(self._windows)
-            run_sparse(self._model, self._linears, planned, hidden, self._seed, name)
-            known = divergence(self._model, hidden, self._dense, planned.first)
-            self._journal.note({key: known})
-        self.divergences[name] = known
-        self._candidates[name] = planned, share
+    def add(self, candidates: Iterable[Candidate]) -> None:
+        """Try them, but for those that an interrupted run has tried."""
+        store = self._run.store
+        for candidate in candidates:
+            known = store.recall(candidate.key)
+            if known is None:
+                known = self._divergence(candidate)
+                store.record({candidate.key: known})
+            self._divergences[candidate] = known
 
     @property
-    def best(self) -> tuple[Planned, Share]:
-        """The candidate with the least, the first of equal ones; how it shares out."""
-        name = min(self.divergences, key=lambda name: self.divergences[name])
-        return self._candidates[name]
+    def best(self) -> Candidate:
+        """The candidate that diverges least, the first of equal ones."""
+        return min(self._divergences, key=self._divergences.__getitem__)
+
+    def planned(self, candidate: Candidate) -> Planned:
+        """What a candidate gives every linear, and all divergences."""
+        planned = self._scored.planned(
+            self._plans(candidate), ALWAYS if candidate.corrected else NEVER
+        )
+        trials = {c.label: divergence for c, divergence in self._divergences.items()}
+        return replace(planned, trials=trials)
 
     def report(self) -> None:
         """Log what was found."""
         logger.info(
             "KL(dense || sparse) on %d windows of the calibration text, nats: %s;"
             " the least is taken",
-            len(self._windows),
-            ", ".join(f"{name} {kl:.4f}" for name, kl in self.divergences.items()),
+            len(self._run.windows),
+            ", ".join(f"{c.label} {kl:.4f}" for c, kl in self._divergences.items()),
+        )
+
+    def _divergence(self, candidate: Candidate) -> float:
+        run = self._run
+        hidden = run_sparse(run, self.planned(candidate), candidate.label)
+        return divergence(run.model, hidden, self._dense, run.dense_prefix)
+
+    def _plans(self, candidate: Candidate) -> Mapping[str, LinearPlan]:
+        if not candidate.factors:
+            return candidate.allocation(self._sparsity)
+        return with_factors(
+            self._run.linears,
+            self._ranks[candidate.corrected],
+            candidate.allocation,
+            self._sparsity,
         )

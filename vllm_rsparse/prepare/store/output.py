@@ -118,6 +118,30 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
+def check_recipe_file(path: Path, output: Path) -> None:
+    """Refuse a file to write the recipe to that could not be written in the end.
+
+    Args:
+        path: the file; it may exist.
+        output: OUTPUT, which will be there by then.
+
+    Raises:
+        PrepareError: its folder does not exist or is not writable, or it is a folder.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        problem = "is a folder; give the name of a file in it"
+    elif folder == output.absolute():
+        return
+    elif not folder.is_dir():
+        problem = f"there is no folder {folder}; make it, or choose another"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        problem = "may not be written; choose another place"
+    else:
+        return
+    raise PrepareError(f"--save-recipe {path}: {problem}")
+
+
 def check_output(output: Path, overwrite: bool) -> None:
     """Refuse a path that exists, unless it is a prepared directory to overwrite.
 

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store that runs resume from: results come back, or are absent as a whole."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.prepare.store import run_store
+from vllm_rsparse.prepare.store.run_store import RESULTS, Key, RunStore
+
+KEY = Key("stage", 0)
+
+
+def test_tensors_come_back(tmp_path: Path) -> None:
+    kept = {
+        "half": torch.randn(3, 5).bfloat16(),
+        "columns": torch.randn(3, 5)[:, ::2],
+        "counts": torch.arange(4),
+        "none": torch.empty(0, 2),
+    }
+    store = RunStore(tmp_path / "s", {"a": 1})
+    assert KEY not in store
+    assert not store.directory.exists()
+    store.put(KEY, {"half": torch.zeros(1)}, "old")
+    store.put(KEY, kept, {"b": [0.1, None]})
+    with RunStore(tmp_path / "s", {"a": 1}) as other:
+        assert KEY in other
+        assert Key("stage", 1) not in other
+        tensors, note = other.get(KEY)
+        assert tensors.keys() == kept.keys()
+        assert all(torch.equal(tensors[name], kept[name]) for name in kept)
+        tensors["half"].zero_()  # the file stays as it is
+        assert torch.equal(other.get(KEY)[0]["half"], kept["half"])
+        assert note == {"b": [0.1, None]}
+    assert not other.directory.exists()
+
+
+def test_recorded_results_come_back(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "s", {"a": 1})
+    assert store.recall(KEY) is None
+    assert not store.directory.exists()
+    store.record({KEY: {"x": [1.5, float("inf")]}, Key("stage", "0"): 3.0})
+    store.record({Key("other", "a"): 1.0, Key("other", "b"): 2.0})
+    again = RunStore(tmp_path / "s", {"a": 1})
+    assert again.recall(KEY) == {"x": [1.5, float("inf")]}
+    assert again.recall(Key("stage", "0")) == 3.0
+    assert KEY in again
+    # The stage with 0.5 is another one.
+    again.record({Key("third", "a"): 0.5})
+    assert again.smallest("other") == 1.0
+
+
+@pytest.mark.parametrize("torn", ['{"stage": "st', "null\n", '{"stage": 1}\n'])
+def test_a_line_that_a_killed_run_tore_is_dropped(tmp_path: Path, torn: str) -> None:
+    store = RunStore(tmp_path / "s", {})
+    store.record({KEY: 1.0})
+    path = store.directory / RESULTS
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn.encode())
+    again = RunStore(tmp_path / "s", {})
+    assert again.recall(KEY) == 1.0
+    assert path.read_bytes() == whole
+    again.record({Key("stage", 1): 2.0})
+    assert RunStore(tmp_path / "s", {}).recall(Key("stage", 1)) == 2.0
+
+
+def test_results_of_another_identity_are_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = RunStore(tmp_path / "s", {"--seed": 0, "same": 1, "config.json": "a"})
+    store.record({KEY: 1.0})
+    store.put(KEY, {"x": torch.ones(1)})
+    other = RunStore(tmp_path / "s", {"--seed": 1, "same": 1, "config.json": "b"})
+    with caplog.at_level(logging.WARNING):
+        assert other.recall(KEY) is None
+    assert "differs in --seed, config.json: starting again" in caplog.text
+    assert KEY not in other
+    assert list(store.directory.iterdir()) == []
+
+
+def test_errors_name_the_file_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunStore(tmp_path / "s", {})
+    store.put(KEY, {"x": torch.ones(8)})
+    with pytest.raises(
+        PrepareError, match=r"stage\.2.* cannot be read .*remove .*/s a"
+    ):
+        store.get(Key("stage", 2))
+    path = tmp_path / "s" / "stage.0.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(PrepareError, match=r"stage\.0\.safetensors: cannot be read"):
+        store.get(KEY)
+    with pytest.raises(PrepareError, match=r"/s: .* takes 1\d{18} bytes.*are free"):
+        store.require(10**18)
+    store.require(1)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_store, "save_file", full)
+    with pytest.raises(PrepareError, match=r"other.*No space left .*make room"):
+        store.put(Key("other", 0), {})
+    assert Key("other", 0) not in store
+    monkeypatch.setattr(run_store.os, "fsync", full)
+    with pytest.raises(
+        PrepareError, match=r"results\.jsonl.*No space left .*make room"
+    ):
+        store.record({KEY: 1.0})
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").touch()
+    with pytest.raises(PrepareError, match="was not made by it"):
+        RunStore(foreign, {}).put(KEY, {})
+    assert [file.name for file in foreign.iterdir()] == ["thesis.txt"]
+
+
+def test_what_the_user_put_there_stays(tmp_path: Path) -> None:
+    with RunStore(tmp_path / "s", {}) as store:
+        store.record({KEY: 1.0})
+        (store.directory / "notes.txt").touch()
+    assert [file.name for file in store.directory.iterdir()] == ["notes.txt"]

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NaN and infinity in weights and activations, told with where they are."""
+
+import torch
+from torch import Tensor
+
+from vllm_rsparse.errors import NotFiniteError
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass, without temporaries."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
+def check_weight(stored: Tensor, converted: Tensor, where: str) -> None:
+    """Refuse a weight that nothing can be calibrated with.
+
+    Args:
+        stored: in the checkpoint's dtype.
+        converted: in the dtype to compute in.
+        where: checkpoint and tensor.
+
+    Raises:
+        NotFiniteError: it holds NaN or infinity, or does once converted.
+    """
+    if is_finite(converted):
+        return
+    if is_finite(stored):
+        raise NotFiniteError(
+            f"{where} has values up to {stored.abs().max().item():.3g}, too large for"
+            f" {_name(converted.dtype)}; use --dtype bfloat16 or float32"
+        )
+    place = (~torch.isfinite(stored)).nonzero()[0].tolist()
+    raise NotFiniteError(
+        f"{where} holds {stored[tuple(place)].item()} at {place}; the file is damaged,"
+        " or the model was saved after training had diverged: download it again, or"
+        " choose another checkpoint"
+    )
+
+
+def check_activations(x: Tensor, what: str) -> None:
+    """Refuse activations that nothing can be calibrated on.
+
+    Args:
+        x: activations.
+        what: which they are: "the input of model.layers.0.mlp.up_proj".
+
+    Raises:
+        NotFiniteError: they hold NaN or infinity.
+    """
+    if not is_finite(x):
+        raise NotFiniteError(
+            f"{what}: NaN or infinity on the calibration text, although the weights"
+            " are finite; use --dtype bfloat16 or float32, and check that the base"
+            " model works"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

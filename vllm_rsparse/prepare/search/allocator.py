@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a strategy to allocate the sparsity offers; ``allocators`` lists them."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from vllm_rsparse.prepare.recipe.planned import Planned
+from vllm_rsparse.prepare.run import Run
+from vllm_rsparse.prepare.search.scores import Scored
+
+
+class Allocator(ABC):
+    """Decides what every linear gets.
+
+    Attributes:
+        needs_gradients: whether it reads ``Scored.gradients``.
+        takes_rho: whether it obeys the recipe's rho; others choose factors themselves.
+        tries_correction: whether it can settle a correction of "try".
+    """
+
+    needs_gradients: ClassVar[bool] = False
+    takes_rho: ClassVar[bool] = False
+    tries_correction: ClassVar[bool] = False
+
+    @abstractmethod
+    def allocate(self, run: Run, scored: Scored, sparsity: float) -> Planned:
+        """Plans that add up to the model's sparsity, factors counted.
+
+        Args:
+            run: the model, its calibration text, and the store of what was found.
+            scored: the recipe with its scores.
+            sparsity: fraction of the linears' bytes that are not read.
+        """

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the results of a run depend on; with another identity they are not used."""
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vllm_rsparse import __version__
+from vllm_rsparse.artifact.tensors import file_sha256
+from vllm_rsparse.model.checkpoint import COMPANIONS
+from vllm_rsparse.model.streaming import StreamedModel
+from vllm_rsparse.prepare.options import PrepareOptions
+from vllm_rsparse.prepare.recipe.files import recipe_json
+from vllm_rsparse.prepare.recipe.recipes import Recipe
+
+CONFIGS = ("config.json", "hf_quant_config.json")
+# Those whose code computes something or reads the model's files.
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def run_identity(
+    recipe: Recipe, options: PrepareOptions, model: StreamedModel, windows: Tensor
+) -> dict[str, Any]:
+    """All that the results of a run depend on, as JSON; the keys are shown to users.
+
+    Weights are told by name, size and time of change, for reading them takes minutes;
+    the smaller files (config, tokenizer, chat template) by their content.
+    """
+    checkpoint = model.checkpoint
+    return {
+        "release of vllm-rsparse": __version__,
+        "library versions": {name: version(name) for name in LIBRARIES},
+        "weights": [
+            [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+            for file in checkpoint.weight_files
+        ],
+        **{
+            name: file_sha256(checkpoint.directory / name)
+            for name in CONFIGS
+            if (checkpoint.directory / name).exists()
+        },
+        "tokenizer files": {
+            file.name: file_sha256(file) for file in _companions(checkpoint.directory)
+        },
+        "calibration windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "recipe": hashlib.sha256(recipe_json(recipe).encode()).hexdigest(),
+        "--sparsity": options.sparsity,
+        "--seed": options.seed,
+        "--device": model.device.type,
+        "--dtype": str(model.dtype),
+    }
+
+
+def _companions(directory: Path) -> list[Path]:
+    """Files next to the weights that say how text becomes tokens."""
+    files = {file for pattern in COMPANIONS for file in directory.glob(pattern)}
+    unread = ("LICENSE", "NOTICE", "generation_config")
+    return sorted(
+        file for file in files if file.is_file() and not file.name.startswith(unread)
+    )
