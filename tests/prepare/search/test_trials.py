@@ -20,11 +20,8 @@ from vllm_rsparse.prepare.recipe.recipes import RECIPES, TRY, Recipe
 from vllm_rsparse.prepare.run import Run
 from vllm_rsparse.prepare.search import trials
 from vllm_rsparse.prepare.search.scores import Scored
-from vllm_rsparse.prepare.search.sensitivity import (
-    LayerStates,
-    SensitivityPass,
-    sensitivities,
-)
+from vllm_rsparse.prepare.search.sensitivity import SensitivityPass, sensitivities
+from vllm_rsparse.prepare.search.states import LayerStates
 from vllm_rsparse.prepare.search.trials import TRIED_TOKENS, choose
 from vllm_rsparse.prepare.store.run_store import RunStore
 

@@ -67,16 +67,18 @@ def _norm(run: Run, recipe: Recipe) -> Scored:
 
 
 def _sensitivity(run: Run, recipe: Recipe) -> Scored:
-    found = sensitivities(run)
+    gradients = sensitivities(run)
     metrics = {}
     if recipe.factors == "regressed":
         metrics = {
             name: sensitivity.metric
-            for name, sensitivity in found.linears.items()
+            for name, sensitivity in gradients.linears.items()
             if sensitivity.metric is not None
         }
-    scales = {name: sensitivity.scale for name, sensitivity in found.linears.items()}
-    return Scored(recipe, scales, metrics, found)
+    scales = {
+        name: sensitivity.scale for name, sensitivity in gradients.linears.items()
+    }
+    return Scored(recipe, scales, metrics, gradients)
 
 
 # One function per entry of `recipes.SCORES`.

@@ -19,8 +19,8 @@ In q and k they do not: what is dropped there adds up (in the first q_proj to 3.
 the sum of its parts), mostly in a few directions of the output, which ``factors`` finds
 from E[g g^T].
 
-Streamed as ``prepare`` is: the forward pass keeps what enters each layer on disk, the
-backward pass loads one layer at a time again, last to first.
+Streamed as ``prepare`` is: the forward pass (``states``) keeps what enters each layer
+on disk, the backward pass loads one layer at a time again, last to first.
 """
 
 from collections.abc import Mapping
@@ -35,6 +35,7 @@ from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.thresholds import row_chunks
 from vllm_rsparse.prepare.run import LayerLinears, Run
+from vllm_rsparse.prepare.search.states import LayerStates, run_dense
 from vllm_rsparse.prepare.store.run_store import Key, RunStore
 
 # Scores are counted by the upper 16 bits of their float32 pattern: 128 bins an octave.
@@ -56,27 +57,6 @@ class Sensitivity:
     scale: Tensor
     counts: Tensor
     metric: Tensor | None = None
-
-
-class LayerStates:
-    """Hidden states of the dense model between its layers, kept on disk.
-
-    Args:
-        store: where the forward pass kept them.
-        layers: how many layers it went through.
-    """
-
-    def __init__(self, store: RunStore, layers: int) -> None:
-        self._store = store
-        self._layers = layers
-
-    def entering(self, position: int) -> Tensor:
-        """What enters a layer, [samples, tokens, hidden] on the CPU, to keep."""
-        return self._store.get(_entering(position))[0]["hidden"]
-
-    def leaving(self) -> Tensor:
-        """What leaves the last layer, as ``entering``."""
-        return self.entering(self._layers)
 
 
 @dataclass(frozen=True)
@@ -103,7 +83,7 @@ def sensitivities(run: Run) -> SensitivityPass:
     model, store, layers = run.model, run.store, run.layers
     result: dict[str, Sensitivity] = {}
     with tqdm(total=2 * len(layers), desc="sensitivity", unit="layer") as progress:
-        hidden, states = _forward(run, progress)
+        hidden, states = run_dense(run, progress)
         gradient, reached = _start(run, hidden)
         del hidden
         for position in range(reached, len(layers)):
@@ -117,20 +97,16 @@ def sensitivities(run: Run) -> SensitivityPass:
                     for linear in layer
                 }
                 _backward(model, layer.index, states.entering(position), gradient)
-                found = {
+                sensitivity_of = {
                     linear.name: taps[linear.kind].finish(taps[linear.input_group])
                     for linear in layer
                 }
-            _keep(store, position, found)
+            _keep(store, position, sensitivity_of)
             if store.state_due():
                 store.put(_GRADIENT, {"gradient": gradient}, position)
-            result |= found
+            result |= sensitivity_of
             progress.update()
     return SensitivityPass(result, states)
-
-
-def _entering(position: int) -> Key:
-    return Key("entering", position)
 
 
 def _sensitivity(position: int) -> Key:
@@ -154,30 +130,6 @@ def _start(run: Run, hidden: Tensor) -> tuple[Tensor, int]:
     gradient = _output_gradient(run.model, hidden, run.dense_prefix, run.seed)
     store.put(_GRADIENT, {"gradient": gradient}, len(run.layers))
     return gradient, len(run.layers)
-
-
-def _forward(run: Run, progress: tqdm) -> tuple[Tensor, LayerStates]:
-    """Keep what enters each layer; returns what leaves the last, and where all is."""
-    model, store, layers = run.model, run.store, run.layers
-    hidden = model.embed(run.windows)  # also records what the layers are called with
-    store.require((len(layers) + 1) * hidden.nbytes)
-    states = LayerStates(store, len(layers))
-    done = 0
-    while done < len(layers) and _entering(done + 1) in store:
-        done += 1
-    if done > 0:
-        hidden = states.entering(done).to(model.device)
-    else:
-        store.put(_entering(0), {"hidden": hidden})
-    progress.update(done)
-    for position in range(done, len(layers)):
-        index = layers[position].index
-        with model.layer(index):
-            model.run_layer(index, hidden)
-        check_activations(hidden, f"what leaves decoder layer {index}")
-        store.put(_entering(position + 1), {"hidden": hidden})
-        progress.update()
-    return hidden, states
 
 
 def _keep(
