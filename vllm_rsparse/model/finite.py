@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NaN and infinity in weights and activations, told with where they are."""
+"""NaN and infinity in weights and activations, and where they are."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a Hugging Face checkpoint to a directory that ``vllm serve`` takes.
 
-checkpoint and texts in -> streaming (one decoder layer at a time) -> observers ->
-thresholds and factors, as the recipe says -> writer out. ``pipeline.prepare`` ties
-them together, ``command`` is the command line.
+``command`` is the command line, ``pipeline.prepare`` the whole way. Imports go down:
+
+    pipeline
+    search/       scores, and strategies to allocate the sparsity to the linears
+    calibration/  from activations to thresholds, factors and constants
+    run           what all of these work on
+    store/        the output directory, and what an interrupted run resumes from
+    recipe/       what the user asked for
 """

@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         revision=args.revision,
     )
-    # torch and transformers take seconds to import; bad options are told before.
+    # torch and transformers take seconds to import; bad options are refused before.
     from vllm_rsparse.prepare.pipeline import prepare
     from vllm_rsparse.prepare.report import summary
 

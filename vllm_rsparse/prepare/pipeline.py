@@ -56,7 +56,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
         NotFiniteError: NaN or infinity in weights or activations.
         OSError: the disk is full or a file cannot be written.
     """
-    # What can be told at once is told before a download and before the tokenizer runs.
+    # What can be checked at once is, before a download and before the tokenizer runs.
     check_output(options.output, options.overwrite)
     if options.save_recipe is not None:
         check_recipe_file(options.save_recipe, options.output)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a linear can get, and how a recipe says so."""
+"""Plans of linears, and the recipes that decide on them."""

@@ -26,7 +26,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """All that the results of a run depend on, as JSON; the keys are shown to users.
 
-    Weights are told by name, size and time of change, for reading them takes minutes;
+    Weights go by name, size and time of change, because reading them takes minutes;
     the smaller files (config, tokenizer, chat template) by their content.
     """
     checkpoint = model.checkpoint

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output directory: staged beside its final place, then renamed into it.
+"""The output directory: staged next to its final place, then renamed into it.
 
 Whatever happens before the rename, OUTPUT does not exist, or is still what it was.
 """
