@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Environment variables, all of them, with their defaults.
 
-They are read once, where the model's config is built, and travel to every worker inside
-it, so that all ranks route alike whatever their own environment says.
+They are read once, where the model's config is built, and sent to every worker with it,
+so that all ranks use the same route whatever their own environment says.
 """
 
 import os
@@ -32,7 +32,7 @@ def max_sparse_tokens() -> int | None:
 
 
 def metrics_interval() -> int:
-    """Every so many sparse steps the masks are counted (250); 0 turns metrics off.
+    """One sparse step out of this many is sampled (250); 0 turns metrics off.
 
     Raises:
         ValueError: not an integer, or negative.

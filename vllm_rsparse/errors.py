@@ -38,4 +38,4 @@ class BuildError(RSparseError):
 
 
 class NodesDisagreeError(RSparseError):
-    """Nodes of one server differ where they must be alike."""
+    """Nodes of one server differ where they must be equal."""

@@ -11,10 +11,10 @@ def register() -> None:
     """Register the quantization method ``rsparse``; safe to call more than once.
 
     Everything is imported inside. vLLM only logs an error while an entry point is
-    *loaded*, and the user would read "Unknown quantization method"; an error that is
-    raised here ends every vLLM command, also those that serve other models. If our
-    modules cannot be imported, a stand-in is registered instead that refuses rsparse
-    models with the reason and leaves all others alone.
+    *loaded*, and the user would read "Unknown quantization method"; an error raised
+    here ends every vLLM command, also those that serve other models. If our modules
+    cannot be imported, a stand-in is registered that refuses rsparse models with the
+    reason and does not affect other models.
 
     Raises:
         ImportError: this vLLM has no registry of quantization methods.
@@ -36,8 +36,8 @@ def register() -> None:
     except Exception as error:
         config = _stand_in(error)
     register_quantization_config(METHOD)(config)
-    # Only the "vllm" logger gets handlers, and releases differ in when. As its child,
-    # ours uses them whenever they come; otherwise our INFO lines would vanish.
+    # Only the "vllm" logger gets handlers, at a time that depends on the release. Ours
+    # uses them as its child once they exist; otherwise our INFO lines would be lost.
     logging.getLogger("vllm_rsparse").parent = logging.getLogger("vllm")
 
 

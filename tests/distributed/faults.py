@@ -85,7 +85,7 @@ def sigterm(scene: Scene) -> Row:
 
 def artifact_missing(scene: Scene) -> Row:
     hide = f"mount -t tmpfs none {scene.model}/rsparse"
-    words = ["the nodes of this server are not alike", "node-b (10.213.77.2) has none"]
+    words = ["the nodes of this server differ", "node-b (10.213.77.2) has none"]
     return refused_at_start(scene, RAY, "no artifact on node-b", words, hide)
 
 
@@ -97,7 +97,7 @@ def artifact_differs(scene: Scene) -> Row:
     data[-1] ^= 1
     tensors.write_bytes(data)
     mount = f"mount --bind {other} {scene.model}/rsparse"
-    words = ["the nodes of this server are not alike", "node-b (10.213.77.2) has"]
+    words = ["the nodes of this server differ", "node-b (10.213.77.2) has"]
     return refused_at_start(scene, RAY, "another artifact on node-b", words, mount)
 
 

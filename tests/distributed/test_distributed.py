@@ -35,5 +35,5 @@ def test_four_ranks_on_two_ray_nodes_give_the_tokens_of_one():
 def test_node_without_the_artifact_is_named_before_weights_load(tmp_path):
     run_script("faults.py", "--only", "artifact_missing", "--keep", tmp_path)
     (log,) = (path.read_text() for path in tmp_path.glob("server*.log"))
-    assert "rsparse: the nodes of this server are not alike" in log
+    assert "rsparse: the nodes of this server differ" in log
     assert "Loading weights took" not in log

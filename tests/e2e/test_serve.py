@@ -35,7 +35,7 @@ def reference(plain_pytorch, prepared):
 
 def test_log_says_what_runs(server):
     log = server.log_path.read_text()
-    assert "rsparse: backend cpu, sparse up to 100000 tokens a step" in log
+    assert "rsparse: backend cpu, sparse up to 100000 tokens per step" in log
     # 28 linears of 6.3 million weights in float32.
     assert "rsparse: 28 linears loaded: 24.0 MiB of weights" in log
     assert "Unknown vLLM environment variable" not in log
@@ -124,7 +124,7 @@ def test_plain_checkpoint_with_artifact_and_default_route(
     with serve(pyllama, *options) as server:
         tokens = [complete(server, p)[0] for p in PROMPTS]
         log = server.log_path.read_text()
-    assert "sparse up to 2 tokens a step" in log
+    assert "sparse up to 2 tokens per step" in log
     assert_same_tokens(tokens, plain_pytorch(prepared, limit=1))
     dense = plain_pytorch(prepared, limit=0)
     assert tokens != [dense.generate(p, NEW_TOKENS)[0] for p in PROMPTS]

@@ -250,5 +250,5 @@ def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(model: str) -> None:
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
-    with pytest.raises(CheckpointError, match="is a file; give the model's directory"):
+    with pytest.raises(CheckpointError, match="is a file; pass the model's directory"):
         resolve_model(str(tmp_path / "x"))

@@ -109,7 +109,7 @@ def test_a_begin_of_sequence_token_leads_where_prompts_get_one(
         (b"", r"gone\.txt: is empty"),
         (b" \n\t\n", r"gone\.txt: is empty"),
         (b"caf\xe9 au lait", r"gone\.txt: not UTF-8 text \(byte 3\)"),
-        (b"ELF\0\0\0", r"gone\.txt: holds NUL bytes"),
+        (b"ELF\0\0\0", r"gone\.txt: contains NUL bytes"),
         (b"x = 1\n", r"has \d tokens, fewer than one window of 32"),
     ],
     ids=["missing", "empty", "blank", "latin-1", "binary", "short"],

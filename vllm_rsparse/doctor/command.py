@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(directory: Path | None) -> Iterator[Finding]:
-    """All findings; what a check raises is its finding, the others still run."""
+    """All findings; an exception becomes the check's finding, and the others run."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("versions", installation.versions),
         ("plug-in", installation.plugin),

@@ -29,7 +29,7 @@ def versions() -> Iterator[Finding]:
         yield Finding(
             Level.FAIL,
             "vllm",
-            "not installed in this environment; install it beside this package with"
+            "not installed in this environment; install it with"
             " `pip install 'vllm-rsparse[vllm]'`, or deploy/cpu/install.sh for CPU",
         )
         return
@@ -42,7 +42,7 @@ def versions() -> Iterator[Finding]:
 
 
 def plugin() -> Iterator[Finding]:
-    """That vLLM itself finds the entry point and resolves the method."""
+    """Whether vLLM itself finds the entry point and resolves the method."""
     if not entry_points(group="vllm.general_plugins", name="rsparse"):
         yield Finding(
             Level.FAIL,
@@ -93,7 +93,7 @@ def device() -> Iterator[Finding]:
         yield Finding(
             Level.FAIL,
             "device",
-            "vLLM recognises no device; is the driver installed, and this vLLM built"
+            "vLLM finds no device; is the driver installed, and is this vLLM built"
             " for it?",
         )
         return
@@ -111,7 +111,7 @@ def device() -> Iterator[Finding]:
 
 
 def backend() -> Iterator[Finding]:
-    """The backend and switch point that a model without settings of its own gets."""
+    """The backend and switch point of a model whose config has no settings."""
     from vllm.platforms import current_platform
 
     from vllm_rsparse.serving.route import choose_route

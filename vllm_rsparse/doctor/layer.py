@@ -18,7 +18,7 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """Linears that share an input: weights [N_s, K], and the artifact's tensors."""
+    """Linears with the same input: weights [N_s, K], and the artifact's tensors."""
 
     names: list[str]
     weights: list[Tensor]
@@ -31,7 +31,7 @@ class Comparison:
 
     Attributes:
         error: ||y_backend - y_definition|| / ||y_definition||; NaN where either is.
-        kept: share of the input channels that were kept, over all shards.
+        kept: fraction of the input channels that were kept, over all shards.
         tolerance: the error that rounding explains.
     """
 

@@ -66,10 +66,10 @@ def tuned_shapes(directory: Path) -> Iterator[Finding]:
 
 
 def first_layer(directory: Path) -> Iterator[Finding]:
-    """The first decoder layer, with the checkpoint's weights where they lie here.
+    """The first decoder layer, with the checkpoint's weights if they are available.
 
     Raises:
-        ArtifactError: the checkpoint beside the artifact does not fit it.
+        ArtifactError: the checkpoint next to the artifact does not match it.
     """
     opened = Artifact(find_artifact(directory))
     parsed = {name: LinearName.parse(name) for name in opened.info.linears}
@@ -86,7 +86,7 @@ def first_layer(directory: Path) -> Iterator[Finding]:
 
 
 def synthetic_layer() -> Iterator[Finding]:
-    """Random fused layers with factors: enough to see the backend work."""
+    """Random fused layers with factors: enough to check the backend."""
     torch.manual_seed(0)
     k = 256
     shards = []
@@ -113,7 +113,7 @@ def _run(layers: list[FusedLayer], what: str) -> Finding:
                 Level.FAIL,
                 "one layer",
                 f"{what}: backend {name} differs from the definition by"
-                f" {result.error:.2g} (relative, {', '.join(layer.names)}), rounding"
+                f" {result.error:.2g} (relative, {', '.join(layer.names)}); rounding"
                 f" explains {result.tolerance:g}; serve with"
                 " VLLM_RSPARSE_BACKEND=reference and report this",
             )
@@ -148,7 +148,7 @@ def _weights(directory: Path, opened: Artifact, names: list[str]) -> dict[str, T
 
 
 def _digest_of_config(directory: Path) -> str | None:
-    """The digest that config.json promises; None for a bare artifact."""
+    """The digest in config.json; None for a bare artifact."""
     if (directory / JSON_NAME).is_file():
         return None
     from vllm_rsparse.model.checkpoint import read_json

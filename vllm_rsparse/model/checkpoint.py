@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face checkpoint on disk: where it lies, its config, its tensors.
+"""A Hugging Face checkpoint on disk: its location, its config, its tensors.
 
-Nothing is kept in memory: a tensor is read from its safetensors file when asked for,
-and the file is closed again, so that mapped pages are given back too.
+Nothing is kept in memory: a tensor is read from its safetensors file on request, and
+the file is closed again, which also releases mapped pages.
 
-Of a quantized checkpoint the weights are read dequantised: what they stand for, one
-linear at a time.
+The weights of a quantized checkpoint are dequantised when they are read, one linear at
+a time.
 """
 
 import json
@@ -24,8 +24,9 @@ from vllm_rsparse.model.quantized import QuantizedLinears
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# Besides the weights, what a served model needs. Formats that vLLM would prefer to the
-# linked weights (params.json with consolidated.safetensors, *.bin, *.gguf) stay out.
+# Files that a served model needs besides the weights. Formats that vLLM would prefer to
+# the linked weights (params.json with consolidated.safetensors, *.bin, *.gguf) are not
+# included.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -72,7 +73,7 @@ class Checkpoint:
 
     Attributes:
         directory: the resolved directory.
-        config: ``config.json`` as it is.
+        config: the content of ``config.json``.
         weight_files: the safetensors files that the index lists, as named there.
         tensors: header entry of every tensor by name.
 
@@ -108,8 +109,8 @@ class Checkpoint:
     def linear_dtype(self, name: str) -> str:
         """safetensors' name of the dtype in which ``read`` gives a linear's weight.
 
-        That is how the checkpoint holds it, or, where it is quantized, how the
-        checkpoint holds the embedding.
+        This is the checkpoint's own dtype, or the embedding's if the linear is
+        quantized.
         """
         if self._quantized.layout(name) is not None:
             for tensor, info in self.tensors.items():
@@ -124,7 +125,7 @@ class Checkpoint:
         return self._quantized.any
 
     def plain_names(self) -> list[str]:
-        """Names of all tensors that a plain checkpoint of the same model would hold."""
+        """Names of all tensors that a plain checkpoint of the same model would have."""
         names: dict[str, None] = {}
         for name in self.tensors:
             module, _, suffix = name.rpartition(".")
@@ -140,7 +141,7 @@ class Checkpoint:
     def read(
         self, names: Iterable[str], dequantised: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        """Read tensors as a plain checkpoint would hold them, on the CPU.
+        """Read tensors as a plain checkpoint would have them, on the CPU.
 
         Args:
             names: the weight of a quantized linear goes by the plain name,
@@ -164,14 +165,14 @@ class Checkpoint:
         return result | self.read_stored(plain)
 
     def _quantized_linear(self, name: str) -> str | None:
-        """Name of the quantized linear whose weight is asked for, or None."""
+        """Name of the quantized linear whose weight is requested, or None."""
         linear, _, suffix = name.rpartition(".")
         if suffix != "weight" or self._quantized.layout(linear) is None:
             return None
         return linear
 
     def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read tensors as this checkpoint holds them, on the CPU.
+        """Read tensors as this checkpoint stores them, on the CPU.
 
         Raises:
             CheckpointError: a name is unknown or its file cannot be read any more.
@@ -218,7 +219,7 @@ class Checkpoint:
         for name in sorted(set(map(str, weight_map.values()))):
             if os.path.basename(name) != name:
                 raise CheckpointError(
-                    f"{index}: shard {name!r} is not a plain file name beside the index"
+                    f"{index}: shard {name!r} is not a plain file name"
                 )
             if not (self.directory / name).exists():
                 raise CheckpointError(
@@ -247,13 +248,13 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     Only config, tokenizer and safetensors files are downloaded.
 
     Raises:
-        CheckpointError: neither a directory nor a model that the Hub gives.
+        CheckpointError: neither a directory nor a model available on the Hub.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"MODEL {model}: is a file; give the model's directory")
+        raise CheckpointError(f"MODEL {model}: is a file; pass the model's directory")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise CheckpointError(f"MODEL {model}: no such directory")
     from huggingface_hub import snapshot_download
@@ -270,13 +271,14 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     # The Hub's errors derive from both: unknown or gated names, no network, bad names.
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"MODEL {model}: not a local directory, and the Hugging Face Hub did not"
-            f" give it ({error}); check the name, the network and `hf auth login`"
+            f"MODEL {model}: not a local directory, and not available from the"
+            f" Hugging Face Hub ({error}); check the name, the network and"
+            " `hf auth login`"
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; CheckpointError names the file where it is none."""
+    """Read a JSON object; otherwise raise a CheckpointError that names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

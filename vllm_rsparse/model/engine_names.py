@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which linears of a checkpoint stand behind a layer that the engine builds."""
+"""Which linears of a checkpoint correspond to a layer that the engine builds."""
 
 from collections.abc import Callable, Iterable
 
 from vllm_rsparse.model.families import kinds_of_engine_layer
 from vllm_rsparse.model.names import LinearName
 
-# What vLLM puts in front of every name of a draft model.
+# Prefix that vLLM adds to every name of a draft model.
 _DRAFT = "draft_model."
 
 
@@ -15,10 +15,10 @@ class EngineNames:
 
     Args:
         listed: the artifact's names, which are the checkpoint's.
-        renames: what the model's classes call their modules: a name before the move ->
-            the name after it, or None for what the class does not load. There may be
-            several: a wrapper's class moves the language model, whose own class is
-            asked afterwards.
+        renames: how the model's classes rename their modules: old name -> new name, or
+            None for a module that the class does not load. There may be several: a
+            wrapper's class renames the language model, whose own class is asked
+            afterwards.
     """
 
     def __init__(

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model structure: the one table of which linears a decoder layer has.
 
-A *kind* of linear is the same in every family that has it: what shares its input, how
-the engine fuses it and splits it between ranks. A *family* says which kinds each of its
-layers has and where the layers lie. Everything that must know either asks here.
+A *kind* of linear is the same in every family that has it: which kinds share its input,
+how the engine fuses it and splits it between ranks. A *family* lists the kinds of each
+of its layers, and where the layers are in the checkpoint. Nothing else in the package
+contains model structure.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,10 +20,9 @@ class LinearKind:
 
     Attributes:
         name: within the layer, "self_attn.q_proj".
-        input_group: the kind whose input is also this one's; itself for the first of
-            those that read the same tensor.
+        input_group: the first kind that reads the same input; may be this one.
         engine_layer: the layer of the engine that computes it, "self_attn.qkv_proj".
-        shard: its position among the linears that the engine fuses into that layer.
+        shard: its index among the linears that the engine fuses into that layer.
         row_parallel: tensor-parallel ranks split its input instead of its output.
         factors_pay: low-rank factors are worth their bytes.
     """
@@ -68,9 +68,9 @@ _ATTENTION = (
         "self_attn.q_proj",
         "self_attn.k_proj",
         "self_attn.v_proj",
-        # Of the others' loss the directions worth their bytes had at most 11%
-        # (down_proj; gate, up, v, o: 3%), of these two's 7 to 62% (reference model,
-        # 60%).
+        # Directions worth their bytes account for 7 to 62% of the loss of these two,
+        # and for at most 11% elsewhere (down_proj; gate, up, v, o: 3%; bundled model
+        # at 60%).
         factors_pay=("self_attn.q_proj", "self_attn.k_proj"),
     ),
     _alone("self_attn.o_proj", row_parallel=True),
@@ -114,7 +114,7 @@ class Family:
         return self.spec
 
 
-# Llama, Mistral, Qwen2, Qwen3, Gemma and what else has their seven linears.
+# Llama, Mistral, Qwen2, Qwen3, Gemma and others with the same seven linears.
 DENSE = Family()
 
 _KINDS = {kind.name: kind for kind in _DENSE_LAYER}
@@ -126,9 +126,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def kind_of(name: str | LinearName) -> LinearKind:
-    """What the table says of a linear, by its kind's name or its parsed name.
+    """The table's entry for a linear, by its kind's name or its parsed name.
 
-    A kind that no family has stands for itself: fused with nothing, column-parallel.
+    A kind that no family has is not fused, and column-parallel.
     """
     kind = name.kind if isinstance(name, LinearName) else name
     return _KINDS.get(kind) or _alone(kind)
@@ -147,7 +147,7 @@ def kinds_of_engine_layer(name: str) -> tuple[LinearKind, ...]:
 def by_engine_layer(names: Iterable[str]) -> list[list[str]]:
     """Linears' names grouped by the engine's layer that computes them.
 
-    Groups come in the order of their first member, members in that of its output.
+    Groups are in the order of their first member, members in the order of the output.
     """
     groups: dict[tuple[str, int | None, str], list[str]] = {}
     for name in names:

@@ -9,9 +9,9 @@ from typing import Any
 def release_freed_memory() -> None:
     """Return the pages of freed blocks to the system, where the C library can (glibc).
 
-    The holes that a dropped layer leaves in glibc's heap are not always filled by the
-    next one's tensors: with layers of 14 MB in bfloat16 the heap grew by up to 18 MB a
-    layer in half of the runs (glibc 2.36), as if layers were never dropped.
+    The next layer's tensors do not always fill the holes that a freed layer leaves in
+    glibc's heap: with layers of 14 MB in bfloat16 the heap grew by up to 18 MB per
+    layer in half of the runs (glibc 2.36), as if layers were never freed.
     """
     trim = _malloc_trim()
     if trim is not None:

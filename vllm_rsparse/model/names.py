@@ -17,11 +17,11 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class LinearName:
-    """A name, taken apart.
+    """A parsed name.
 
     Attributes:
         path: of the list of decoder layers, ``model.layers``; may be empty.
-        layer: index of the decoder layer; None for a linear outside of any.
+        layer: index of the decoder layer; None for a linear outside the layers.
         kind: name within the layer, ``self_attn.q_proj``; the whole name outside of
             any layer.
     """
@@ -32,7 +32,7 @@ class LinearName:
 
     @classmethod
     def parse(cls, name: str) -> "LinearName":
-        """Take a name apart at its first number; every string is some name."""
+        """Split a name at its first number; every string is a valid name."""
         match = _NAME.fullmatch(name)
         if match is None:
             return cls("", None, name)
@@ -50,7 +50,7 @@ class LinearName:
 
     @property
     def in_any_layer(self) -> tuple[str, str]:
-        """What the same linear of all decoder layers has in common."""
+        """The part of the name that is the same in all decoder layers."""
         return self.path, self.kind
 
     def of_kind(self, kind: str) -> "LinearName":

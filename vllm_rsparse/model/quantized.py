@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized linears of a checkpoint: where they are, and the weights they stand for."""
+"""Quantized linears of a checkpoint: where they are, and their dequantised weights."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -129,13 +129,13 @@ class QuantizedLinears:
         dtype: torch.dtype,
         read: Callable[[Iterable[str]], dict[str, Tensor]],
     ) -> Tensor:
-        """The weight that a quantized linear stands for.
+        """The dequantised weight of a quantized linear.
 
         Args:
             name: of the linear.
             layout: of the linear.
             dtype: of the result; the arithmetic is float32.
-            read: gives tensors of the checkpoint by name.
+            read: returns tensors of the checkpoint by name.
 
         Returns:
             [N, K], contiguous.

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dense model, run one decoder layer at a time.
 
-The model's own code (transformers) does all the arithmetic; only its weights come and
-go. The skeleton lives on the meta device. The embedding is loaded, the model's own
-forward is run with its decoder layers replaced by recorders, which yields the first
-hidden states and the arguments (rotary embeddings, attention masks by layer type) that
-each layer is called with. After that one layer at a time is loaded, run and dropped, so
-peak memory does not depend on the number of layers.
+The model's own code (transformers) does all the arithmetic; only its weights are loaded
+and freed. The skeleton is on the meta device. The embedding is loaded, and the model's
+own forward runs with its decoder layers replaced by recorders, which yields the first
+hidden states and the arguments (rotary embeddings, attention masks by layer type) of
+each layer. After that one layer at a time is loaded, run and freed, so peak memory does
+not depend on the number of layers.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ class StreamedModel:
         prefix = self._model.base_model_prefix
         if not isinstance(layers, nn.ModuleList) or prefix != "model":
             raise CheckpointError(
-                f"{checkpoint.directory}: {type(self._model).__name__} does not keep"
+                f"{checkpoint.directory}: {type(self._model).__name__} does not have"
                 f" its decoder layers at {self._layer_path}; it is not supported"
             )
         self._layers = layers
@@ -86,7 +86,7 @@ class StreamedModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """The decoder layer with its weights; they are dropped on leaving."""
+        """The decoder layer with its weights, which the end of the block frees."""
         module = self._layers[index]
         self._materialise(module, f"{self._layer_path}.{index}")
         try:
@@ -166,11 +166,11 @@ class StreamedModel:
         return converted
 
     def _initialise_buffers(self, module: nn.Module, where: str) -> None:
-        """Compute what no checkpoint holds (rotary frequencies, embedding scales).
+        """Compute what no checkpoint contains (rotary frequencies, embedding scales).
 
         ``_init_weights`` is the method that each model overrides for this, and that
-        ``from_pretrained`` calls for the same purpose. Loaded parameters carry the mark
-        by which it leaves them alone.
+        ``from_pretrained`` calls for the same purpose. Loaded parameters are marked, so
+        it does not change them.
         """
         for parameter in module.parameters(recurse=False):
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -212,7 +212,7 @@ class StreamedModel:
         finally:
             for layer in self._layers:
                 del layer.forward
-        # The same for all windows: they have one length and no padding.
+        # The same for all windows: they have the same length and no padding.
         self._arguments = recorded
         return first[0]
 

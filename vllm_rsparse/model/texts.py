@@ -60,21 +60,21 @@ def choose_windows(
 ) -> CalibrationText:
     """Draw non-overlapping windows of tokens from texts.
 
-    The texts' tokens are joined in the order given and cut into windows; ``samples`` of
-    them are drawn without replacement. Where the tokenizer puts a begin-of-sequence
-    token before a prompt, every window starts with it too, as in serving.
+    The texts' tokens are joined in the given order and cut into windows; ``samples`` of
+    them are drawn without replacement. If the tokenizer puts a begin-of-sequence token
+    before a prompt, every window starts with it too, as in serving.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         texts: what to draw from.
-        samples: windows wanted; fewer, with a warning, where the text has not enough.
+        samples: number of windows; fewer, with a warning, if the text is too short.
         tokens: tokens per window.
         seed: chooses the windows.
-        vocab_size: of the model, to notice a tokenizer of another one.
+        vocab_size: of the model, to detect the tokenizer of another model.
 
     Raises:
-        CheckpointError: the texts together hold less than one window, or the tokenizer
-            is not the model's.
+        CheckpointError: the texts together are shorter than one window, or the
+            tokenizer is not the model's.
     """
     parts = []
     sources = []
@@ -93,8 +93,8 @@ def choose_windows(
     body = tokens - len(prefix)
     if body < 1:
         raise CheckpointError(
-            f"--calibration-tokens {tokens} leaves no room for text beside the"
-            " begin-of-sequence token; give 2 or more"
+            f"--calibration-tokens {tokens} leaves no room for text after the"
+            " begin-of-sequence token; use 2 or more"
         )
     available = len(stream) // body
     if available == 0:
@@ -105,7 +105,7 @@ def choose_windows(
     if available < samples:
         logger.warning(
             "calibration text has %d tokens, enough for %d of the %d windows of %d"
-            " tokens asked for: using %d; more text makes better thresholds",
+            " tokens requested: using %d; more text gives better thresholds",
             len(stream),
             available,
             samples,
@@ -138,7 +138,7 @@ def choose_windows(
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The checkpoint's tokenizer; CheckpointError where there is none that loads."""
+    """The checkpoint's tokenizer; CheckpointError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -147,7 +147,7 @@ def load_tokenizer(directory: Path) -> Any:
     except Exception as error:
         raise CheckpointError(
             f"{directory}: its tokenizer cannot be loaded ({error}); the directory"
-            " needs the tokenizer's files beside the weights"
+            " needs the tokenizer's files next to the weights"
         ) from error
 
 
@@ -167,7 +167,7 @@ def _read_text(file: Path) -> SourceText:
         ) from error
     if "\0" in text:
         raise CheckpointError(
-            f"--calibration-data {file}: holds NUL bytes, so it is not text;"
+            f"--calibration-data {file}: contains NUL bytes, so it is not text;"
             " leave it out"
         )
     if not text.strip():
@@ -176,7 +176,7 @@ def _read_text(file: Path) -> SourceText:
 
 
 def _leading_token(tokenizer: Any) -> int | None:
-    """The begin-of-sequence token where prompts get one by default, else None."""
+    """The begin-of-sequence token if prompts get one by default, else None."""
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return bos if bos is not None and ids and ids[0] == bos else None

@@ -2,8 +2,8 @@
 """All ranks of a server run the same code on the same artifact, or none serves.
 
 Ranks on several nodes read what is installed and stored there. A node with another
-version or another artifact would add its part of a sum under another mask: wrong tokens
-without an error. The ranks therefore compare notes once, before any weight is loaded.
+version or artifact would add its share of a sum under another mask: wrong tokens
+without an error. The ranks therefore compare reports once, before any weight is loaded.
 """
 
 import os
@@ -24,8 +24,8 @@ class Report:
     """What one process found on its node.
 
     Attributes:
-        node: host name and address, for people.
-        facts: what must be alike everywhere, name -> value.
+        node: host name and address, for messages.
+        facts: what must be equal everywhere, name -> value.
     """
 
     node: str
@@ -39,7 +39,7 @@ def local_report(**facts: str) -> Report:
 
 
 def require_agreement(reports: Sequence[Report]) -> None:
-    """Pass where all reports hold the same facts.
+    """Check that all reports have the same facts.
 
     Raises:
         NodesDisagreeError: names every fact that differs, its values and their nodes.
@@ -56,9 +56,9 @@ def require_agreement(reports: Sequence[Report]) -> None:
             differences.append(f"{name}: {values}")
     if differences:
         raise NodesDisagreeError(
-            "rsparse: the nodes of this server are not alike. "
+            "rsparse: the nodes of this server differ. "
             + ". ".join(differences)
-            + ". Install the same versions on every node, and have the same prepared"
+            + ". Install the same versions on every node, and put the same prepared"
             " directory at the same path on each"
         )
 
@@ -68,7 +68,7 @@ def gather_reports(
 ) -> list[Report]:
     """The reports of all ranks of a process group, in their order.
 
-    Collective: every rank of the group must call it. None gives this process's alone.
+    Collective: every rank of the group must call it. None returns ``mine`` alone.
     """
     if group is None:
         return [mine]

@@ -76,11 +76,11 @@ class RSparseConfig(QuantizationConfig):
         return getattr(base.config, name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Arrive in another process, perhaps on a node with other versions.
+        """Unpickle in another process, perhaps on a node with other versions.
 
         Raises:
-            NodesDisagreeError: names the node and the versions. Here and not later, as
-                what else arrives would already be read by the wrong release.
+            NodesDisagreeError: names the node and the versions. Raised here and not
+                later, when another release would already have read the rest.
         """
         self.__dict__.update(state)
         if self._served is not None:
@@ -206,7 +206,7 @@ class RSparseConfig(QuantizationConfig):
         return ArtifactSource(model, chosen.artifact, digest, revision)
 
     def _written(self, decision: Decision, artifact: Artifact) -> dict[str, Any]:
-        """What ``hf_config.quantization_config`` says from now on.
+        """The new content of ``hf_config.quantization_config``.
 
         vLLM's compile cache keys on the Hugging Face config, and neither on our config
         nor on files: with the digest and the route in there, a changed artifact cannot
@@ -226,7 +226,7 @@ class RSparseConfig(QuantizationConfig):
         return written
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
-        """Follow a model's class that builds modules under other names.
+        """Apply the renaming of a model's class that builds modules under other names.
 
         Args:
             hf_to_vllm_mapper: from names in the checkpoint to names in the engine.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may stand in ``quantization_config``, of config.json or ``--hf-overrides``."""
+"""Allowed keys of ``quantization_config``, in config.json or ``--hf-overrides``."""
 
 from typing import Any
 

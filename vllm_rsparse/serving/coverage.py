@@ -12,7 +12,7 @@ from vllm_rsparse.model.names import LinearName
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """What the engine builds, for the check and for people.
+    """What the engine builds, for the check and for messages.
 
     Attributes:
         model: name of the model.
@@ -42,7 +42,7 @@ class Coverage:
         return self._claimed
 
     def rename(self, rename: Callable[[str], str | None]) -> None:
-        """Follow a model's class that moves modules; see ``EngineNames``."""
+        """Apply the renaming of a model's class; see ``EngineNames``."""
         self._renames.append(rename)
         self._names = None
 

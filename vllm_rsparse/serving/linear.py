@@ -41,18 +41,18 @@ class ShardSlice:
 
 @register_weight_loader_v2_supported_method
 class RSparseLinearMethod(LinearMethodBase):
-    """Sparse-plus-low-rank linear layer with dense fallback on one weight copy.
+    """Sparse-plus-low-rank linear layer with a dense route on the same weight copy.
 
-    Tensors a layer holds once it is loaded (N, K of this rank; S fused shards):
+    Tensors of a loaded layer (N, K of this rank; S fused shards):
         weight, rsparse_scales, rsparse_zeros: the stored weight (``weights.base``).
         rsparse_thresholds: float32 [S, K].
-        rsparse_u, rsparse_v: the factors as ``packing.pack_factors`` lays them out.
+        rsparse_u, rsparse_v: the factors in the layout of ``packing.pack_factors``.
         rsparse_correction: float32 [N], or None.
 
     Args:
         served: the model, shared by the methods of all its layers.
         names: checkpoint names of the fused shards, in the order of the output.
-        weights: how the checkpoint holds the layer's weight.
+        weights: how the checkpoint stores the layer's weight.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RSparseLinearMethod(LinearMethodBase):
         # Plain ints: they become constants of the traced graph.
         self.backend = int(served.route.backend)
         self.max_sparse_tokens = served.route.policy.max_sparse_tokens
-        # The route was chosen in another process, on another machine perhaps.
+        # The route was chosen in another process, perhaps on another machine.
         ops.load_backend(self.backend)
 
     def create_weights(
@@ -79,8 +79,8 @@ class RSparseLinearMethod(LinearMethodBase):
     ) -> None:
         """Register the checkpoint's parameters and check shapes by header alone.
 
-        The artifact's tensors come after loading: a dummy load format would overwrite
-        them, and the device is settled then.
+        The artifact's tensors are read after loading: a dummy load format would
+        overwrite them, and the device is known by then.
         """
         layer.rsparse_slices = shard_slices(
             layer,
@@ -100,9 +100,9 @@ class RSparseLinearMethod(LinearMethodBase):
         self.weights.create(layer, self.partition)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Lay the weight out for the kernels and read this rank's part of the artifact.
+        """Store the weight for the kernels and read this rank's part of the artifact.
 
-        Only one layer at a time is held twice.
+        Only one layer at a time is in memory twice.
         """
         self.served.check_coverage()
         stored = self.weights.stored(layer, self.partition)

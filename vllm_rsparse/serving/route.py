@@ -22,7 +22,7 @@ _DEFAULTS = {
     Backend.CPU: 2,
     Backend.CPU_TORCH: 1,
     Backend.TRITON: 2,
-    # The definition is never fast; it covers what the kernels cover.
+    # The definition is never fast; 16 covers every size that the kernels support.
     Backend.REFERENCE: 16,
 }
 # The four linears of Llama-3-8B on the H200 at two tokens: 96.5 us where 75% of the
@@ -63,19 +63,19 @@ class Route:
     policy_source: str = DEFAULT
 
     def facts(self) -> dict[str, str]:
-        """What must be the same on every rank, for comparison and for people."""
+        """What must be the same on every rank, for comparison and for messages."""
         return {
             "backend": self.backend.label,
             "max_sparse_tokens": str(self.policy.max_sparse_tokens),
         }
 
     def describe(self) -> str:
-        """One line for people: both values, and the parameters that set them."""
+        """One line for messages: both values, and the parameters that set them."""
         limit = self.policy.max_sparse_tokens
         steps = (
             "everything is served dense"
             if self.policy.always_dense
-            else f"sparse up to {limit} tokens a step, dense above"
+            else f"sparse up to {limit} tokens per step, dense above"
         )
         return (
             f"{self.backend.label}, {steps} (backend: {self.backend_source},"
@@ -85,13 +85,13 @@ class Route:
 
 @dataclass(frozen=True)
 class RouteRequest:
-    """What one place asks for.
+    """What one source of settings requests.
 
     Attributes:
-        backend: a backend by name; None or ``auto`` leaves it to the next place.
-        max_sparse_tokens: the switch point; None leaves it to the next place.
-        backend_name: what users call the first value in that place.
-        policy_name: what users call the second.
+        backend: a backend by name; None or ``auto`` leaves it to the next source.
+        max_sparse_tokens: the switch point; None leaves it to the next source.
+        backend_name: the name of the backend's parameter in that source.
+        policy_name: the name of the switch point's parameter.
     """
 
     backend: str | None
@@ -101,7 +101,7 @@ class RouteRequest:
 
     @classmethod
     def of_environment(cls) -> "RouteRequest":
-        """What this process's environment asks for.
+        """What this process's environment requests.
 
         Raises:
             ValueError: a variable's value is not allowed.
@@ -117,7 +117,7 @@ class RouteRequest:
     def of_config(
         cls, where: str, backend: str | None, max_sparse_tokens: int | None
     ) -> "RouteRequest":
-        """What a dictionary of settings asks for; ``where`` is what users call it."""
+        """What a dictionary of settings requests; ``where`` is its name in messages."""
         return cls(
             backend,
             max_sparse_tokens,
@@ -129,7 +129,7 @@ class RouteRequest:
 def choose_route(
     requests: Sequence[RouteRequest], device_type: str, read_fraction: float = 0.5
 ) -> Route:
-    """The first request that names a value decides it, else the measured default.
+    """Choose by the first request that names a value, else by the measured default.
 
     Args:
         requests: of the model's config, in order of precedence. The environment comes
@@ -139,7 +139,7 @@ def choose_route(
 
     Raises:
         ValueError: a value that is unknown or cannot run here; names its parameter.
-        BuildError: the backend ``cpu`` was asked for by name and cannot be compiled.
+        BuildError: the backend ``cpu`` was requested by name and cannot be compiled.
     """
     requests = [RouteRequest.of_environment(), *requests]
     name, backend_source = "auto", DEFAULT
@@ -159,9 +159,9 @@ def choose_route(
 def default_max_sparse_tokens(backend: Backend, read_fraction: float = 0.5) -> int:
     """The measured switch point of a backend.
 
-    Every token brings its own mask, and the weights read are the masks' union, which
-    on real text is nearly that of independent masks: 1 - (1 - f)^M. The default is the
-    largest M, up to the backend's, for which that leaves enough unread.
+    Every token has its own mask, and a step reads the masks' union, which on real text
+    is nearly that of independent masks: 1 - (1 - f)^M. The default is the largest M, up
+    to the backend's limit, for which this leaves enough unread.
 
     Args:
         backend: resolved.

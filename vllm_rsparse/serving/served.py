@@ -174,7 +174,7 @@ class ServedModel:
     def note_loaded(
         self, names: Collection[str], weight_bytes: int, artifact_bytes: int
     ) -> None:
-        """Log what this process's layers hold, when the last of them is loaded.
+        """Log the size of this process's layers when the last of them is loaded.
 
         Args:
             names: checkpoint names of the layer's shards.
@@ -219,10 +219,10 @@ def _built_model(name: str, config: VllmConfig) -> BuiltModel:
 
 
 def _world_group() -> torch.distributed.ProcessGroup | None:
-    """The CPU group of all ranks that load the served model now; None where alone.
+    """The CPU group of all ranks that load the served model now; None if alone.
 
-    A draft model is left out: only the last pipeline stage loads it, and what it
-    proposes is checked by the served model.
+    None for a draft model too: only the last pipeline stage loads it, and the served
+    model checks what it proposes.
     """
     if not parallel_state.model_parallel_is_initialized():
         return None

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How checkpoints hold a linear's weight: one file per checkpoint format."""
+"""How checkpoints store a linear's weight: one file per checkpoint format."""

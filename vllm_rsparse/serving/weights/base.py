@@ -3,8 +3,8 @@
 
 A linear's weight has two forms. While the model loads, its parameters have the names,
 shapes and dtypes of the checkpoint, in vLLM's parameter classes, so that vLLM's own
-loaders fill this rank's slice of every fused shard. After that, the layer holds one
-``StoredWeight`` (``vllm_rsparse.formats``), whatever the checkpoint had.
+loaders fill this rank's slice of every fused shard. After that, the layer has one
+``StoredWeight`` (``vllm_rsparse.formats``), whatever the checkpoint's format.
 """
 
 from abc import ABC, abstractmethod
@@ -17,14 +17,14 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_rsparse.formats.base import StoredWeight
 
-# Where a layer keeps the tensors of its stored weight. `weight` is read by vLLM's LoRA
-# layers too, which take device and dtype from it.
+# Names of a layer's parameters for its stored weight. vLLM's LoRA layers also read
+# `weight`, for its device and dtype.
 DATA, SCALES, ZEROS = "weight", "rsparse_scales", "rsparse_zeros"
 
 
 @dataclass(frozen=True)
 class Partition:
-    """The part of a (fused) linear that one rank holds, as vLLM describes it.
+    """One rank's part of a (fused) linear, as vLLM describes it.
 
     Attributes:
         k: input features of this rank.
@@ -75,8 +75,8 @@ class CheckpointWeights(ABC):
         and must give tensors of the same shapes and dtypes.
 
         Raises:
-            RSparseError: a tensor was not loaded or holds what the format does not
-                allow; names it.
+            RSparseError: a tensor was not loaded or has values that the format does
+                not allow; names it.
         """
 
 

@@ -66,7 +66,7 @@ class LayoutWeights(CheckpointWeights, Generic[AnyLayout]):
 
 
 class GroupedInt4(LayoutWeights[AnyLayout]):
-    """What the four-bit layouts share: groups, and words of eight output channels."""
+    """Common to the four-bit layouts: groups, and words of eight output channels."""
 
     def __init__(self, layout: AnyLayout, names: list[str], group: int | None) -> None:
         super().__init__(layout, names)
@@ -88,7 +88,7 @@ class GroupedInt4(LayoutWeights[AnyLayout]):
             )
 
     def _groups(self, partition: Partition) -> int:
-        """Rows of scales that a rank holds."""
+        """Rows of scales on this rank."""
         return 1 if self._group is None else partition.k // self._group
 
     def _words(self, partition: Partition, packed_dim: int, **dims: int) -> Parameter:
@@ -144,11 +144,11 @@ def unloaded(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _ignored() -> Parameter:
-    """A parameter for a tensor of the checkpoint that nobody needs."""
+    """A parameter for a tensor of the checkpoint that is not used."""
     parameter = Parameter(torch.empty(0), requires_grad=False)
     parameter.weight_loader = _load_nothing  # type: ignore[attr-defined]
     return parameter
 
 
 def _load_nothing(*arguments: Any, **options: Any) -> None:
-    """Take what vLLM's loader passes and leave it."""
+    """Accept what vLLM's loader passes and ignore it."""
