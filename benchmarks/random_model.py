@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from vllm_rsparse.artifact.quantization import QUANT_METHOD, QuantizationSettings
 from vllm_rsparse.artifact.schema import (
-    FORMAT_VERSION,
     ArtifactInfo,
+    BaseWeights,
     LinearEntry,
     factor_rank,
 )
@@ -26,6 +27,7 @@ from vllm_rsparse.artifact.tensors import (
     TENSORS_NAME,
     file_sha256,
 )
+from vllm_rsparse.artifact.versions import write_info
 
 
 @dataclass(frozen=True)
@@ -174,15 +176,14 @@ def write_sparse_model(
     artifact.mkdir(parents=True, exist_ok=True)
     save_file(tensors, artifact / TENSORS_NAME)
     digest = file_sha256(artifact / TENSORS_NAME)
-    info = ArtifactInfo(sparsity, entries, "bfloat16", digest)
-    (artifact / JSON_NAME).write_text(info.to_json())
-    quantization = {
-        "quant_method": "rsparse",
-        "format_version": FORMAT_VERSION,
-        "artifact": ARTIFACT_DIR,
-        "artifact_sha256": digest,
-        "sparsity": sparsity,
-    }
-    if base is not None:
-        quantization["base"] = base
-    write_config(directory, shape, quantization)
+    weights = BaseWeights("float", "bfloat16")
+    info = ArtifactInfo(sparsity, entries, "bfloat16", digest, weights)
+    (artifact / JSON_NAME).write_text(write_info(info))
+    quantization = QuantizationSettings(
+        quant_method=QUANT_METHOD,
+        artifact=ARTIFACT_DIR,
+        artifact_sha256=digest,
+        sparsity=sparsity,
+        base=base,
+    )
+    write_config(directory, shape, quantization.to_dict())

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures shared by all tests: the reference model, artifacts with known content."""
 
+import hashlib
 import json
 import logging
 import os
@@ -13,8 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry
-from vllm_rsparse.artifact.tensors import JSON_NAME, TENSORS_NAME, file_sha256
+from vllm_rsparse.artifact.tensors import JSON_NAME, TENSORS_NAME
 
 # Without a GPU the kernels run in Triton's interpreter. Triton reads this when it is
 # first imported, and vLLM imports it: it must be set before any test module is.
@@ -54,92 +54,122 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+# What the versions of the format call the constant, in the entry and in the tensors.
+CORRECTION = {1: "bias", 2: "correction"}
+
+
+def write_files(
+    directory: Path,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    shapes: dict[str, tuple[int, int]],
+    dtype: str,
+    version: int,
+    **values: Any,
+) -> str:
+    """Write both files of an artifact as docs/format.md has them; returns the digest.
+
+    Args:
+        directory: where to.
+        tensors: name -> {"thresholds", "u", "v", "correction"}.
+        shapes: name -> (N, K).
+        dtype: of the factors, and of the base's weights.
+        version: of the format.
+        values: what ``rsparse.json`` says besides, or instead.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    entries = {}
+    for name, mine in tensors.items():
+        entries[name] = {
+            "shape": list(shapes[name]),
+            "sparsity": 0.5,
+            "rho": 0.95,
+            "rank": mine["v"].shape[0] if "v" in mine else 0,
+            "kept_fraction": 0.5,
+            CORRECTION[version]: "correction" in mine,
+        }
+    stored = {
+        f"{name}.{CORRECTION[version] if key == 'correction' else key}": tensor
+        for name, mine in tensors.items()
+        for key, tensor in mine.items()
+    }
+    save_file(stored, directory / TENSORS_NAME)
+    digest = hashlib.sha256((directory / TENSORS_NAME).read_bytes()).hexdigest()
+    document: dict[str, Any] = {
+        "format_version": version,
+        "sparsity": 0.5,
+        "linears": entries,
+        "dtype": dtype,
+        "tensors_sha256": digest,
+    }
+    if version > 1:
+        document["base"] = {"format": "float", "dtype": dtype}
+    (directory / JSON_NAME).write_text(json.dumps(document | values))
+    return digest
+
+
 @pytest.fixture(scope="session")
 def write_artifact() -> Callable[..., dict[str, dict[str, torch.Tensor]]]:
     """Write an artifact with random tensors, independently of ``prepare``.
 
-    Called with the directory and a dict of linears, name -> (N, K, rank, has bias);
-    returns the tensors it wrote, name -> {"thresholds", "u", "v", "bias"}.
+    Called with the directory and a dict of linears, name -> (N, K, rank, has a
+    correction); returns the tensors it wrote, name -> {"thresholds", "u", "v",
+    "correction"}.
     """
 
     def write(
         directory: Path,
         linears: dict[str, tuple[int, int, int, bool]],
         dtype: torch.dtype = torch.float32,
-        **info: Any,
+        version: int = 2,
+        **values: Any,
     ) -> dict[str, dict[str, torch.Tensor]]:
-        directory.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, dict[str, torch.Tensor]] = {}
-        entries = {}
-        for name, (n, k, rank, has_bias) in linears.items():
+        for name, (n, k, rank, corrected) in linears.items():
             mine = {"thresholds": torch.rand(k)}
             if rank:
                 mine["u"] = torch.randn(n, rank).to(dtype)
                 mine["v"] = (torch.randn(rank, k) / k**0.5).to(dtype)
-            if has_bias:
-                mine["bias"] = torch.randn(n)
+            if corrected:
+                mine["correction"] = torch.randn(n)
             tensors[name] = mine
-            entries[name] = LinearEntry((n, k), 0.5, 0.95, rank, 0.5, bias=has_bias)
-        save_file(
-            {
-                f"{n}.{field}": t
-                for n, mine in tensors.items()
-                for field, t in mine.items()
-            },
-            directory / TENSORS_NAME,
-        )
-        values: dict[str, Any] = {
-            "sparsity": 0.5,
-            "linears": entries,
-            "dtype": str(dtype).removeprefix("torch."),
-            "tensors_sha256": file_sha256(directory / TENSORS_NAME),
-        }
-        text = ArtifactInfo(**{**values, **info}).to_json()
-        (directory / JSON_NAME).write_text(text)
+        shapes = {name: (n, k) for name, (n, k, _, _) in linears.items()}
+        word = str(dtype).removeprefix("torch.")
+        write_files(directory, tensors, shapes, word, version, **values)
         return tensors
 
     return write
 
 
 @pytest.fixture
-def write_prepared(
-    pyllama: Path, tmp_path: Path
-) -> Callable[[str, Callable[[str, int, int], dict[str, torch.Tensor]]], Path]:
+def write_prepared(pyllama: Path, tmp_path: Path) -> Callable[..., Path]:
     """Write a prepared directory of the reference model, independently of ``prepare``.
 
     Called with its name and with what gives the tensors of a linear from its name, N
-    and K: {"thresholds"}, and maybe {"u", "v"} and {"bias"}.
+    and K: {"thresholds"}, and maybe {"u", "v"} and {"correction"}.
     """
 
     def write(
-        name: str, tensors_of: Callable[[str, int, int], dict[str, torch.Tensor]]
+        name: str,
+        tensors_of: Callable[[str, int, int], dict[str, torch.Tensor]],
+        version: int = 2,
     ) -> Path:
         directory = tmp_path / name
-        artifact = directory / "rsparse"
-        artifact.mkdir(parents=True)
+        directory.mkdir()
         for file in pyllama.iterdir():
             if file.suffix in (".safetensors", ".json") and file.name != "config.json":
                 (directory / file.name).symlink_to(file)
-        entries, tensors = {}, {}
+        shapes, tensors = {}, {}
         for weight, value in load_file(pyllama / "model.safetensors").items():
             if not weight.endswith("_proj.weight"):
                 continue
             linear = weight.removesuffix(".weight")
-            n, k = value.shape
-            mine = tensors_of(linear, n, k)
-            rank = mine["v"].shape[0] if "v" in mine else 0
-            entries[linear] = LinearEntry(
-                (n, k), 0.5, 1, rank, 0.5, bias="bias" in mine
-            )
-            tensors |= {f"{linear}.{suffix}": t for suffix, t in mine.items()}
-        save_file(tensors, artifact / TENSORS_NAME)
-        digest = file_sha256(artifact / TENSORS_NAME)
-        info = ArtifactInfo(0.5, entries, "float32", digest)
-        (artifact / JSON_NAME).write_text(info.to_json())
+            n, k = shapes[linear] = tuple(value.shape)
+            tensors[linear] = tensors_of(linear, n, k)
+        digest = write_files(directory / "rsparse", tensors, shapes, "float32", version)
         config = json.loads((pyllama / "config.json").read_text())
         config["quantization_config"] = {
             "quant_method": "rsparse",
-            "format_version": 1,
+            "format_version": version,
             "artifact": "rsparse",
             "artifact_sha256": digest,
         }

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from vllm_rsparse.artifact import locate
 from vllm_rsparse.artifact.inspect import describe
-from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.artifact.tensors import JSON_NAME, TENSORS_NAME, Artifact
+from vllm_rsparse.artifact.versions import read_info, write_info
 from vllm_rsparse.errors import ArtifactError
 
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
@@ -84,11 +84,16 @@ def mutated(draw: st.DrawFn, document: Any) -> Any:
     return document
 
 
-@pytest.fixture(scope="module")
-def artifact(write_artifact: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[1, 2], ids=["version-1", "version-2"])
+def artifact(
+    request: pytest.FixtureRequest,
+    write_artifact: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A sound artifact; the tests write their variants over it."""
     directory: Path = tmp_path_factory.mktemp("fuzz")
-    write_artifact(directory, LINEARS, provenance={"base": "x", "seed": 0})
+    more = {"provenance": {"base": "x", "seed": 0}}
+    write_artifact(directory, LINEARS, version=request.param, **more)
     use(directory)  # what is imported and allocated once
     return directory
 
@@ -145,10 +150,10 @@ def test_rsparse_json_that_is_accepted_survives_a_round_trip(
     @given(mutated(json.loads(sound[0])))
     def check(document: Any) -> None:
         try:
-            info = ArtifactInfo.from_json(json.dumps(document), "here")
+            info = read_info(json.dumps(document), "here")
         except ArtifactError:
             return
-        again = ArtifactInfo.from_json(info.to_json(), "here")
+        again = read_info(write_info(info), "here")
         assert again.linears == info.linears
 
     check()

@@ -2,32 +2,38 @@
 """The format on disk: round trip, slices, and an error that names what is wrong."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_rsparse.artifact.schema import (
-    ArtifactInfo,
-    LinearEntry,
-    factor_rank,
-    model_sparsity,
-)
+from vllm_rsparse.artifact.schema import LinearEntry, factor_rank, model_sparsity
 from vllm_rsparse.artifact.tensors import Artifact
+from vllm_rsparse.artifact.versions import read_info, write_info
 from vllm_rsparse.errors import ArtifactError
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 LINEARS = {Q: (6, 10, 2, True), DOWN: (10, 7, 0, False)}
 
 
+# What the versions of the format call the constant.
+WORD = {1: "bias", 2: "correction"}
+
+
+@pytest.fixture(params=WORD)
+def version(request):
+    return request.param
+
+
 @pytest.fixture
-def artifact_dir(tmp_path, write_artifact):
-    write_artifact(tmp_path, LINEARS)
+def artifact_dir(tmp_path, write_artifact, version):
+    write_artifact(tmp_path, LINEARS, version=version)
     return tmp_path
 
 
-def test_reads_what_was_written(tmp_path, write_artifact):
-    written = write_artifact(tmp_path, LINEARS, dtype=torch.bfloat16)
+def test_reads_what_was_written(tmp_path, write_artifact, version):
+    written = write_artifact(tmp_path, LINEARS, dtype=torch.bfloat16, version=version)
     artifact = Artifact(tmp_path)
     artifact.verify_digest()
     q, down = artifact.read(Q), artifact.read(DOWN)
@@ -36,7 +42,7 @@ def test_reads_what_was_written(tmp_path, write_artifact):
     assert torch.equal(down.thresholds, written[DOWN]["thresholds"])
     assert down.u is None
     assert down.v is None
-    assert down.bias is None
+    assert down.correction is None
 
 
 def test_slice_is_the_slice_of_the_whole(artifact_dir):
@@ -46,12 +52,12 @@ def test_slice_is_the_slice_of_the_whole(artifact_dir):
     assert torch.equal(part.thresholds, whole.thresholds[4:10])
     assert torch.equal(part.u, whole.u[2:5])
     assert torch.equal(part.v, whole.v[:, 4:10])
-    assert torch.equal(part.bias, whole.bias[2:5])
+    assert torch.equal(part.correction, whole.correction[2:5])
 
 
 def test_info_round_trip(artifact_dir):
     info = Artifact(artifact_dir).info
-    assert ArtifactInfo.from_json(info.to_json(), "x") == info
+    assert read_info(write_info(info), "x") == replace(info, format_version=2)
 
 
 def test_model_sparsity_counts_factors():
@@ -79,6 +85,10 @@ def put(key, value):
     return lambda raw: raw.update({key: value})
 
 
+def drop_linear(key):
+    return lambda raw: raw["linears"][Q].pop(key)
+
+
 def put_linear(key, value):
     return lambda raw: raw["linears"][Q].update({key: value})
 
@@ -86,18 +96,21 @@ def put_linear(key, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("format_version", 2), "format_version is 2"),
+        (put("format_version", 3), "format_version is 3.* reads 1 and 2; install"),
+        (put("format_version", [1]), r"format_version is \[1\]"),
+        (drop("format_version"), "format_version is None"),
         (put("format_version", True), "format_version is True"),
-        (put("surprise", 1), "unknown key 'surprise'"),
+        (put("surprise", 1), "unknown key 'surprise'; known are .*sparsity"),
         (drop("linears"), "key 'linears' is missing"),
         (put("linears", []), "must be a non-empty object"),
         (put("linears", {}), "must be a non-empty object"),
         (put("linears", {"a": 3}), "expected an object, got int"),
-        (put("dtype", "int4"), "dtype 'int4'"),
+        (put("dtype", "int4"), "dtype must be one of bfloat16.*, got 'int4'"),
         (put("sparsity", 1.5), r"sparsity must lie in \[0, 1\]"),
         (put("sparsity", "half"), "sparsity must lie"),
-        (put("provenance", 3), "`provenance` must be an object"),
-        (put("tensors_sha256", None), "`tensors_sha256` must be a string"),
+        (put("provenance", 3), "provenance must be an object, got 3"),
+        (put("tensors_sha256", "\x1f" * 64), "tensors_sha256 must .* 64 hexadecimal"),
+        (put("tensors_sha256", None), "tensors_sha256 must be a string .*, got None"),
         (put_linear("shape", [6]), r"shape must be \[N, K\]"),
         (put_linear("shape", [6, -1]), "two positive integers"),
         (put_linear("rank", 7), r"rank must lie in \[0, 6\]"),
@@ -107,7 +120,10 @@ def put_linear(key, value):
         (put_linear("kept_fraction", None), "kept_fraction must lie"),
         (put_linear("rank", 3), r"u is F32 \[6, 2\], expected .* \[6, 3\]"),
         (put_linear("rank", 0), "belongs to no linear"),
-        (put_linear("bias", False), "belongs to no linear"),
+        (put_linear("rank", True), "rank must lie"),
+        (put_linear("surprise", 1), "unknown key 'surprise'; known are shape, "),
+        (drop_linear("rank"), r"linears\['model.*q_proj'\]: key 'rank' is missing"),
+        (lambda raw: raw["linears"].update({"a b": {}}), "not a name of a linear"),
         (put_linear("shape", [6, 11]), "expected F32"),
     ],
 )
@@ -117,6 +133,12 @@ def test_malformed_json_is_named(artifact_dir, edit_json, change, message):
     with pytest.raises(ArtifactError, match=message) as error:
         Artifact(artifact_dir)
     assert str(artifact_dir) in str(error.value)
+
+
+def test_flag_decides_which_tensors_belong(artifact_dir, version, edit_json):
+    edit_json(artifact_dir / "rsparse.json", put_linear(WORD[version], False))
+    with pytest.raises(ArtifactError, match="belongs to no linear"):
+        Artifact(artifact_dir)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
@@ -166,9 +188,10 @@ def test_tensors_that_do_not_fit_the_json(artifact_dir, name, tensor, message):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("thresholds", float("nan")), ("u", float("inf")), ("bias", float("nan"))],
+    [("thresholds", float("nan")), ("u", float("inf")), ("correction", float("nan"))],
 )
-def test_non_finite_tensors_are_refused(artifact_dir, field, value):
+def test_non_finite_tensors_are_refused(artifact_dir, version, field, value):
+    field = WORD[version] if field == "correction" else field
     path = artifact_dir / "rsparse.safetensors"
     tensors = load_file(path)
     tensors[f"{Q}.{field}"].view(-1)[3] = value

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_rsparse import cli
-from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry
+from vllm_rsparse.artifact.schema import ArtifactInfo, BaseWeights, LinearEntry
 from vllm_rsparse.bench import inputs as bench_inputs
 from vllm_rsparse.bench import timing
 from vllm_rsparse.bench.inputs import bytes_read, kept_fraction, make_inputs
@@ -39,7 +39,8 @@ def info_of(layers: int = 2) -> ArtifactInfo:
         for index in range(layers)
         for name, shape in shapes.items()
     }
-    return ArtifactInfo(0.5, linears, "bfloat16", "0" * 64)
+    base = BaseWeights("float", "bfloat16")
+    return ArtifactInfo(0.5, linears, "bfloat16", "0" * 64, base)
 
 
 def test_layers_are_fused_and_counted_as_the_engine_sees_them() -> None:

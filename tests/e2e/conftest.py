@@ -40,8 +40,8 @@ class SparseLinear(torch.nn.Module):
         else:
             self.low_rank = torch.zeros_like(self.weight)
         self.correction = 0
-        if f"{name}.bias" in keys:
-            self.correction = tensors.get_tensor(f"{name}.bias")
+        if f"{name}.correction" in keys:
+            self.correction = tensors.get_tensor(f"{name}.correction")
 
     def forward(self, x):
         bias = 0 if self.bias is None else self.bias

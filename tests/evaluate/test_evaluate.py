@@ -45,7 +45,7 @@ def mixed(name: str, n: int, k: int) -> dict[str, Tensor]:
         tensors["u"] = 0.05 * torch.randn(n, 3)
         tensors["v"] = 0.05 * torch.randn(3, k)
     if name.endswith("o_proj"):
-        tensors["bias"] = 0.02 * torch.randn(n)
+        tensors["correction"] = 0.02 * torch.randn(n)
     return tensors
 
 
@@ -84,7 +84,7 @@ class Independent:
                     mine["thresholds"][None],
                     u,
                     v,
-                    mine.get("bias"),
+                    mine.get("correction"),
                 )
                 self.kept[name] += int((tail.abs() > mine["thresholds"]).sum())
             return y
@@ -116,8 +116,9 @@ class Independent:
         }
 
 
+@pytest.mark.parametrize("version", [1, 2])
 def test_figures_agree_with_an_independent_computation(
-    write_prepared: Any, base: Any, pyllama: Path, held_out: Path
+    write_prepared: Any, base: Any, pyllama: Path, held_out: Path, version: int
 ) -> None:
     tensors: Tensors = {}
 
@@ -125,7 +126,7 @@ def test_figures_agree_with_an_independent_computation(
         tensors[name] = mixed(name, n, k)
         return tensors[name]
 
-    document = evaluate(write_prepared("mixed", remember), held_out)
+    document = evaluate(write_prepared("mixed", remember, version), held_out)
     ids = AutoTokenizer.from_pretrained(pyllama)(
         held_out.read_text(), add_special_tokens=False
     )["input_ids"]

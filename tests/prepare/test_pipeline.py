@@ -13,8 +13,9 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from vllm_rsparse.artifact.schema import ArtifactInfo
+from vllm_rsparse.artifact.schema import BaseWeights
 from vllm_rsparse.artifact.tensors import Artifact, file_sha256
+from vllm_rsparse.artifact.versions import read_info, write_info
 from vllm_rsparse.errors import CheckpointError, DeviceError, PrepareError
 from vllm_rsparse.prepare.calibration import layers as calibrate_layers
 from vllm_rsparse.prepare.calibration import linear as calibrate
@@ -63,7 +64,7 @@ def test_the_directory_is_a_servable_checkpoint(prepared: Path, pyllama: Path) -
     digest = file_sha256(prepared / "rsparse" / "rsparse.safetensors")
     assert config.pop("quantization_config") == {
         "quant_method": "rsparse",
-        "format_version": 1,
+        "format_version": 2,
         "artifact": "rsparse",
         "artifact_sha256": digest,
         "sparsity": SPARSITY,
@@ -74,9 +75,10 @@ def test_the_directory_is_a_servable_checkpoint(prepared: Path, pyllama: Path) -
 
 def test_rsparse_json_says_how_it_was_made(prepared: Path, pyllama: Path) -> None:
     text = (prepared / "rsparse" / "rsparse.json").read_text()
-    info = ArtifactInfo.from_json(text, "rsparse.json")
-    assert info.to_json() == text
-    assert (info.sparsity, info.dtype, info.format_version) == (SPARSITY, "bfloat16", 1)
+    info = read_info(text, "rsparse.json")
+    assert write_info(info) == text
+    assert (info.sparsity, info.dtype, info.format_version) == (SPARSITY, "bfloat16", 2)
+    assert info.base == BaseWeights("float", "bfloat16")
     assert info.achieved_sparsity == pytest.approx(SPARSITY, abs=0.01)
     provenance = info.provenance
     assert provenance["base_model"] == str(pyllama)

@@ -46,7 +46,7 @@ def make(model_dir, **options):
     ("key", "value", "message"),
     [
         ("surprise", 1, "unknown key 'surprise'"),
-        ("format_version", 2, "format_version is 2"),
+        ("format_version", 3, "format_version is 3.* reads 1 and 2"),
         ("artifact", 3, "artifact must be a string"),
         ("artifact", "", "artifact must be a string"),
         ("artifact_sha256", 3, "artifact_sha256 must be a string"),
@@ -63,6 +63,14 @@ def test_bad_config_is_named(key, value, message):
 def test_plain_checkpoint_without_artifact_gets_directions(tmp_path):
     with pytest.raises(ArtifactError, match=r"names no artifact.*--hf-overrides"):
         RSparseConfig().maybe_update_config(str(tmp_path))
+
+
+def test_artifact_of_another_weight_format_is_refused(tmp_path, write_artifact):
+    base = {"format": "int4", "dtype": "bfloat16", "group": 128}
+    linears = dict.fromkeys(names([0]), (8, 16, 1, False))
+    write_artifact(tmp_path / "rsparse", linears, base=base)
+    with pytest.raises(ArtifactError, match=r"weights in int4, but .*is not quantized"):
+        make(tmp_path)
 
 
 def test_route_and_digest_enter_the_hashed_config(model_dir):

@@ -33,10 +33,10 @@ SHAPES = {
 }
 
 
-@pytest.fixture
-def model(tmp_path, write_artifact):
+@pytest.fixture(params=[1, 2], ids=["version-1", "version-2"])
+def model(request, tmp_path, write_artifact):
     """A model directory with an artifact, its tensors and the checkpoint's weights."""
-    tensors = write_artifact(tmp_path / "rsparse", SHAPES)
+    tensors = write_artifact(tmp_path / "rsparse", SHAPES, version=request.param)
     weights = {n: torch.randn(s[0], s[1]) / s[1] ** 0.5 for n, s in SHAPES.items()}
     return tmp_path, tensors, weights
 
@@ -102,7 +102,7 @@ def expected_output(x, names, tensors, weights):
         u, v = t.get("u", torch.zeros(n, 0)), t.get("v", torch.zeros(0, k))
         outputs.append(
             rsparse_linear(
-                x, weights[name], t["thresholds"][None], u, v, t.get("bias"), None
+                x, weights[name], t["thresholds"][None], u, v, t.get("correction"), None
             )
         )
         assert rank == u.shape[1]

@@ -158,7 +158,7 @@ def whole(name, x, checkpoint):
     (n, k), bias = weight.shape, weights.get(f"{name}.bias")
     u, v = mine.get("u", torch.zeros(n, 0)), mine.get("v", torch.zeros(0, k))
     thresholds = mine["thresholds"][None]
-    return rsparse_linear(x, weight, thresholds, u, v, mine.get("bias"), bias)
+    return rsparse_linear(x, weight, thresholds, u, v, mine.get("correction"), bias)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])

@@ -144,7 +144,7 @@ def _bytes_per_token(info: ArtifactInfo) -> str:
     factors = width * sum(entry.rank * sum(entry.shape) for entry in entries)
     columns = width * sum(entry.read_elements for entry in entries) - factors
     vectors = 4 * sum(
-        entry.shape[1] + (entry.shape[0] if entry.bias else 0) for entry in entries
+        entry.shape[1] + entry.shape[0] * entry.correction for entry in entries
     )
     rows = [
         ["bytes read per token", "MiB", "of dense"],

@@ -1,21 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``rsparse.json``: what an artifact says of itself, read and checked. No tensors here.
+"""What an artifact says of itself: the content of ``rsparse.json``. No tensors here.
 
-docs/format.md describes the format, version 1.
+These are the objects that the package works with, and the schema of the newest format
+version; ``versions`` reads the older ones. docs/format.md describes the format.
 """
 
-import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
-from vllm_rsparse.errors import ArtifactError
+from pydantic import (
+    AfterValidator,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
-FORMAT_VERSION = 1
+from vllm_rsparse.formats.registry import FORMATS
+from vllm_rsparse.validation import CONFIG, must, one_of, sha256
+
+FORMAT_VERSION = 2
 # Beyond any model: features of a linear.
 _MAX_SIZE = 1 << 24
 
+DTYPES = ("bfloat16", "float16", "float32")
 
-@dataclass(frozen=True)
+
+def linear_name(name: str) -> str:
+    """The name of a linear, checked: it is printed, so it steers no terminal.
+
+    Raises:
+        ValueError: it is empty, or has blanks or control characters.
+    """
+    if not name.isprintable() or not name or " " in name:
+        raise ValueError("not a name of a linear")
+    return name
+
+
+Shape = tuple[StrictInt, StrictInt]
+Name = Annotated[StrictStr, AfterValidator(linear_name)]
+
+
+def share(**default: Any) -> Any:
+    """A field in [0, 1]."""
+    return must("lie in [0, 1]", ge=0, le=1, **default)
+
+
+def check_shape_and_rank(shape: tuple[int, int], rank: int) -> None:
+    """Refuse sizes that no linear has.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
+    if not all(0 < size <= _MAX_SIZE for size in shape):
+        raise ValueError(
+            f"shape must be two positive integers up to {_MAX_SIZE}, got {list(shape)}"
+        )
+    if not 0 <= rank <= min(shape):
+        raise ValueError(f"rank must lie in [0, {min(shape)}], got {rank}")
+
+
+@dataclass(frozen=True, config=CONFIG)
 class LinearEntry:
     """What ``rsparse.json`` says of one linear.
 
@@ -26,38 +72,21 @@ class LinearEntry:
         rank: rank r of the factors; 0 when there are none.
         kept_fraction: fraction of channels kept, counted on the calibration tokens.
         relative_error: ||y_sparse - y|| / ||y|| on the calibration tokens, or None.
-        bias: whether the artifact holds a constant correction [N] for this linear.
+        correction: whether the artifact holds a constant correction [N] for it.
     """
 
-    shape: tuple[int, int]
-    sparsity: float
-    rho: float
-    rank: int
-    kept_fraction: float
-    relative_error: float | None = None
-    bias: bool = False
+    shape: Shape = must("be [N, K], two positive integers")
+    sparsity: StrictFloat = share()
+    rho: StrictFloat = share()
+    rank: StrictInt = must("lie in [0, min(N, K)]")
+    kept_fraction: StrictFloat = share()
+    relative_error: StrictFloat | None = must("be a number or null", default=None)
+    correction: StrictBool = must("be true or false", default=False)
 
-    def __post_init__(self) -> None:
-        n, k = self.shape
-        if not (
-            _is_int(n) and _is_int(k) and 0 < n <= _MAX_SIZE and 0 < k <= _MAX_SIZE
-        ):
-            raise ValueError(
-                f"shape must be two positive integers up to {_MAX_SIZE},"
-                f" got {self.shape}"
-            )
-        for name in ("sparsity", "rho", "kept_fraction"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
-        if not _is_int(self.rank) or not 0 <= self.rank <= min(n, k):
-            raise ValueError(f"rank must lie in [0, {min(n, k)}], got {self.rank!r}")
-        if self.relative_error is not None and not _is_number(self.relative_error):
-            raise ValueError(
-                f"relative_error must be a number or null, got {self.relative_error!r}"
-            )
-        if not isinstance(self.bias, bool):
-            raise ValueError(f"bias must be true or false, got {self.bias!r}")
+    @model_validator(mode="after")
+    def _sizes(self) -> "LinearEntry":
+        check_shape_and_rank(self.shape, self.rank)
+        return self
 
     @property
     def read_elements(self) -> float:
@@ -71,7 +100,22 @@ class LinearEntry:
         return self.shape[0] * self.shape[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CONFIG)
+class BaseWeights:
+    """How the base model stores the weights that the artifact was made for.
+
+    Attributes:
+        format: name of the weight format (``formats``).
+        dtype: dtype of the weights, of what they stand for where they are quantized.
+        group: input channels that share a scale; 0 where none do.
+    """
+
+    format: StrictStr = one_of(*(one.name for one in FORMATS))
+    dtype: StrictStr = one_of(*DTYPES)
+    group: StrictInt = must("be an integer >= 0", default=0, ge=0)
+
+
+@dataclass(frozen=True, config=CONFIG)
 class ArtifactInfo:
     """The content of ``rsparse.json``.
 
@@ -80,85 +124,24 @@ class ArtifactInfo:
         linears: one entry per sparsified linear, in the checkpoint's order.
         dtype: dtype of the factors ("bfloat16", "float16" or "float32").
         tensors_sha256: digest of ``rsparse.safetensors``.
+        base: what the base model's weights are.
         provenance: how it was made (versions, base model, recipe, texts, seed); free
             form, for people and for ``inspect``.
+        format_version: of the file that this was read from.
     """
 
-    sparsity: float
-    linears: dict[str, LinearEntry]
-    dtype: str
-    tensors_sha256: str
-    provenance: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    sparsity: StrictFloat = share()
+    linears: dict[Name, LinearEntry] = must("be a non-empty object", min_length=1)
+    dtype: StrictStr = one_of(*DTYPES)
+    tensors_sha256: StrictStr = sha256()
+    base: BaseWeights = must("be an object")
+    provenance: dict[str, Any] = must("be an object", default_factory=dict)
+    format_version: StrictInt = must("be an integer", default=FORMAT_VERSION)
 
     @property
     def achieved_sparsity(self) -> float:
         """Model-level sparsity on the calibration tokens, factors counted."""
         return model_sparsity(self.linears)
-
-    def to_json(self) -> str:
-        """Serialise; ``from_json`` reads it back to an equal object."""
-        return json.dumps(asdict(self), indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, where: str) -> "ArtifactInfo":
-        """Parse and validate.
-
-        Args:
-            text: content of ``rsparse.json``.
-            where: path shown in errors.
-
-        Raises:
-            ArtifactError: not JSON, unknown or missing keys, values out of range.
-        """
-        try:
-            raw = json.loads(text)
-        # ValueError: also an integer of thousands of digits.
-        except (ValueError, RecursionError) as error:
-            raise ArtifactError(f"{where}: not valid JSON ({error})") from error
-        if not isinstance(raw, dict):
-            raise ArtifactError(f"{where}: expected a JSON object, got {_kind(raw)}")
-        version = raw.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
-            raise ArtifactError(
-                f"{where}: format_version is {version!r}, this release of vllm-rsparse"
-                f" reads {FORMAT_VERSION}; prepare the model again with it or install"
-                " the release that wrote it"
-            )
-        _check_keys(raw, cls, where)
-        linears = raw["linears"]
-        if not isinstance(linears, dict) or not linears:
-            raise ArtifactError(f"{where}: `linears` must be a non-empty object")
-        if not isinstance(raw.get("provenance", {}), dict):
-            raise ArtifactError(f"{where}: `provenance` must be an object")
-        if raw["dtype"] not in ("bfloat16", "float16", "float32"):
-            raise ArtifactError(
-                f"{where}: dtype {raw['dtype']!r} is none of bfloat16, float16, float32"
-            )
-        sparsity = raw["sparsity"]
-        if not _is_number(sparsity) or not 0 <= sparsity <= 1:
-            raise ArtifactError(
-                f"{where}: sparsity must lie in [0, 1], got {sparsity!r}"
-            )
-        if not isinstance(raw["tensors_sha256"], str):
-            raise ArtifactError(f"{where}: `tensors_sha256` must be a string")
-        entries: dict[str, LinearEntry] = {}
-        for name, values in linears.items():
-            here = f"{where}: linears[{name!r}]"
-            # Names are printed: no control characters for somebody's terminal.
-            if not name.isprintable() or not name or " " in name:
-                raise ArtifactError(f"{here}: not a name of a linear")
-            if not isinstance(values, dict):
-                raise ArtifactError(f"{here}: expected an object, got {_kind(values)}")
-            _check_keys(values, LinearEntry, here)
-            shape = values["shape"]
-            if not isinstance(shape, list) or len(shape) != 2:
-                raise ArtifactError(f"{here}: shape must be [N, K], got {shape!r}")
-            try:
-                entries[name] = LinearEntry(**{**values, "shape": tuple(shape)})
-            except (TypeError, ValueError) as error:
-                raise ArtifactError(f"{here}: {error}") from error
-        return cls(**{**raw, "linears": entries})
 
 
 def model_sparsity(linears: dict[str, LinearEntry]) -> float:
@@ -174,29 +157,3 @@ def factor_rank(n: int, k: int, sparsity: float, rho: float) -> int:
     projection under grouped-query attention is narrower than q.
     """
     return int((1.0 - rho) * (1.0 - sparsity) * n * k / (n + k))
-
-
-def _is_int(value: object) -> bool:
-    """A bool, which JSON tells apart and Python counts as an int, is none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) or _is_int(value)
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
-
-
-def _check_keys(raw: dict[str, Any], cls: type, where: str) -> None:
-    known = {f.name: f for f in fields(cls)}
-    for key in raw:
-        if key not in known:
-            raise ArtifactError(
-                f"{where}: unknown key {key!r}; known are {', '.join(known)}"
-            )
-    for name, f in known.items():
-        required = f.default is MISSING and f.default_factory is MISSING
-        if required and name not in raw:
-            raise ArtifactError(f"{where}: key {name!r} is missing")

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prepared artifact on disk: read, validate, slice for a shard. No vLLM here.
 
-Format version 1 (docs/format.md). DIR/rsparse.json holds provenance and one entry per
+docs/format.md describes the format. DIR/rsparse.json holds provenance and one entry per
 linear (LinearEntry); DIR/rsparse.safetensors holds, for each linear::
 
     NAME.thresholds   float32 [K]
     NAME.u            weight's dtype [N, r]   (absent when r = 0)
     NAME.v            weight's dtype [r, K]   (absent when r = 0)
-    NAME.bias         float32 [N]             (only when used)
+    NAME.correction   float32 [N]             (only when used; version 1: NAME.bias)
 
 NAME is the linear's name in the Hugging Face checkpoint. Both files are data only;
 everything is checked against the file's header before any tensor is read.
@@ -22,29 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vllm_rsparse.artifact.schema import (
-    FORMAT_VERSION,
-    ArtifactInfo,
-    LinearEntry,
-    factor_rank,
-    model_sparsity,
-)
+from vllm_rsparse.artifact.schema import LinearEntry
+from vllm_rsparse.artifact.versions import CORRECTION_SUFFIX, read_info
 from vllm_rsparse.errors import ArtifactError
-
-__all__ = [
-    "ARTIFACT_DIR",
-    "FORMAT_VERSION",
-    "JSON_NAME",
-    "TENSORS_NAME",
-    "Artifact",
-    "ArtifactError",
-    "ArtifactInfo",
-    "LinearEntry",
-    "LinearTensors",
-    "factor_rank",
-    "file_sha256",
-    "model_sparsity",
-]
 
 ARTIFACT_DIR = "rsparse"
 JSON_NAME = "rsparse.json"
@@ -62,13 +42,13 @@ class LinearTensors:
         thresholds: float32 [K].
         u: [N, r], or None when r = 0.
         v: [r, K], or None when r = 0.
-        bias: float32 [N] constant correction, or None.
+        correction: float32 [N], a constant for the sparse route, or None.
     """
 
     thresholds: Tensor
     u: Tensor | None
     v: Tensor | None
-    bias: Tensor | None
+    correction: Tensor | None
 
 
 class Artifact:
@@ -93,7 +73,7 @@ class Artifact:
                 f" directory with {JSON_NAME} and {TENSORS_NAME}, written by"
                 " `vllm-rsparse prepare`"
             ) from error
-        self.info = ArtifactInfo.from_json(text, str(self.json_path))
+        self.info = read_info(text, str(self.json_path))
         self._validate_tensors()
 
     @cached_property
@@ -140,23 +120,23 @@ class Artifact:
         entry = self.entry(name)
         with safe_open(self.tensors_path, framework="pt") as tensors:
             thresholds = tensors.get_slice(f"{name}.thresholds")[columns]
-            u = v = bias = None
+            u = v = correction = None
             if entry.rank > 0:
                 u = tensors.get_slice(f"{name}.u")[rows]
                 v = tensors.get_slice(f"{name}.v")[:, columns]
-            if entry.bias:
-                bias = tensors.get_slice(f"{name}.bias")[rows]
+            if entry.correction:
+                correction = tensors.get_slice(self._correction(name))[rows]
         if torch.isnan(thresholds).any():
             raise ArtifactError(
                 f"{self.tensors_path}: {name}.thresholds holds NaN; prepare again"
             )
-        for label, tensor in (("u", u), ("v", v), ("bias", bias)):
+        others = {f"{name}.u": u, f"{name}.v": v, self._correction(name): correction}
+        for key, tensor in others.items():
             if tensor is not None and not torch.isfinite(tensor).all():
                 raise ArtifactError(
-                    f"{self.tensors_path}: {name}.{label} holds NaN or infinity;"
-                    " prepare again"
+                    f"{self.tensors_path}: {key} holds NaN or infinity; prepare again"
                 )
-        return LinearTensors(thresholds, u, v, bias)
+        return LinearTensors(thresholds, u, v, correction)
 
     def entry(self, name: str) -> LinearEntry:
         """The JSON entry of a linear; ArtifactError where there is none."""
@@ -168,6 +148,9 @@ class Artifact:
                 f" {len(self.info.linears)}, the first is"
                 f" {next(iter(self.info.linears))!r}"
             ) from None
+
+    def _correction(self, name: str) -> str:
+        return f"{name}.{CORRECTION_SUFFIX[self.info.format_version]}"
 
     def _validate_tensors(self) -> None:
         try:
@@ -192,8 +175,8 @@ class Artifact:
             if entry.rank > 0:
                 expected[f"{name}.u"] = ([n, entry.rank], _FLOAT_DTYPES)
                 expected[f"{name}.v"] = ([entry.rank, k], _FLOAT_DTYPES)
-            if entry.bias:
-                expected[f"{name}.bias"] = ([n], ("F32",))
+            if entry.correction:
+                expected[self._correction(name)] = ([n], ("F32",))
         for key, (shape, dtypes) in expected.items():
             if key not in found:
                 raise ArtifactError(

@@ -61,7 +61,7 @@ def compare(layer: FusedLayer, backend: Backend, device: torch.device) -> Compar
     )
     correction = torch.cat(
         [
-            torch.zeros(n) if t.bias is None else t.bias
+            torch.zeros(n) if t.correction is None else t.correction
             for n, t in zip(sizes, layer.tensors, strict=True)
         ]
     )

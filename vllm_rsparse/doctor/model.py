@@ -93,7 +93,7 @@ def synthetic_layer() -> Iterator[Finding]:
     for n, rank in ((256, 16), (64, 0), (64, 8)):
         u = torch.randn(n, rank) / rank**0.5 if rank else None
         v = torch.randn(rank, k) / k**0.5 if rank else None
-        shards.append(LinearTensors(torch.rand(k) * 1.4, u, v, bias=None))
+        shards.append(LinearTensors(torch.rand(k) * 1.4, u, v, correction=None))
     weights = [(torch.randn(n, k) / k**0.5).to(torch.bfloat16) for n in (256, 64, 64)]
     yield _run([FusedLayer(["q", "k", "v"], weights, shards)], "random weights")
 

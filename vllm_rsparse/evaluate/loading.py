@@ -153,7 +153,7 @@ class SwitchableModel:
             module.thresholds = tensors.thresholds.to(self.device)
             module.u = self._cast(tensors.u)
             module.v = self._cast(tensors.v)
-            module.correction = self._cast(tensors.bias)
+            module.correction = self._cast(tensors.correction)
             module.kept = 0
         for name in self.linears.keys() - artifact.info.linears.keys():
             self.linears[name].thresholds = None

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from vllm_rsparse import __version__
-from vllm_rsparse.artifact.schema import FORMAT_VERSION, ArtifactInfo
+from vllm_rsparse.artifact.quantization import QUANT_METHOD, QuantizationSettings
+from vllm_rsparse.artifact.schema import ArtifactInfo, BaseWeights
 from vllm_rsparse.artifact.tensors import (
     ARTIFACT_DIR,
     JSON_NAME,
@@ -18,6 +19,7 @@ from vllm_rsparse.artifact.tensors import (
     Artifact,
     file_sha256,
 )
+from vllm_rsparse.artifact.versions import write_info
 from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
 from vllm_rsparse.model.device import choose_device
@@ -98,6 +100,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
             linears=calibrated.entries,
             dtype=stored_dtype,
             tensors_sha256=digest,
+            base=BaseWeights("float", stored_dtype),
             provenance={
                 "vllm_rsparse": __version__,
                 "torch": torch.__version__,
@@ -122,20 +125,19 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
                 "svd": {"largest_residual": calibrated.residuals},
             },
         )
-        write_text(staged.artifact / JSON_NAME, info.to_json())
+        write_text(staged.artifact / JSON_NAME, write_info(info))
         # Read back as the engine will: a fault of ours shows here and not in serving.
         Artifact(staged.artifact)
         staged.add_base_files(checkpoint, options.copy_weights)
         staged.write_config(
             checkpoint.config
             | {
-                "quantization_config": {
-                    "quant_method": "rsparse",
-                    "format_version": FORMAT_VERSION,
-                    "artifact": ARTIFACT_DIR,
-                    "artifact_sha256": digest,
-                    "sparsity": options.sparsity,
-                }
+                "quantization_config": QuantizationSettings(
+                    quant_method=QUANT_METHOD,
+                    artifact=ARTIFACT_DIR,
+                    artifact_sha256=digest,
+                    sparsity=options.sparsity,
+                ).to_dict()
             }
         )
         staged.commit()

@@ -14,19 +14,22 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.platforms import current_platform
 
 from vllm_rsparse import envs
-from vllm_rsparse.artifact.schema import FORMAT_VERSION
+from vllm_rsparse.artifact.quantization import (
+    HOW_TO,
+    QUANT_METHOD,
+    QuantizationSettings,
+)
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.metrics import exporter
 from vllm_rsparse.serving.agreement import local_report
 from vllm_rsparse.serving.base import BaseQuantization, base_method, checked_first
-from vllm_rsparse.serving.config_keys import HOW_TO
 from vllm_rsparse.serving.linear import RSparseLinearMethod
 from vllm_rsparse.serving.route import choose_route
 from vllm_rsparse.serving.served import ArtifactSource, Decision, ServedModel
 from vllm_rsparse.serving.settings import (
     IN_QUANTIZATION_CONFIG,
-    METHOD,
     Settings,
     claims,
 )
@@ -101,7 +104,7 @@ class RSparseConfig(QuantizationConfig):
 
     @classmethod
     def get_name(cls) -> str:
-        return METHOD
+        return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         dtypes = [torch.bfloat16, torch.float16, torch.float32]
@@ -131,7 +134,7 @@ class RSparseConfig(QuantizationConfig):
         Raises:
             ArtifactError: the dictionary is of our keys and names no method.
         """
-        return METHOD if claims(hf_quant_cfg, user_quant, hf_config) else None
+        return QUANT_METHOD if claims(hf_quant_cfg, user_quant, hf_config) else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RSparseConfig":
@@ -161,6 +164,12 @@ class RSparseConfig(QuantizationConfig):
             self.base.update(model_name, hf_config, revision)
         source = self._artifact_source(overrides, model_name, revision)
         artifact = source.open()
+        base = artifact.info.base.format
+        if base != FLOAT.name and self.base is None:
+            raise ArtifactError(
+                f"{artifact.json_path}: was prepared for weights in {base}, but"
+                f" {model_name} is not quantized; prepare this model"
+            )
         route = choose_route(
             [overrides.route, self.settings.route],
             current_platform.device_type,
@@ -212,18 +221,15 @@ class RSparseConfig(QuantizationConfig):
         nor on files: with the digest and the route in there, a changed artifact cannot
         be served by a stale graph. vLLM may build our config again from it.
         """
-        written = {
-            "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
-            "artifact": decision.source.artifact,
-            "artifact_sha256": decision.source.sha256,
-            "sparsity": artifact.info.sparsity,
-            "max_sparse_tokens": decision.route.policy.max_sparse_tokens,
-            "backend": decision.route.backend.label,
-        }
-        if self.base is not None:
-            written["base"] = self.base.dictionary
-        return written
+        return QuantizationSettings(
+            quant_method=QUANT_METHOD,
+            artifact=decision.source.artifact,
+            artifact_sha256=decision.source.sha256,
+            sparsity=artifact.info.sparsity,
+            max_sparse_tokens=decision.route.policy.max_sparse_tokens,
+            backend=decision.route.backend.label,
+            base=None if self.base is None else self.base.dictionary,
+        ).to_dict()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Apply the renaming of a model's class that builds modules under other names.

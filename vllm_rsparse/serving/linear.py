@@ -145,12 +145,12 @@ class RSparseLinearMethod(LinearMethodBase):
     def _correction(layer: LinearBase, shards: list[LinearTensors]) -> Tensor | None:
         """The shards' constant corrections [N], or None where none has one."""
         later_rank = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
-        if later_rank or all(t.bias is None for t in shards):
+        if later_rank or all(t.correction is None for t in shards):
             # The all-reduce after a row-parallel layer adds up the ranks' outputs: like
             # the bias, the correction enters on the first rank alone.
             return None
         parts = [
-            torch.zeros(size) if t.bias is None else t.bias
+            torch.zeros(size) if t.correction is None else t.correction
             for size, t in zip(layer.rsparse_sizes, shards, strict=True)
         ]
         return torch.cat(parts).to(layer.weight.device)

@@ -10,11 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_rsparse.artifact.quantization import (
+    HOW_TO,
+    KEYS,
+    QUANT_METHOD,
+    read_quantization,
+)
 from vllm_rsparse.errors import ArtifactError
-from vllm_rsparse.serving.config_keys import HOW_TO, KEYS, check_keys
 from vllm_rsparse.serving.route import RouteRequest
 
-METHOD = "rsparse"
 # What users call the two.
 IN_QUANTIZATION_CONFIG = "quantization_config"
 IN_OVERRIDES = "rsparse"
@@ -45,10 +49,10 @@ class Settings:
         """Read ``quantization_config``, ours or that of a quantized checkpoint.
 
         Raises:
-            ValueError: unknown key, wrong type or value, unsupported format version.
+            ArtifactError: unknown key, wrong type or value, unsupported version.
         """
         method = config.get("quant_method")
-        if method is not None and method != METHOD:
+        if method is not None and method != QUANT_METHOD:
             return cls(IN_QUANTIZATION_CONFIG, base=config)
         return cls._read(config, IN_QUANTIZATION_CONFIG)
 
@@ -57,7 +61,7 @@ class Settings:
         """Read the key ``rsparse`` of a model's config; empty where there is none.
 
         Raises:
-            ValueError: unknown key, wrong type or value.
+            ArtifactError: unknown key, wrong type or value.
         """
         config = getattr(hf_config, IN_OVERRIDES, None)
         if config is None:
@@ -76,14 +80,14 @@ class Settings:
 
     @classmethod
     def _read(cls, config: dict[str, Any], where: str) -> "Settings":
-        check_keys(config, where)
+        read = read_quantization(config, where)
         return cls(
             where,
-            config.get("artifact"),
-            config.get("artifact_sha256"),
-            config.get("max_sparse_tokens"),
-            config.get("backend"),
-            config.get("base"),
+            read.artifact,
+            read.artifact_sha256,
+            read.max_sparse_tokens,
+            read.backend,
+            read.base,
         )
 
     @property
@@ -111,7 +115,7 @@ def claims(
     method = quantization_config.get("quant_method")
     if not method:
         mine = set(quantization_config) - {"quant_method"}
-        if user_quant == METHOD or (mine and mine <= set(KEYS)):
+        if user_quant == QUANT_METHOD or (mine and mine <= set(KEYS)):
             raise ArtifactError(
                 f"quantization_config is {dict(quantization_config)}, without"
                 " quant_method: --hf-overrides replaces the whole dictionary that"
@@ -120,7 +124,7 @@ def claims(
                 " 4}}'"
             )
         return False
-    if method == METHOD:
+    if method == QUANT_METHOD:
         return False  # vLLM sees that itself
     asked = getattr(hf_config, IN_OVERRIDES, None) is not None
-    return user_quant == METHOD or (user_quant is None and asked)
+    return user_quant == QUANT_METHOD or (user_quant is None and asked)

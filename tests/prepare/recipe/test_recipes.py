@@ -166,7 +166,7 @@ def test_thresholds_fit_the_sparse_model_itself(
             u, v = tensors[f"{name}.u"].float(), tensors[f"{name}.v"].float()
             lost = lost - dropped @ v.T @ u.T
         torch.testing.assert_close(
-            tensors[f"{name}.bias"],
+            tensors[f"{name}.correction"],
             lost.mean((0, 1)).detach(),
             rtol=0.02,
             atol=2e-3 * lost.std().item(),
@@ -195,7 +195,7 @@ def test_magnitude_gives_one_threshold(make: Prepare) -> None:
     tensors = load_file(directory / "rsparse" / "rsparse.safetensors")
     for name, entry in info.linears.items():
         assert tensors[f"{name}.thresholds"].unique().numel() == 1
-        assert (entry.rank, entry.bias) == (0, False)
+        assert (entry.rank, entry.correction) == (0, False)
 
 
 def test_peers_spend_no_bytes_on_factors_unless_asked_to(make: Prepare) -> None:

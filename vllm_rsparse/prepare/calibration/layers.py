@@ -207,7 +207,7 @@ def _specs(
             specs[f"{linear.name}.u"] = TensorSpec((n, rank), dtype)
             specs[f"{linear.name}.v"] = TensorSpec((rank, k), dtype)
         if planned.corrected:
-            specs[f"{linear.name}.bias"] = TensorSpec((n,), torch.float32)
+            specs[f"{linear.name}.correction"] = TensorSpec((n,), torch.float32)
     return specs
 
 

@@ -28,8 +28,8 @@ class CalibratedLinear:
     """Tensors for the artifact, by suffix, and the JSON entry.
 
     Attributes:
-        tensors: "thresholds", "u" and "v" where the rank is positive, "bias" where
-            there is a correction.
+        tensors: "thresholds", "u" and "v" where the rank is positive, "correction"
+            where there is one.
         entry: what ``rsparse.json`` says.
         factors: how the factors were found, or None.
     """
@@ -88,7 +88,7 @@ def calibrate_linear(
         tensors["u"] = factors.u.to(weight.dtype)
         tensors["v"] = factors.v.to(weight.dtype)
     if correction:
-        tensors["bias"] = mean_lost(weight, dropped, tensors)
+        tensors["correction"] = mean_lost(weight, dropped, tensors)
     entry = LinearEntry(
         shape=(n, k),
         sparsity=plan.sparsity,
@@ -96,7 +96,7 @@ def calibrate_linear(
         rank=rank,
         kept_fraction=dropped.kept_fraction,
         relative_error=relative_error(weight, dropped, tensors),
-        bias=correction,
+        correction=correction,
     )
     return CalibratedLinear(tensors, entry, factors)
 
@@ -127,8 +127,8 @@ def relative_error(
         if factors:
             v, u = factors
             difference -= (d @ v.mT) @ u.mT
-        if "bias" in tensors:
-            difference -= tensors["bias"].to(dtype)
+        if "correction" in tensors:
+            difference -= tensors["correction"].to(dtype)
         error += _energy(difference)
         energy += _energy(x @ w.mT)
     return math.sqrt(error / energy) if energy > 0 else 0.0

@@ -108,8 +108,8 @@ class SparseLayer:
             if factors:
                 v, u = factors
                 y = y + (rest.masked_fill(mask, 0) @ v.mT) @ u.mT
-            if "bias" in tensors:
-                y = y + tensors["bias"].to(y.dtype)
+            if "correction" in tensors:
+                y = y + tensors["correction"].to(y.dtype)
             return torch.cat([functional.linear(exact, weight, bias), y], dim=1)
 
         # An attribute of the instance: the layer keeps its modules and their names.
