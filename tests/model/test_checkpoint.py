@@ -147,11 +147,11 @@ def _as_float8(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None
 REFUSED: dict[str, tuple[Change, str]] = {
     "quantized": (
         _config(quantization_config={"quant_method": "fp8"}),
-        r"already quantized \(quant_method 'fp8'\); start from the unquantized",
+        r"q_proj a quantized linear, but it has no tensor weight_scale",
     ),
     "prepared": (
         _config(quantization_config={"quant_method": "rsparse"}),
-        r"already quantized \(quant_method 'rsparse'\)",
+        r"written by `vllm-rsparse prepare`; prepare the base model",
     ),
     "experts": (_config(num_local_experts=8), "LlamaForCausalLM is a mixture of exp"),
     "expert tensors": (

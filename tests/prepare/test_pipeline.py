@@ -225,7 +225,7 @@ def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
 
 
 def test_a_prepared_directory_is_no_base(prepared: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"already quantized .*'rsparse'"):
+    with pytest.raises(CheckpointError, match="written by `vllm-rsparse prepare`"):
         prepare(_options(prepared, tmp_path / "out"))
 
 

@@ -8,6 +8,7 @@ from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.families import family_of, kind_of
 from vllm_rsparse.model.names import LinearName
+from vllm_rsparse.model.quantized import OUR_METHOD
 
 # safetensors' name of a dtype -> torch's.
 FLOAT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -64,6 +65,9 @@ class Linear:
 def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
     """The linears of every decoder layer, in order, and their common dtype.
 
+    A quantized linear counts with the dtype that its weight is read in
+    (``Checkpoint.linear_dtype``).
+
     Returns:
         The linears, layer by layer in the order in which they run; "bfloat16",
         "float16" or "float32".
@@ -85,16 +89,15 @@ def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
     for layer in range(layers):
         for kind in family.layer(layer):
             name = str(LinearName(family.layer_path, layer, kind.name))
-            info = checkpoint.tensors.get(f"{name}.weight")
-            if info is None or len(info.shape) != 2:
+            shape = checkpoint.linear_shape(name)
+            if shape is None:
                 raise CheckpointError(
                     f"{checkpoint.directory}: {_model_name(checkpoint.config)} has no"
                     f" linear {name} (layer {layer} of {layers}) and is not supported;"
                     f" {_SUPPORTED}"
                 )
-            n, k = info.shape
-            linears.append(Linear(name, layer, kind.name, (n, k)))
-    dtypes = sorted({checkpoint.tensors[linear.weight].dtype for linear in linears})
+            linears.append(Linear(name, layer, kind.name, shape))
+    dtypes = sorted({checkpoint.linear_dtype(linear.name) for linear in linears})
     if len(dtypes) != 1 or dtypes[0] not in FLOAT_DTYPES:
         raise CheckpointError(
             f"{checkpoint.directory}: the linears' weights are {', '.join(dtypes)};"
@@ -104,13 +107,12 @@ def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
 
 
 def _refuse_config(config: dict[str, Any], where: str) -> None:
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            method = config[key].get("quant_method", "unknown")
-            raise CheckpointError(
-                f"{where}: the model is already quantized (quant_method {method!r});"
-                " start from the unquantized base model"
-            )
+    quantization = config.get("quantization_config")
+    if quantization and quantization.get("quant_method") == OUR_METHOD:
+        raise CheckpointError(
+            f"{where}: the directory was written by `vllm-rsparse prepare`; prepare the"
+            " base model that it was made from"
+        )
     for key, what in (
         ("kv_lora_rank", "multi-head latent attention (MLA)"),
         ("num_local_experts", "a mixture of experts"),

@@ -15,6 +15,7 @@ from vllm_rsparse.formats.checkpoints.parse import parse_scheme
 from vllm_rsparse.formats.checkpoints.scheme import Scheme, refuse
 
 OUR_METHOD = "rsparse"
+OLD_KEY = "compression_config"
 _PLAIN = "weight"
 
 
@@ -28,7 +29,7 @@ def base_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
     Returns:
         The dictionary as the base checkpoint has it; None for a plain one.
     """
-    found = config.get("quantization_config") or config.get("compression_config")
+    found = config.get("quantization_config") or config.get(OLD_KEY)
     if isinstance(found, dict) and found.get("quant_method") == OUR_METHOD:
         found = found.get("base")
     return found or None

@@ -24,6 +24,7 @@ from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
 from vllm_rsparse.model.device import choose_device
 from vllm_rsparse.model.linears import find_linears
+from vllm_rsparse.model.quantized import OLD_KEY, base_quantization
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.model.texts import choose_windows, load_tokenizer, read_texts
 from vllm_rsparse.prepare.calibration.layers import calibrate_layers
@@ -129,17 +130,16 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
         # Read back as the engine will: a fault of ours shows here and not in serving.
         Artifact(staged.artifact)
         staged.add_base_files(checkpoint, options.copy_weights)
-        staged.write_config(
-            checkpoint.config
-            | {
-                "quantization_config": QuantizationSettings(
-                    quant_method=QUANT_METHOD,
-                    artifact=ARTIFACT_DIR,
-                    artifact_sha256=digest,
-                    sparsity=options.sparsity,
-                ).to_dict()
-            }
+        quantization = QuantizationSettings(
+            quant_method=QUANT_METHOD,
+            artifact=ARTIFACT_DIR,
+            artifact_sha256=digest,
+            sparsity=options.sparsity,
+            base=base_quantization(checkpoint.config),
         )
+        # The older name of the key: vLLM would read it as well.
+        config = {k: v for k, v in checkpoint.config.items() if k != OLD_KEY}
+        staged.write_config(config | {"quantization_config": quantization.to_dict()})
         staged.commit()
     if options.save_recipe is not None:
         text_of_recipe = recipe_json(planned.recipe)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``prepare`` on quantized checkpoints: calibrated on the weights that are served."""
+
+import json
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from vllm_rsparse.artifact.schema import ArtifactInfo
+from vllm_rsparse.evaluate.loading import PreparedModel, SwitchableModel
+from vllm_rsparse.prepare.options import PrepareOptions
+from vllm_rsparse.prepare.pipeline import prepare
+from vllm_rsparse.testing.quantized import LAYOUTS, write_plain, write_quantized
+
+TEXTS = (Path(sysconfig.get_path("stdlib")) / "argparse.py",)
+
+
+def _prepare(model: Path, output: Path, **changes: Any) -> ArtifactInfo:
+    settings: dict[str, Any] = {
+        "model": str(model),
+        "output": output,
+        "sparsity": 0.5,
+        "calibration_data": TEXTS,
+        "recipe": "uniform",
+        "rho": 0.95,
+        "samples": 2,
+        "tokens": 128,
+        "device": "cpu",
+        "seed": 7,
+    }
+    return prepare(PrepareOptions(**(settings | changes)))
+
+
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "rsparse" / "rsparse.safetensors")
+
+
+@pytest.mark.parametrize("layout", ["w4a16-asym-g32", "awq", "fp8-block-native"])
+def test_the_artifact_is_that_of_the_dequantised_model(
+    layout: str, pyllama: Path, tmp_path: Path
+) -> None:
+    meant = write_quantized(pyllama, tmp_path / "q", layout)
+    plain = {name: tensor.bfloat16() for name, tensor in meant.items()}
+    write_plain(pyllama, tmp_path / "plain", plain)
+    mine = _prepare(tmp_path / "q", tmp_path / "mine")
+    other = _prepare(tmp_path / "plain", tmp_path / "other")
+    assert mine.dtype == "bfloat16"
+    assert mine.linears == other.linears
+    tensors, expected = _tensors(tmp_path / "mine"), _tensors(tmp_path / "other")
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[name]), name
+    # Rounding to four or eight bits moves the activations, so thresholds differ.
+    _prepare(pyllama, tmp_path / "base")
+    name = "model.layers.2.mlp.down_proj.thresholds"
+    assert not torch.equal(tensors[name], _tensors(tmp_path / "base")[name])
+
+
+@pytest.mark.parametrize("layout", ["w4a16-g64", "gptq", "fp8-tensor-native"])
+def test_the_config_carries_the_bases_own_dictionary(
+    layout: str, pyllama: Path, tmp_path: Path
+) -> None:
+    write_quantized(pyllama, tmp_path / "q", layout)
+    _prepare(tmp_path / "q", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "rsparse"
+    assert config["quantization_config"]["base"] == LAYOUTS[layout][0]
+
+
+def test_the_older_name_of_the_key_does_not_stay(pyllama: Path, tmp_path: Path) -> None:
+    write_quantized(pyllama, tmp_path / "q", "fp8-channel")
+    path = tmp_path / "q" / "config.json"
+    config = json.loads(path.read_text())
+    base = config["compression_config"] = config.pop("quantization_config")
+    path.write_text(json.dumps(config))
+    _prepare(tmp_path / "q", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "compression_config" not in config
+    assert config["quantization_config"]["base"] == base
+
+
+def test_plain_models_carry_no_base(pyllama: Path, tmp_path: Path) -> None:
+    _prepare(pyllama, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "base" not in config["quantization_config"]
+
+
+@pytest.mark.parametrize("layout", ["w4a16-channel", "fp8-tensor"])
+def test_evaluate_runs_the_dequantised_model(
+    layout: str, pyllama: Path, tmp_path: Path
+) -> None:
+    meant = write_quantized(pyllama, tmp_path / "q", layout)
+    _prepare(tmp_path / "q", tmp_path / "out")
+    windows = torch.arange(2 * 40).view(2, 40)
+    prepared = PreparedModel.open(tmp_path / "out")
+    model = SwitchableModel(prepared, torch.device("cpu"), torch.float32)
+    model.use(prepared.artifact)
+    logits = model.logits(windows, 4, sparse=False)
+    exact = {name: tensor.float() for name, tensor in meant.items()}
+    write_plain(pyllama, tmp_path / "plain", exact)
+    plain = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", dtype=torch.float32
+    )
+    with torch.inference_mode():
+        expected = plain.eval()(input_ids=windows).logits[:, 4:]
+    # The same arithmetic; only memory alignment may differ.
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+    assert model.logits(windows, 4, sparse=True).isfinite().all()
+
+
+def test_a_damaged_tensor_stops_the_run_and_is_named(
+    pyllama: Path, tmp_path: Path
+) -> None:
+    write_quantized(pyllama, tmp_path / "q", "fp8-channel")
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight_scale"][5] = float("inf")
+    save_file(tensors, tmp_path / "q" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers.3.mlp.up_proj: weight_scale holds"):
+        _prepare(tmp_path / "q", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
