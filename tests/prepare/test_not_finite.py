@@ -65,7 +65,7 @@ def test_weights(
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("best", "what leaves decoder layer 1: NaN or infinity"),
+        ("best", "the output of decoder layer 1: NaN or infinity"),
         ("greedy", "the input of model.layers.1.mlp.down_proj: NaN or infinity"),
         ("wina", "the input of model.layers.1.mlp.down_proj: NaN or infinity"),
         ("evolutionary", "the input of model.layers.1.mlp.down_proj: NaN"),

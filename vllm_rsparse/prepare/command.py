@@ -14,17 +14,20 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; their defaults are those of ``PrepareOptions``."""
     parser.add_argument(
-        "model", metavar="MODEL", help="dense base model: local directory or Hub name"
+        "model", metavar="MODEL", help="base model: local directory or Hub name"
     )
     parser.add_argument(
-        "output", metavar="OUTPUT", type=Path, help="directory to write, then to serve"
+        "output",
+        metavar="OUTPUT",
+        type=Path,
+        help="directory to write, which vllm serve loads",
     )
     parser.add_argument(
         "--sparsity",
         type=float,
         required=True,
         metavar="S",
-        help="fraction of the linears' bytes that decoding skips, e.g. 0.5",
+        help="fraction of the linears' bytes that decoding skips, for example 0.5",
     )
     parser.add_argument(
         "--calibration-data",
@@ -32,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="UTF-8 text files like what the model will read and write",
+        help="UTF-8 text files, similar to what the model will read and write",
     )
     parser.add_argument(
         "--recipe",
@@ -51,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rho",
         type=float,
         default=PrepareOptions.rho,
-        help="share of the kept bytes for exact channels, the rest goes to low-rank"
+        help="share of the kept bytes for exact channels; the rest goes to low-rank"
         " factors; 1: no factors (default: the recipe's own, 0.95 for uniform, else 1)",
     )
     parser.add_argument(
@@ -72,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=DEVICES,
         default=PrepareOptions.device,
-        help="where to calibrate (default: cuda where there is one)",
+        help="where to calibrate (default: cuda if available)",
     )
     parser.add_argument(
         "--dtype",
@@ -90,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=int,
         default=PrepareOptions.seed,
-        help="choice of windows (default: %(default)s)",
+        help="selects the calibration windows (default: %(default)s)",
     )
     parser.add_argument(
         "--overwrite",

@@ -59,7 +59,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
         NotFiniteError: NaN or infinity in weights or activations.
         OSError: the disk is full or a file cannot be written.
     """
-    # What can be checked at once is, before a download and before the tokenizer runs.
+    # Everything that can be checked now is checked before a download and the tokenizer.
     check_output(options.output, options.overwrite)
     if options.save_recipe is not None:
         check_recipe_file(options.save_recipe, options.output)
@@ -127,7 +127,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
             },
         )
         write_text(staged.artifact / JSON_NAME, write_info(info))
-        # Read back as the engine will: a fault of ours shows here and not in serving.
+        # Read back as the engine will: our own errors show here and not while serving.
         Artifact(staged.artifact)
         staged.add_base_files(checkpoint, options.copy_weights)
         quantization = QuantizationSettings(
@@ -148,7 +148,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
 
 
 def _recipe(options: PrepareOptions) -> Recipe:
-    """The recipe with ``--rho``; refused where its choices do not go together."""
+    """The recipe with ``--rho``; refused if its choices are not compatible."""
     recipe = load_recipe(options.recipe)
     if options.rho is not None:
         recipe = replace(recipe, rho=options.rho)

@@ -7,7 +7,7 @@ from vllm_rsparse.text_table import align
 
 
 def summary(info: ArtifactInfo) -> str:
-    """Target and achieved sparsity, mean rank and mean relative error by kind.
+    """Target and achieved sparsity, mean rank and mean relative error per kind.
 
     Achieved sparsity counts kept columns and factors on the calibration tokens.
     """

@@ -14,7 +14,7 @@ from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.store.run_store import RunStore
 
 # Leading part of each calibration window that runs dense and is not counted, where
-# activations of the sparse model are used: a prompt before decoded tokens.
+# activations of the sparse model are used: it stands for the prompt.
 DENSE_FRACTION = 0.1
 
 
@@ -39,7 +39,7 @@ class LayerLinears:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One preparation: the model, its calibration text, and what it has found so far.
+    """One preparation: the model, its calibration text, and its results so far.
 
     Attributes:
         model: the streamed base model.

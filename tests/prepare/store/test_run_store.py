@@ -95,7 +95,7 @@ def test_errors_name_the_file_and_what_to_do(
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(PrepareError, match=r"stage\.0\.safetensors: cannot be read"):
         store.get(KEY)
-    with pytest.raises(PrepareError, match=r"/s: .* takes 1\d{18} bytes.*are free"):
+    with pytest.raises(PrepareError, match=r"/s: .* take 1\d{18} bytes.*are free"):
         store.require(10**18)
     store.require(1)
 
@@ -103,18 +103,18 @@ def test_errors_name_the_file_and_what_to_do(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_store, "save_file", full)
-    with pytest.raises(PrepareError, match=r"other.*No space left .*make room"):
+    with pytest.raises(PrepareError, match=r"other.*No space left .*free space"):
         store.put(Key("other", 0), {})
     assert Key("other", 0) not in store
     monkeypatch.setattr(run_store.os, "fsync", full)
     with pytest.raises(
-        PrepareError, match=r"results\.jsonl.*No space left .*make room"
+        PrepareError, match=r"results\.jsonl.*No space left .*free space"
     ):
         store.record({KEY: 1.0})
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").touch()
-    with pytest.raises(PrepareError, match="was not made by it"):
+    with pytest.raises(PrepareError, match="did not create this directory"):
         RunStore(foreign, {}).put(KEY, {})
     assert [file.name for file in foreign.iterdir()] == ["thesis.txt"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What thresholds drop of calibration inputs, by the run time's own comparison."""
+"""The part of calibration inputs that thresholds drop, compared as at run time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Dropped:
         kept: (token, channel) pairs that are kept.
         total: float64 [K], sum of d, or None.
         outer: float64 [K, K], sum of d d^T, or None.
-        masks: what is kept of the leading tokens, bool, in the chunks of
+        masks: kept channels of the leading tokens, bool, in the chunks of
             ``row_chunks``.
     """
 
@@ -43,7 +43,7 @@ class Dropped:
         return self.total / len(self.x)
 
     def covariance(self, centred: bool) -> Tensor:
-        """E[d d^T], float64 [K, K]; of d less its mean where ``centred``."""
+        """E[d d^T], float64 [K, K]; with d minus its mean if ``centred``."""
         if self.outer is None:
             raise ValueError("d d^T was not summed")
         covariance = self.outer / len(self.x)

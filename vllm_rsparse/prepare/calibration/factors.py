@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank factors of a weight: its truncated SVD (paper section 3.3).
 
-``regress`` has the other kind.
+``regress`` computes the other kind.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 # Above this a full SVD is too slow for a whole model: 1024x2816 takes 7 s on two cores,
 # 2048x2048 12 s, growing with the cube, the randomised one 1 to 2 s.
 EXACT_MAX_DIM = 512
-# On the weights of the reference model, ||W - U V|| is then at most 1.3e-4 above the
+# On the weights of the bundled model, ||W - U V|| is then at most 1.3e-4 above the
 # best possible (1.3e-3 with 4 iterations, 4.7e-3 with 2).
 OVERSAMPLING = 16
 POWER_ITERATIONS = 8

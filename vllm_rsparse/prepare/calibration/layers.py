@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All linears, layer by layer: observe, calibrate, write, carry hidden states on."""
+"""All linears, layer by layer: observe, calibrate, write, pass hidden states on."""
 
 import hashlib
 import logging
@@ -40,7 +40,7 @@ class Calibrated:
     residuals: dict[str, float] = field(default_factory=dict)
 
     def add(self, entries: dict[str, LinearEntry], residuals: dict[str, float]) -> None:
-        """Take over what one layer has."""
+        """Add the results of one layer."""
         self.entries |= entries
         for method, residual in residuals.items():
             self.residuals[method] = max(self.residuals.get(method, 0.0), residual)
@@ -51,12 +51,12 @@ def calibrate_layers(
 ) -> Calibrated:
     """Write the artifact's tensors.
 
-    What is found is kept in the run's store where sparse activations are calibrated
-    on; dense ones take one forward pass, which is not worth it.
+    Results are kept in the run's store if calibration uses sparse activations; dense
+    ones take a single forward pass, for which this is not worthwhile.
 
     Args:
         run: the model and its calibration text.
-        planned: what each linear gets.
+        planned: the plan of each linear.
         path: safetensors file to create.
         stored_dtype: of the factors.
     """
@@ -115,12 +115,12 @@ def calibrate_layers(
 
 
 def run_sparse(run: Run, planned: Planned, label: str) -> Tensor:
-    """Calibrate on sparse activations, and keep nothing but what leaves the last layer.
+    """Calibrate on sparse activations, and keep only the output of the last layer.
 
     Args:
         run: the model and the text to calibrate on.
-        planned: what each linear gets.
-        label: what progress is reported as.
+        planned: the plan of each linear.
+        label: label of the progress bar.
 
     Returns:
         [samples, tokens, hidden] in the compute dtype, on the device.
@@ -146,7 +146,7 @@ class _LayerCalibration:
         self.residuals: dict[str, float] = {}
 
     def on_dense(self, layer: LayerLinears, hidden: Tensor) -> None:
-        """On the dense layer's activations; hidden states go through it."""
+        """Use the dense layer's activations; hidden states pass through it."""
         model = self._run.model
         inputs = LayerInputs(layer, hidden.shape[0] * hidden.shape[1])
         with model.layer(layer.index) as module, inputs.observe(module):
@@ -155,7 +155,7 @@ class _LayerCalibration:
             self._calibrate(linear, inputs.of(linear))
 
     def on_sparse(self, layer: LayerLinears, hidden: Tensor) -> None:
-        """On activations that each linear, once sparse, changes for the later ones."""
+        """Use activations that each linear, once sparse, changes for the later ones."""
         model, prefix = self._run.model, self._run.dense_prefix
         with model.layer(layer.index) as module, sparse_linears(module) as sparse:
             for stage in stages(layer):
@@ -212,6 +212,6 @@ def _specs(
 
 
 def _seed(seed: int, name: str) -> int:
-    """A seed of each linear's own, so that the order of work does not matter."""
+    """A separate seed per linear, so that the order of work does not matter."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

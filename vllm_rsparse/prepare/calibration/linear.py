@@ -18,8 +18,8 @@ from vllm_rsparse.prepare.calibration.thresholds import (
 )
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
 
-# The error takes two dense products a token. On all of 16 x 4096 tokens that is twice
-# the calibration's own forward; whole windows in random order represent the rest.
+# The error takes two dense products per token. For all of 16 x 4096 tokens this is
+# twice the calibration's own forward; whole windows in random order represent the rest.
 ERROR_TOKENS = 8192
 
 
@@ -30,7 +30,7 @@ class CalibratedLinear:
     Attributes:
         tensors: "thresholds", "u" and "v" where the rank is positive, "correction"
             where there is one.
-        entry: what ``rsparse.json`` says.
+        entry: its entry in ``rsparse.json``.
         factors: how the factors were found, or None.
     """
 
@@ -57,14 +57,14 @@ def calibrate_linear(
         plan: sparsity and rho.
         seed: of the randomised methods.
         scale: float32 [K], the score is |x| times it; None takes the column norms.
-        correction: add what the dropped part contributes on average, a constant.
-        metric: [N, N], what an error of the output costs; with it factors are regressed
-            (see ``regress``), without they are the weight's SVD.
+        correction: add the mean contribution of the dropped part, a constant.
+        metric: [N, N], the cost of an error of the output; with it factors are
+            regressed (see ``regress``), without it they are the weight's SVD.
 
     Returns:
-        Tensors as they are stored, and the entry with the kept fraction (as the run
-        time counts it) on all of ``x``, and the relative error on its first
-        ``ERROR_TOKENS`` tokens.
+        Tensors as they are stored, and the entry with the kept fraction (counted as at
+        run time) on all of ``x``, and the relative error on its first ``ERROR_TOKENS``
+        tokens.
     """
     n, k = weight.shape
     scale = column_norms(weight) if scale is None else scale
@@ -113,7 +113,7 @@ def mean_lost(weight: Tensor, dropped: Dropped, tensors: dict[str, Tensor]) -> T
 def relative_error(
     weight: Tensor, dropped: Dropped, tensors: dict[str, Tensor]
 ) -> float:
-    """||y_sparse - y|| / ||y|| with y = W x, the layer's own bias left out.
+    """||y_sparse - y|| / ||y|| with y = W x, without the layer's own bias.
 
     Over the leading tokens. Only the dropped part d of x differs:
     y_sparse - y = U V d + correction - W d.
@@ -135,5 +135,5 @@ def relative_error(
 
 
 def _energy(y: Tensor) -> float:
-    # float64, for float32's running sum is off by 5e-5 at 10^5 elements.
+    # float64, because float32's running sum is off by 5e-5 at 10^5 elements.
     return torch.linalg.vector_norm(y, dtype=torch.float64).item() ** 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far from its calibration text, and from itself dense, a streamed model is."""
+"""Loss of a streamed model on its text, and its divergence from the dense model."""
 
 import math
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from vllm_rsparse.prepare.calibration.thresholds import CHUNK_ELEMENTS
 def text_losses(
     model: StreamedModel, states: Sequence[Tensor], windows: Tensor, dense_prefix: int
 ) -> list[float]:
-    """Mean negative log likelihood of the text (nats); infinite where it is not finite.
+    """Mean negative log likelihood of the text (nats); NaN becomes infinity.
 
     Args:
         model: the streamed base model; its head is loaded once for all states.
-        states: [samples, tokens, hidden] each, what leaves the last layer.
+        states: [samples, tokens, hidden] each, outputs of the last layer.
         windows: int64 [samples, tokens].
         dense_prefix: leading positions of each window that are not counted.
     """
@@ -43,12 +43,12 @@ def divergence(
 ) -> float:
     """Mean KL(dense || sparse) of the next token's distribution (nats).
 
-    Infinite where it is not finite. On few tokens it tells candidates apart better than
-    the loss does, which depends on what the text's author happened to write.
+    NaN becomes infinity. On few tokens it distinguishes candidates better than the loss
+    does, which depends on what the text's author happened to write.
 
     Args:
         model: the streamed base model.
-        state: [samples, tokens, hidden], what leaves the last layer.
+        state: [samples, tokens, hidden], the output of the last layer.
         dense: the same of the dense model.
         dense_prefix: leading positions of each window that are not counted.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collect what enters the linears of one decoder layer during calibration."""
+"""Collect the inputs of the linears of one decoder layer during calibration."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ class LayerInputs:
     """The distinct inputs of a layer's linears, over all tokens.
 
     They are kept in the compute dtype: tokens x (2 hidden + attention + intermediate)
-    elements in a Llama, the largest thing that ``prepare`` holds.
+    elements in a Llama, the largest data that ``prepare`` has in memory.
 
     Args:
         members: the linears of the layer.
@@ -42,14 +42,14 @@ class LayerInputs:
         """Input [tokens, K] of a linear of the layer.
 
         Raises:
-            NotFiniteError: it holds NaN or infinity.
+            NotFiniteError: it contains NaN or infinity.
         """
         x = self[linear.kind]
         check_activations(x, f"the input of {linear.name}")
         return x
 
     def __getitem__(self, kind: str) -> Tensor:
-        """Input [tokens, K] of the layer's linear of a kind."""
+        """Input [tokens, K] of the layer's linear of this kind."""
         return self._inputs[self._groups[kind]]
 
     @contextmanager

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs of a layer's linears as the sparse model produces them.
 
-Thresholds found on the dense model's activations skip 1 to 3 points more than asked for
-(reference model, 50 to 70%): sparse linears change what later ones see. Here the
-linears of a layer are taken in the order in which they run, and every one that is
-calibrated runs sparse from then on, in this layer and through the hidden states in all
-later ones.
+Thresholds found on the dense model's activations skip 1 to 3 points more than requested
+(bundled model, 50 to 70%), because sparse linears change the inputs of later ones. Here
+the linears of a layer are calibrated in the order in which they run, and each runs
+sparse from then on, which affects this layer and, through the hidden states, all later
+ones.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,11 +23,11 @@ from vllm_rsparse.op.reference import kept_mask
 
 
 class _Reached(Exception):  # noqa: N818 (no error)
-    """The input that was waited for has come: the rest of the layer need not run."""
+    """The wanted input has arrived: the rest of the layer need not run."""
 
 
 def stages(members: Iterable[Linear]) -> Iterator[list[Linear]]:
-    """The linears of a layer, by the input that they share, in running order."""
+    """The linears of a layer, grouped by their common input, in running order."""
     for _, group in groupby(members, lambda linear: linear.input_group):
         yield list(group)
 
@@ -40,9 +40,9 @@ def stage_input(
     hidden: Tensor,
     dense_prefix: int,
 ) -> Tensor:
-    """What enters a linear, [samples x (tokens - dense_prefix), K].
+    """The input of a linear, [samples x (tokens - dense_prefix), K].
 
-    Hidden states stay as they are.
+    Hidden states are not changed.
 
     Args:
         model: the streamed model; ``layer`` is the materialised layer of ``linear``.
@@ -52,7 +52,7 @@ def stage_input(
         dense_prefix: leading positions of each window that are left out.
 
     Raises:
-        NotFiniteError: it holds NaN or infinity.
+        NotFiniteError: it contains NaN or infinity.
     """
     rows: list[Tensor] = []
 
@@ -74,7 +74,7 @@ def stage_input(
 
 @contextmanager
 def sparse_linears(layer: nn.Module) -> Iterator["SparseLayer"]:
-    """A layer whose linears can be made sparse; all are dense again on leaving."""
+    """A layer whose linears can be made sparse; all are dense again afterwards."""
     sparse = SparseLayer(layer)
     try:
         yield sparse

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factors that stand in for the dropped part, by what the loss makes of it.
+"""Factors that approximate the dropped part, weighted by its effect on the loss.
 
 With d the dropped part of the input, an error e = W d - U V d in a linear's output
 costs, to second order, e^T B e, where B = E[g g^T] and g is the gradient of the loss by
@@ -8,7 +8,7 @@ that output. Over all U V of rank r, E[e^T B e] is least for the projection
     U V = Q Q^T B W,    Q^T B Q = 1,    S B Q = Q diag(l),    S = W E[d d^T] W^T
 
 on the r eigenvectors with the largest eigenvalues l, and each eigenvalue is the cost
-that its direction takes away. Where there is a constant correction, d is less its mean.
+that its direction removes. With a constant correction, d is taken minus its mean.
 """
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 from vllm_rsparse.prepare.calibration.factors import Factors
 
 ITERATIONS = 12
-# Directions looked for, as a share of the smaller side; the best ranks found were 13 of
-# 384 (reference model, first q_proj at 60%).
+# Number of directions, as a share of the smaller side; the largest rank that paid was
+# 13 of 384 (bundled model, first q_proj at 60%).
 WIDEST = 1 / 8
 
 
@@ -35,7 +35,7 @@ def directions(
 
     Returns:
         Eigenvalues [R] in descending order, and Q [N, R], both float64; R is
-        ``WIDEST`` of the smaller side, or the rank of the metric where that is less.
+        ``WIDEST`` of the smaller side, or the rank of the metric if that is less.
     """
     w, b = weight.double(), metric.double()
     s = w @ covariance.double() @ w.mT
@@ -75,7 +75,7 @@ def regressed(
 
 
 def _orthonormal(y: Tensor, b: Tensor) -> Tensor:
-    """A basis of y's columns with Q^T B Q = 1, less directions that B does not see."""
+    """A basis of y's columns with Q^T B Q = 1, without directions in B's null space."""
     if y.shape[1] == 0:
         return y
     y = y / torch.linalg.vector_norm(y, dim=0).clamp_min(1e-300)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_rsparse.errors import NotFiniteError
 
-# Elements of activations handled at a time: bounds the temporaries.
+# Elements of activations per chunk: bounds the size of temporaries.
 CHUNK_ELEMENTS = 1 << 20
 _LOW_BITS = 16
 _INFINITY_BUCKET = 0x7F80  # upper 16 bits of +inf; NaNs lie in and above it
@@ -31,11 +31,11 @@ def score_threshold(x: Tensor, norms: Tensor, keep: float) -> float:
 
     t lies midway between the largest score that is dropped and the smallest that is
     kept, both found exactly, so the result depends neither on chunking nor on the
-    device's reduction order. Midway, because what the first layer sees of a token is
-    the same each time: a threshold that equals a score meets it again whenever that
-    token comes, and the last bit of a sum decides. (In 50 prompts of 20 tokens the
-    first q_proj met its own threshold 101 times, and tensor-parallel ranks gave 4 of
-    them other tokens than one rank did.)
+    device's reduction order. Midway, because the first layer's input for a token is
+    always the same: a threshold that equals a score meets it again whenever that token
+    occurs, and then the last bit of a sum decides. (In 50 prompts of 20 tokens the
+    first q_proj met its own threshold 101 times, and in 4 of them tensor-parallel ranks
+    gave other tokens than one rank did.)
 
     Args:
         x: calibration inputs [tokens, K], any floating dtype.
@@ -46,7 +46,7 @@ def score_threshold(x: Tensor, norms: Tensor, keep: float) -> float:
         t; -1 where everything is kept.
 
     Raises:
-        NotFiniteError: the activations hold NaN or infinity.
+        NotFiniteError: the activations contain NaN or infinity.
     """
     total = x.numel()
     dropped = total - round(keep * total)
@@ -67,8 +67,8 @@ def score_threshold(x: Tensor, norms: Tensor, keep: float) -> float:
 def midway(largest_dropped: float, smallest_kept: float) -> float:
     """The threshold between two float32 scores, as a float32 value.
 
-    Between two neighbouring numbers there is nothing: it is then the lower one, which
-    is dropped because the comparison is strict.
+    If the two are adjacent, it is the lower one, which is dropped because the
+    comparison is strict.
     """
     middle = torch.tensor((largest_dropped + smallest_kept) / 2).item()
     return middle if middle < smallest_kept else largest_dropped
@@ -77,8 +77,8 @@ def midway(largest_dropped: float, smallest_kept: float) -> float:
 def kth_smallest(chunks: Callable[[], Iterator[Tensor]], k: int) -> float:
     """The k-th smallest (k >= 1) of non-negative float32 values given in chunks.
 
-    Non-negative floats order as their bit patterns do. One pass counts the upper 16
-    bits, a second one the lower 16 bits within the bucket that holds rank k.
+    Non-negative floats have the order of their bit patterns. One pass counts the upper
+    16 bits, a second one the lower 16 bits within the bucket that contains rank k.
 
     Args:
         chunks: called twice; yields flat float32 tensors, the same both times.
@@ -90,7 +90,7 @@ def kth_smallest(chunks: Callable[[], Iterator[Tensor]], k: int) -> float:
     high = _histogram(_bits(chunk) >> _LOW_BITS for chunk in chunks())
     if int(high[_INFINITY_BUCKET:].sum()) > 0:
         raise NotFiniteError(
-            "calibration activations hold NaN or infinity; use --dtype bfloat16 or"
+            "calibration activations contain NaN or infinity; use --dtype bfloat16 or"
             " float32, and check that the base model works"
         )
     bucket, k = _locate(high, k)
@@ -135,7 +135,7 @@ def _histogram(chunks: Iterator[Tensor]) -> Tensor:
 
 
 def _locate(counts: Tensor, k: int) -> tuple[int, int]:
-    """The bucket that holds rank k, and the rank within it."""
+    """The bucket that contains rank k, and the rank within it."""
     cumulative = counts.cumsum(0)
     bucket = int(torch.searchsorted(cumulative, k))
     return bucket, k - int(cumulative[bucket] - counts[bucket])

@@ -69,7 +69,7 @@ def recipe_json(recipe: Recipe) -> str:
 
 
 def check_plans(recipe: Recipe, linears: Iterable["Linear"], sparsity: float) -> None:
-    """A file's plans must fit the model and add up to the sparsity asked for.
+    """Check that a file's plans match the model and add up to the target sparsity.
 
     Raises:
         PrepareError: a linear is missing or unknown, or the budget differs.

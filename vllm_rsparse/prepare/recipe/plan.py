@@ -32,7 +32,7 @@ class LinearPlan:
     def with_rank(cls, keep: float, rank: int, shape: tuple[int, int]) -> "LinearPlan":
         """The plan that keeps this fraction of the channels and has this rank."""
         n, k = shape
-        # Half a rank more, for `rank` rounds down.
+        # Half a rank more, because `rank` rounds down.
         budget = keep + (rank + 0.5) * (n + k) / (n * k)
         if rank == 0 or budget >= 1.0:
             return cls(1.0 - keep, 1.0)
@@ -58,7 +58,7 @@ def uniform(
 def mean_of(
     first: Allocation, second: Allocation, sparsity: float
 ) -> dict[str, LinearPlan]:
-    """Plans without factors that give a linear the mean of what the two give it."""
+    """Plans without factors: each linear gets the mean of the two allocations."""
     plans, others = first(sparsity), second(sparsity)
     return {
         name: LinearPlan((plan.sparsity + others[name].sparsity) / 2, 1.0)

@@ -12,7 +12,7 @@ from vllm_rsparse.prepare.recipe.recipes import ALWAYS, Recipe
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A recipe with all that its searches have found.
+    """A recipe with the results of its searches.
 
     Attributes:
         recipe: with the plan of every linear, and its correction settled.

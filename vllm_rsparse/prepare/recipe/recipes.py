@@ -21,23 +21,23 @@ class Recipe:
     """The choices of one preparation.
 
     Attributes:
-        name: for people; nothing depends on it.
-        score: what |x_j| is multiplied with to rank channels: nothing ("magnitude"),
-            the norm of the weight's column ("norm"), or the root mean square of the
-            loss's gradient with respect to x_j through this linear ("sensitivity").
+        name: for messages and provenance; nothing depends on it.
+        score: the factor of |x_j| that ranks channels: 1 ("magnitude"), the norm of the
+            weight's column ("norm"), or a mean of the loss's gradient with respect to
+            x_j through this linear ("sensitivity", see ``search.sensitivity``).
         allocation: every linear the same ("uniform"), least added error per byte within
             each layer ("greedy"), one threshold on the loss per byte for the whole
-            model ("sensitivity"), what loses least of these two, their mean, and that
-            nearer to even ("mixed"), the paper's search over rho ("evolutionary") or
+            model ("sensitivity"), the best of these two, their mean, and a variant
+            closer to even ("mixed"), the paper's search over rho ("evolutionary") or
             over sparsity and rho ("evolutionary-joint") of every linear. The names are
             those of ``search.allocators``.
-        activations: calibrate thresholds on what the dense model feeds the linears, or
-            on what the sparse model does, from the first layer on ("sparse").
+        activations: calibrate thresholds on the linears' inputs in the dense model
+            ("dense"), or in the sparse model, from the first layer on ("sparse").
         correction: add the mean of what is dropped, as a constant per linear: "never",
             "always", or, where the allocation tries candidates ("mixed"), "try" both
-            and take the constant only if less is lost.
+            and add the constant only if it reduces the loss.
         factors: where a plan has a rank: the truncated SVD of the weight ("svd"), or,
-            for q and k, what best stands in for the dropped part ("regressed").
+            for q and k, the best approximation of the dropped part ("regressed").
         rho: share of the kept bytes for exact channels where the allocation does not
             choose it; ``--rho`` replaces it.
         linears: plan of every linear by name; None: as ``allocation`` finds.

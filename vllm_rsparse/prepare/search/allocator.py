@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a strategy to allocate the sparsity offers; ``allocators`` lists them."""
+"""The interface of a strategy that allocates sparsity; ``allocators`` lists them."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -14,8 +14,8 @@ class Allocator(ABC):
 
     Attributes:
         needs_gradients: whether it reads ``Scored.gradients``.
-        takes_rho: whether it obeys the recipe's rho; others choose factors themselves.
-        tries_correction: whether it can settle a correction of "try".
+        takes_rho: whether it uses the recipe's rho; others choose factors themselves.
+        tries_correction: whether it can decide a correction of "try".
     """
 
     needs_gradients: ClassVar[bool] = False
@@ -27,7 +27,7 @@ class Allocator(ABC):
         """Plans that add up to the model's sparsity, factors counted.
 
         Args:
-            run: the model, its calibration text, and the store of what was found.
+            run: the model, its calibration text, and the store of results.
             scored: the recipe with its scores.
             sparsity: fraction of the linears' bytes that are not read.
         """

@@ -24,8 +24,8 @@ def allocator_of(recipe: Recipe) -> Allocator:
     """The strategy of a recipe.
 
     Raises:
-        PrepareError: there is none of that name, or it does not go with the recipe's
-            other choices.
+        PrepareError: the name is unknown, or the strategy is not compatible with the
+            recipe's other choices.
     """
     name, allocation = recipe.name, recipe.allocation
     allocator = ALLOCATORS.get(allocation)

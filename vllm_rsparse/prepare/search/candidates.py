@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity of many plans at once, streamed: each layer is loaded once for all.
 
-Every linear's thresholds at any kept fraction, and its factors up to the largest rank
-asked for, are found once, on dense activations. A candidate is then one sparse forward
-pass, with nothing calibrated.
+Every linear's thresholds at any kept fraction, and its factors up to the largest
+requested rank, are found once, on dense activations. A candidate is then one sparse
+forward pass without calibration.
 """
 
 import math
@@ -64,7 +64,7 @@ class Candidates:
 
     @property
     def at_once(self) -> int:
-        """How many candidates one call of ``losses`` should take at most."""
+        """The largest number of candidates that one call of ``losses`` should take."""
         return max(1, STATE_BYTES // self._state_bytes)
 
     @torch.no_grad()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strategies that allocate channels; factors are bought at the price of channels."""
+"""Strategies that allocate channels; factors are paid for with channels."""
 
 from abc import abstractmethod
 
@@ -17,10 +17,10 @@ class ChannelAllocator(Allocator):
 
     @abstractmethod
     def allocation(self, run: Run, scored: Scored) -> Allocation:
-        """Run what the strategy needs; the result runs nothing."""
+        """Run what the strategy needs; the returned allocation runs nothing."""
 
     def allocate(self, run: Run, scored: Scored, sparsity: float) -> Planned:
-        """Channels alone, or with factors where the recipe regresses them."""
+        """Channels alone, or with factors if the recipe regresses them."""
         allocation = self.allocation(run, scored)
         plans = allocation(sparsity)
         if scored.metrics:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's evolutionary search (its Algorithm 1), by perplexity of the whole model.
 
-In each generation the better half of the plans stays and has as many children: every
-linear's genes come from one of two parents, and mutate with probability 0.5. The genes
-are rho of every linear at one common sparsity, as in the paper, or sparsity and rho of
-every linear, moved to the model's byte budget by a common shift of the sparsities.
+In each generation the better half of the plans stays and has equally many children:
+every linear's genes come from one of two parents, and mutate with probability 0.5. The
+genes are rho of every linear at one common sparsity, as in the paper, or sparsity and
+rho of every linear, brought to the model's byte budget by a common shift of the
+sparsities.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from vllm_rsparse.prepare.search.scores import Scored
 from vllm_rsparse.prepare.store.run_store import Key, RunStore
 
 MUTATION = 0.5
-# The paper's start, and the standard deviations of what a mutation adds.
+# The paper's initial value, and the standard deviations of a mutation.
 START_RHO = 0.95
 RHO_STEP = 0.05
 SPARSITY_STEP = 0.08
@@ -33,7 +34,7 @@ SPARSITY_STEP = 0.08
 # linears have 1. The ranks that go with this are found before the search.
 MIN_RHO = 0.7
 MAX_SPARSITY = 0.95
-# Seconds between results on disk, where one candidate takes no longer.
+# Seconds between results on disk, unless one candidate takes longer.
 NOTE_EVERY = 30.0
 _STAGE = "evolution"
 
@@ -142,7 +143,7 @@ class Breeder:
         return self._on_budget(result) if self._joint else result
 
     def _on_budget(self, plans: Plans) -> Plans:
-        """Shift all sparsities alike, within their bounds, to the model's sparsity."""
+        """Shift all sparsities equally, within bounds, to the model's sparsity."""
 
         def shifted(by: float) -> dict[str, float]:
             return {
@@ -172,7 +173,7 @@ class Breeder:
 def _losses(
     candidates: Candidates, new: Sequence[Plans], store: RunStore, progress: tqdm
 ) -> list[float]:
-    """Losses of plans, in order; what the store knows is not computed again."""
+    """Losses of plans, in order; losses in the store are not computed again."""
     keys = [_key(plans) for plans in new]
     missing = [i for i, key in enumerate(keys) if store.recall(key) is None]
     progress.update(len(new) - len(missing))

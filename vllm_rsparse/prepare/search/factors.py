@@ -5,11 +5,10 @@ Where the sparsity is allocated by one constant, an element of the weights buys
 
     t^2 / N    with t the score at the threshold
 
-of loss. A direction of the lost output costs N + K elements and takes away its
-eigenvalue (see ``regress``): it is worth having where that is more. This looks at the
-inputs of q and k only, which are found from what enters each layer, as the sensitivity
-pass kept it; then the channels are allocated again on what the factors leave of the
-budget.
+of loss. A direction of the lost output costs N + K elements and removes its eigenvalue
+(see ``regress``) from the loss: it is worth its bytes if that is more. Only the inputs
+of q and k are examined, computed from the layer inputs that the sensitivity pass kept.
+Then the channels are allocated again within the budget that the factors leave.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ from vllm_rsparse.prepare.store.run_store import Key
 def find_ranks(
     run: Run, scored: Scored, plans: Mapping[str, LinearPlan], corrected: bool
 ) -> dict[str, int]:
-    """Rank of the factors that each linear's dropped part is worth; 0 for most.
+    """Rank of the factors that are worth their bytes, per linear; 0 for most.
 
     The ranks of a layer are kept in the run's store.
 
@@ -45,7 +44,7 @@ def find_ranks(
         run: the model and its calibration text.
         scored: with the sensitivity pass, whose states are used.
         plans: without factors; they say what is dropped.
-        corrected: whether a constant makes up for the mean of what is dropped.
+        corrected: whether a constant replaces the mean of what is dropped.
     """
     ranks: dict[str, int] = {}
     stage = "ranks.corrected" if corrected else "ranks.plain"
@@ -100,7 +99,7 @@ class _Buyer:
     def layer_ranks(
         self, layer: LayerLinears, module: nn.Module, hidden: Tensor
     ) -> dict[str, int]:
-        """Of the linears of a materialised layer, from what enters it."""
+        """Ranks of the linears of a materialised layer, from the layer's input."""
         model = self.run.model
         ranks = {}
         for stage in stages(layer):
@@ -127,7 +126,7 @@ class _Buyer:
         dropped = count_dropped(x, thresholds, outer=True)
         covariance = dropped.covariance(centred=self.corrected)
         values, _ = directions(weight, covariance, metric, self.run.seed)
-        # Eigenvalues are of mean squares, scores of another mean: bring them to one
+        # Eigenvalues are mean squares, scores another mean: bring both to one
         # scale.
         w = weight.double()
         squares = ((metric.double() @ w) * w).sum(0).clamp_min(0)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Allocate each layer's budget by the least added error per byte, without gradients.
 
-In every layer each linear alone is made sparse at some levels, on a few windows, and
-the squared error of the layer's output is noted. Errors of several linears are taken to
-add up, so the cheapest way to skip bytes is to take, again and again, the step with the
-least added error per byte, until the layer has the sparsity asked for. A layer costs
+In every layer, each linear alone is made sparse at several levels, on a few windows,
+and the squared error of the layer's output is recorded. Errors of several linears are
+assumed to add up, so the cheapest way to skip bytes is to repeatedly take the step with
+the least added error per byte, until the layer has the target sparsity. A layer costs
 7 x 8 runs on ``SEARCH_WINDOWS`` windows.
 """
 
@@ -39,7 +39,7 @@ SEARCH_WINDOWS = 4
 
 
 class Greedy(ChannelAllocator):
-    """The same sparsity in every layer, within it where the output suffers least."""
+    """The same sparsity in every layer, allocated where the output suffers least."""
 
     def allocation(self, run: Run, scored: Scored) -> Allocation:
         """Measures the errors of every linear alone."""
@@ -54,7 +54,7 @@ def measure(run: Run, scales: Mapping[str, Tensor]) -> dict[str, list[float]]:
 
     Args:
         run: the model and its calibration text.
-        scales: float32 [K] by linear; column norms where there is none.
+        scales: float32 [K] by linear; column norms for linears that are not in it.
 
     Returns:
         Errors by name of linear.
@@ -112,7 +112,7 @@ def allocate(
         skipped = min(width * sizes[name], left)
         shares[name] += skipped / sizes[name]
         left -= skipped
-    if left > 0:  # asked for more than the highest level: the rest evenly
+    if left > 0:  # more than the highest level: the rest evenly
         rest = left / sum(sizes.values())
         shares = {name: share + rest for name, share in shares.items()}
     return shares
@@ -124,7 +124,7 @@ class _Probe:
 
     Attributes:
         run: the model; its materialised layer is ``module``.
-        module: dense, but for what is probed.
+        module: dense except for the linear that is probed.
         hidden: [samples, tokens, hidden], entering the layer.
         exact: the same, leaving the dense layer.
     """
@@ -137,7 +137,7 @@ class _Probe:
     def errors(
         self, layer: LayerLinears, scales: Mapping[str, Tensor], progress: tqdm
     ) -> dict[str, list[float]]:
-        """Of every linear at each of ``LEVELS``."""
+        """Errors of every linear at each of ``LEVELS``."""
         model, prefix = self.run.model, self.run.dense_prefix
         errors = {}
         for stage in stages(layer):

@@ -20,7 +20,7 @@ class OneThreshold(ChannelAllocator):
     needs_gradients = True
 
     def allocation(self, run: Run, scored: Scored) -> Allocation:
-        """From the counts of the sensitivity pass; nothing is run."""
+        """Uses the counts of the sensitivity pass; nothing is run."""
         return partial(at_one_threshold, run.linears, scored.gradients.linears)
 
 

@@ -10,11 +10,11 @@ from vllm_rsparse.prepare.search.scores import score_channels
 
 
 def plan_linears(run: Run, recipe: Recipe, sparsity: float) -> Planned:
-    """Score the channels, and run whatever search the recipe asks for.
+    """Score the channels, and run the recipe's search.
 
     Args:
-        run: the model, its calibration text, and the store of what was found.
-        recipe: plans that it fixes are taken as they are.
+        run: the model, its calibration text, and the store of results.
+        recipe: plans that it fixes are used unchanged.
         sparsity: of the model, factors counted.
 
     Raises:

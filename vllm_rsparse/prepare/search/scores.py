@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks the channels of every linear, as the recipe's score says."""
+"""The factors that rank the channels of every linear, by the recipe's score."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,14 +16,14 @@ from vllm_rsparse.prepare.search.sensitivity import SensitivityPass, sensitiviti
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A recipe with its scores; what each linear gets is still open.
+    """A recipe with its scores, before sparsity is allocated.
 
     Attributes:
-        recipe: the recipe, with ``--rho`` where it was given.
+        recipe: the recipe, with ``--rho`` if it was given.
         scales: float32 [K] by linear, the score is |x| times it; a linear that is not
             in it has the norms of its columns.
         metrics: [N, N] by linear, for regressed factors; others have the SVD.
-        sensitivity: of the recipe's score "sensitivity", else None.
+        sensitivity: for the score "sensitivity", else None.
     """
 
     recipe: Recipe
@@ -33,7 +33,7 @@ class Scored:
 
     @property
     def gradients(self) -> SensitivityPass:
-        """``sensitivity``, for allocators that need it (``check_recipe`` has seen)."""
+        """``sensitivity``, for allocators that need it (see ``allocator_of``)."""
         if self.sensitivity is None:
             raise RuntimeError(f"recipe {self.recipe.name!r} has no gradients")
         return self.sensitivity
@@ -41,7 +41,7 @@ class Scored:
     def planned(
         self, plans: Mapping[str, LinearPlan], correction: str | None = None
     ) -> Planned:
-        """With what every linear gets.
+        """The recipe with the plan of every linear.
 
         Args:
             plans: by linear.
@@ -53,7 +53,7 @@ class Scored:
 
 
 def score_channels(run: Run, recipe: Recipe) -> Scored:
-    """Find what the recipe's score multiplies |x| with."""
+    """Find the factors of |x| for the recipe's score."""
     return _SCORES[recipe.score](run, recipe)
 
 

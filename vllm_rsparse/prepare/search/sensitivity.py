@@ -6,21 +6,22 @@ order, by -x_j d_j with d_j = W[:, j] . (gradient of the loss by the output). Wi
 labels drawn from the model itself the mean of d_j is zero and its square is the
 diagonal of the Fisher matrix: half of x_j^2 E[d_j^2] is, to second order, the KL
 divergence to the dense model. At run time only x_j is known, so the score is |x_j| a_j
-with a_j = sqrt(E[d_j^2]): a threshold per channel as any other. In place of the mean
-square a_j is the mean of |d_j|^1.5, to the power 1/1.5: a few tokens of large gradient
-make most of a mean square (KL divergence 2% lower, reference model, 60%).
+with a_j = sqrt(E[d_j^2]), which becomes a threshold per channel like any other. Instead
+of the mean square, a_j uses the mean of |d_j|^1.5, to the power 1/1.5, because a few
+tokens with large gradients dominate a mean square (KL divergence 2% lower, bundled
+model, 60%).
 
 A channel of a linear with N outputs costs N elements to read. Keeping those with
 
     x_j^2 a_j^2 / N  >  one constant for the whole model
 
-is the cheapest way to lose little, if errors add up independently (``one_threshold``).
-In q and k they do not: what is dropped there adds up (in the first q_proj to 3.4 times
-the sum of its parts), mostly in a few directions of the output, which ``factors`` finds
+loses least per byte, if errors are independent (``one_threshold``). In q and k they are
+not: the dropped contributions add up (in the first q_proj to 3.4 times the sum of the
+individual errors), mostly in a few directions of the output, which ``factors`` finds
 from E[g g^T].
 
-Streamed as ``prepare`` is: the forward pass (``states``) keeps what enters each layer
-on disk, the backward pass loads one layer at a time again, last to first.
+Streamed layer by layer: the forward pass (``states``) keeps the input of each layer on
+disk, the backward pass loads one layer at a time again, last to first.
 """
 
 from collections.abc import Mapping
@@ -45,10 +46,10 @@ _MOMENT = 1.5
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of one linear.
+    """Sensitivity of one linear.
 
     Attributes:
-        scale: float32 [K] on the CPU, a_j; times |x_j| it is the score.
+        scale: float32 [K] on the CPU, a_j; the score is |x_j| times it.
         counts: int64 [65536], calibration scores / sqrt(N) by upper 16 bits.
         metric: float32 [N, N] on the CPU, E[g g^T]; None where factors do
             not pay.
@@ -61,7 +62,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class SensitivityPass:
-    """What one forward and one backward pass of the dense model found.
+    """Results of one forward and one backward pass of the dense model.
 
     Attributes:
         linears: by name.
@@ -75,10 +76,10 @@ class SensitivityPass:
 def sensitivities(run: Run) -> SensitivityPass:
     """One forward and one backward pass of the dense model over the windows.
 
-    What enters each layer, and what is found there, is kept in the run's store.
+    The input of each layer, and the results there, are kept in the run's store.
 
     Raises:
-        NotFiniteError: activations, logits or gradients hold NaN or infinity.
+        NotFiniteError: activations, logits or gradients contain NaN or infinity.
     """
     model, store, layers = run.model, run.store, run.layers
     result: dict[str, Sensitivity] = {}
@@ -117,9 +118,9 @@ _GRADIENT = Key("gradient", "state")
 
 
 def _start(run: Run, hidden: Tensor) -> tuple[Tensor, int]:
-    """Where the backward pass begins: the gradient by what enters a layer, and which.
+    """Where the backward pass begins: the gradient by a layer's input, and the layer.
 
-    Layers from there on are known; the gradient means nothing where all are.
+    Results of the layers from there on are known; the gradient is unused if all are.
     """
     store = run.store
     if _sensitivity(0) in store:  # the last that is found

@@ -22,28 +22,28 @@ class LayerStates:
         self._layers = layers
 
     def entering(self, position: int) -> Tensor:
-        """What enters a layer, [samples, tokens, hidden] on the CPU, to keep."""
+        """The input of a layer, [samples, tokens, hidden] on the CPU."""
         return self._store.get(_entering(position))[0]["hidden"]
 
     def leaving(self) -> Tensor:
-        """What leaves the last layer, as ``entering``."""
+        """The output of the last layer, in the form of ``entering``."""
         return self.entering(self._layers)
 
 
 def run_dense(run: Run, progress: tqdm) -> tuple[Tensor, LayerStates]:
-    """One forward pass over the windows, which keeps what enters each layer.
+    """One forward pass over the windows, which keeps the input of each layer.
 
     Args:
         run: the model and its calibration text.
         progress: counts layers.
 
     Returns:
-        What leaves the last layer, [samples, tokens, hidden] on the device, and all
-        that was kept.
+        The output of the last layer, [samples, tokens, hidden] on the device, and the
+        kept states.
 
     Raises:
-        PrepareError: there is no room for all of it.
-        NotFiniteError: what leaves a layer holds NaN or infinity.
+        PrepareError: the disk has no room for them.
+        NotFiniteError: the output of a layer contains NaN or infinity.
     """
     model, store, layers = run.model, run.store, run.layers
     hidden = model.embed(run.windows)  # also records what the layers are called with
@@ -61,7 +61,7 @@ def run_dense(run: Run, progress: tqdm) -> tuple[Tensor, LayerStates]:
         index = layers[position].index
         with model.layer(index):
             model.run_layer(index, hidden)
-        check_activations(hidden, f"what leaves decoder layer {index}")
+        check_activations(hidden, f"the output of decoder layer {index}")
         store.put(_entering(position + 1), {"hidden": hidden})
         progress.update()
     return hidden, states

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choices that no estimate makes well, made by trying them on the calibration text.
+"""Choices that no estimate makes well, made by trials on the calibration text.
 
-What gradients say about allocating ("sensitivity") holds for small errors only, so it
-starves the first layers of a deep model; measured errors ("greedy") are of one linear
-at a time; at high sparsity neither holds, and plans closer to even ones lose less. The
-constant correction is the best for a linear's own output, and harms deep models all
-the same. Nor do factors always pay. docs/notes/recipes.md has the measurements.
+An allocation by gradients ("sensitivity") is valid for small errors only and starves
+the first layers of a deep model; measured errors ("greedy") consider one linear at a
+time; at high sparsity neither is valid, and plans closer to even ones lose less. The
+constant correction is optimal for a linear's own output, but harms deep models. Factors
+do not always pay either. docs/notes/recipes.md has the measurements.
 
-So each candidate is calibrated as the artifact will be, on ``TRIED_TOKENS`` tokens, and
-the one is taken that stays nearest to the dense model's predictions.
+Each candidate is therefore calibrated as the artifact would be, on ``TRIED_TOKENS``
+tokens, and the one whose predictions stay closest to the dense model's is chosen.
 """
 
 import logging
@@ -32,8 +32,8 @@ from vllm_rsparse.prepare.store.run_store import Key
 
 logger = logging.getLogger(__name__)
 
-# Calibration tokens that the candidates are tried on, in whole windows. On 4096 the two
-# best of the 7.9 M model at 60% (0.470 both) came in the wrong order.
+# Calibration tokens for the trials, in whole windows. With 4096, the two best
+# candidates of the bundled model at 60% (0.470 both) were ranked in the wrong order.
 TRIED_TOKENS = 8192
 
 
@@ -61,7 +61,7 @@ class Candidate:
     """One combination to try.
 
     Attributes:
-        origin: name of the allocation that it stems from.
+        origin: name of the allocation that it is derived from.
         allocation: of the channels; with ``evened``, moved half way to even ones.
         corrected: with the constant correction.
         evened: see ``allocation``.
@@ -76,7 +76,7 @@ class Candidate:
 
     @property
     def key(self) -> Key:
-        """Of its divergence in the run's store."""
+        """Key of its divergence in the run's store."""
         flags = {
             "corrected": self.corrected,
             "evened": self.evened,
@@ -102,13 +102,13 @@ def choose(
     typical: Allocation,
     sparsity: float,
 ) -> Planned:
-    """Plans, correction and factors, by KL divergence of what is calibrated with them.
+    """Choose plans, correction and factors by the KL divergence of calibrated models.
 
     Args:
         run: the model and its calibration text.
-        scored: the recipe, and the sensitivity pass, whose states are compared with.
-        allocations: of the channels, by name; one at least.
-        typical: the one that ranks are bought for; they hardly depend on it.
+        scored: the recipe, and the sensitivity pass with the dense model's states.
+        allocations: of the channels, by name; at least one.
+        typical: the allocation that ranks are chosen for; they hardly depend on it.
         sparsity: of the model, factors counted.
     """
     corrections = _CORRECTIONS[scored.recipe.correction]
@@ -134,7 +134,7 @@ def choose(
     return trials.planned(trials.best)
 
 
-# What a recipe's correction lets candidates have.
+# The corrections that candidates may have, by the recipe's correction.
 _CORRECTIONS = {NEVER: [False], ALWAYS: [True], TRY: [False, True]}
 
 
@@ -157,7 +157,7 @@ class _Trials:
         self._divergences: dict[Candidate, float] = {}
 
     def add(self, candidates: Iterable[Candidate]) -> None:
-        """Try them, but for those that an interrupted run has tried."""
+        """Try them, except those that an interrupted run has already tried."""
         store = self._run.store
         for candidate in candidates:
             known = store.recall(candidate.key)
@@ -168,11 +168,11 @@ class _Trials:
 
     @property
     def best(self) -> Candidate:
-        """The candidate that diverges least, the first of equal ones."""
+        """The candidate with the smallest divergence, the first of equal ones."""
         return min(self._divergences, key=self._divergences.__getitem__)
 
     def planned(self, candidate: Candidate) -> Planned:
-        """What a candidate gives every linear, and all divergences."""
+        """The plans of a candidate, and all divergences."""
         planned = self._scored.planned(
             self._plans(candidate), ALWAYS if candidate.corrected else NEVER
         )
@@ -180,10 +180,10 @@ class _Trials:
         return replace(planned, trials=trials)
 
     def report(self) -> None:
-        """Log what was found."""
+        """Log the divergences."""
         logger.info(
             "KL(dense || sparse) on %d windows of the calibration text, nats: %s;"
-            " the least is taken",
+            " the smallest is chosen",
             len(self._run.windows),
             ", ".join(f"{c.label} {kl:.4f}" for c, kl in self._divergences.items()),
         )

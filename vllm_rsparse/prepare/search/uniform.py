@@ -14,5 +14,5 @@ class Uniform(Allocator):
     takes_rho = True
 
     def allocate(self, run: Run, scored: Scored, sparsity: float) -> Planned:
-        """Nothing is run."""
+        """Runs nothing."""
         return scored.planned(uniform(run.linears, sparsity, scored.recipe.rho))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the results of a run depend on; with another identity they are not used."""
+"""What the results of a run depend on; results of another identity are not used."""
 
 import hashlib
 from importlib.metadata import version
@@ -24,10 +24,10 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 def run_identity(
     recipe: Recipe, options: PrepareOptions, model: StreamedModel, windows: Tensor
 ) -> dict[str, Any]:
-    """All that the results of a run depend on, as JSON; the keys are shown to users.
+    """Everything that the results depend on, as JSON; the keys are shown to users.
 
-    Weights go by name, size and time of change, because reading them takes minutes;
-    the smaller files (config, tokenizer, chat template) by their content.
+    Weights are identified by name, size and modification time, because reading them
+    takes minutes; the smaller files (config, tokenizer, chat template) by content.
     """
     checkpoint = model.checkpoint
     return {
@@ -55,7 +55,7 @@ def run_identity(
 
 
 def _companions(directory: Path) -> list[Path]:
-    """Files next to the weights that say how text becomes tokens."""
+    """Files next to the weights that determine how text becomes tokens."""
     files = {file for pattern in COMPANIONS for file in directory.glob(pattern)}
     unread = ("LICENSE", "NOTICE", "generation_config")
     return sorted(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The output directory: staged next to its final place, then renamed into it.
 
-Whatever happens before the rename, OUTPUT does not exist, or is still what it was.
+Whatever happens before the rename, OUTPUT does not exist or is unchanged.
 """
 
 import json
@@ -26,7 +26,7 @@ class StagedOutput:
         overwrite: whether an earlier prepared directory may be replaced.
 
     Raises:
-        PrepareError: OUTPUT exists, is not ours to replace, or overlaps the base.
+        PrepareError: OUTPUT exists, may not be replaced, or overlaps the base.
     """
 
     def __init__(self, output: Path, base: Path, overwrite: bool) -> None:
@@ -71,8 +71,7 @@ class StagedOutput:
     def add_base_files(self, checkpoint: Checkpoint, copy: bool) -> None:
         """Link to (or copy) the base's weights, tokenizer and generation settings.
 
-        Links are absolute and lead to the file itself, through the Hub cache's own
-        links.
+        Links are absolute and point to the file itself, not to the Hub cache's links.
         """
         files = list(checkpoint.weight_files)
         index = checkpoint.directory / INDEX_NAME
@@ -96,7 +95,7 @@ class StagedOutput:
         )
 
     def commit(self) -> None:
-        """Move the staged directory to OUTPUT; what it replaces is deleted after."""
+        """Move the staged directory to OUTPUT, then delete what it replaced."""
         check_output(self.output, self._overwrite)  # again: hours may have passed
         if os.path.lexists(self.output):
             os.rename(self.output, self._old)
@@ -119,11 +118,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_recipe_file(path: Path, output: Path) -> None:
-    """Refuse a file to write the recipe to that could not be written in the end.
+    """Refuse a recipe file that could not be written at the end of the run.
 
     Args:
         path: the file; it may exist.
-        output: OUTPUT, which will be there by then.
+        output: OUTPUT, which will exist by then.
 
     Raises:
         PrepareError: its folder does not exist or is not writable, or it is a folder.
@@ -136,7 +135,7 @@ def check_recipe_file(path: Path, output: Path) -> None:
     elif not folder.is_dir():
         problem = f"there is no folder {folder}; make it, or choose another"
     elif not os.access(path if path.exists() else folder, os.W_OK):
-        problem = "may not be written; choose another place"
+        problem = "is not writable; choose another file"
     else:
         return
     raise PrepareError(f"--save-recipe {path}: {problem}")

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run has found so far, on disk: its later stages read it, and an interrupted
-run resumes from it.
+"""A run's results so far, on disk: later stages read them, and an interrupted run
+resumes from them.
 
-One directory next to OUTPUT. ``search.json`` holds what the results depend on (see
-``identity``). Tensors, with a JSON note where there is one, have a safetensors file per
-key, whole or absent. Results that are JSON alone are appended to ``results.jsonl``, one
-object per line. Both are on disk before the run goes on.
+One directory next to OUTPUT. ``search.json`` records what the results depend on (see
+``identity``). Tensors, with an optional JSON note, have a safetensors file per key,
+complete or absent. Results that are JSON alone are appended to ``results.jsonl``, one
+object per line. Both reach the disk before the run continues.
 
-A stage keeps what it finds in a layer when the layer is done. The states that it
-carries from layer to layer (hidden states, gradients) are needed to resume too, but
-they are large, 0.5 GB for 16 windows of 4096 tokens and 4096 channels in bf16, so they
-are kept only every ``STATE_SECONDS``.
+A stage keeps its results of a layer when the layer is done. The states that it carries
+from layer to layer (hidden states, gradients) are also needed to resume, but they are
+large, 0.5 GB for 16 windows of 4096 tokens and 4096 channels in bf16, so they are kept
+only every ``STATE_SECONDS``.
 """
 
 import json
@@ -44,8 +44,8 @@ class Key:
 
     Attributes:
         stage: what found it; a namespace of its own.
-        item: which of the stage's results: a layer's position, or what the stage calls
-            it. Tensors of the key lie in ``STAGE.ITEM.safetensors``.
+        item: which of the stage's results: a layer's position, or a name that the stage
+            chooses. Tensors of the key are in ``STAGE.ITEM.safetensors``.
     """
 
     stage: str
@@ -56,17 +56,17 @@ class Key:
 
 
 class RunStore:
-    """Results by key; the directory is removed when the run has ended well.
+    """Results by key; the directory is removed when the run has succeeded.
 
-    It is removed, too, when an error shows that the results are of no use.
+    It is also removed when an error shows that the results are useless.
 
-    Nothing is read or made before a result is asked for or put, so that a run which
-    keeps nothing leaves the directory of another one alone.
+    Nothing is read or created before a result is read or put, so that a run that keeps
+    nothing does not touch the directory of another run.
 
     Args:
-        directory: where the results lie.
+        directory: where the results are.
         identity: JSON of everything that they depend on. A directory of another
-            identity is emptied, with a warning that says what differs.
+            identity is emptied, with a warning that names the differences.
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
@@ -152,7 +152,7 @@ class RunStore:
         return True
 
     def require(self, size: int) -> None:
-        """Check that ``size`` bytes fit, counting what is kept already.
+        """Check that ``size`` bytes fit, including what is already kept.
 
         Raises:
             PrepareError: they do not.
@@ -162,8 +162,8 @@ class RunStore:
         free = shutil.disk_usage(self.directory).free
         if size > kept + free:
             raise PrepareError(
-                f"{self.directory}: what enters each layer takes {size} bytes there,"
-                f" and {kept + free} are free; make room, choose an OUTPUT on a larger"
+                f"{self.directory}: the inputs of all layers take {size} bytes there,"
+                f" and {kept + free} are free; free space, choose an OUTPUT on a larger"
                 " disk, or lower --calibration-samples or --calibration-tokens"
             )
 
@@ -188,12 +188,12 @@ class RunStore:
             return
         if error is None or isinstance(error, NotFiniteError):
             self.clear()
-            with suppress(OSError):  # the user has put something there
+            with suppress(OSError):  # the user has added files there
                 self.directory.rmdir()
         else:
             logger.info(
-                "what was found so far is in %s: the same command resumes from there;"
-                " remove it if you do not want to",
+                "the results so far are in %s: the same command resumes from them;"
+                " remove the directory to start again",
                 self.directory,
             )
 
@@ -209,8 +209,8 @@ class RunStore:
             files = list(self.directory.iterdir())
             if files and identity not in files:
                 raise PrepareError(
-                    f"{self.directory}: prepare keeps what it has found so far there,"
-                    " but this directory was not made by it; remove it or choose"
+                    f"{self.directory}: prepare keeps its intermediate results there,"
+                    " but did not create this directory; remove it or choose"
                     " another OUTPUT"
                 )
             earlier = identity.read_text(encoding="utf-8") if files else None
@@ -252,7 +252,7 @@ def _line(key: Key, value: Any) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file that is whole or absent, on disk when this returns."""
+    """Write a file that is complete or absent, and on disk when this returns."""
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -262,7 +262,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _differences(earlier: str, now: str) -> str:
-    """Keys of two identities that differ, for people."""
+    """Keys in which two identities differ, for messages."""
     try:
         old, new = json.loads(earlier), json.loads(now)
         keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
@@ -273,6 +273,6 @@ def _differences(earlier: str, now: str) -> str:
 
 def _unwritable(path: Path, error: Exception) -> PrepareError:
     return PrepareError(
-        f"{path}: cannot be written ({error}); make room there, or choose an OUTPUT on"
+        f"{path}: cannot be written ({error}); free space there, or choose an OUTPUT on"
         " a larger disk"
     )

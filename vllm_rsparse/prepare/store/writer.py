@@ -2,9 +2,9 @@
 """Write a safetensors file tensor by tensor, without holding it in memory.
 
 The safetensors library writes from a dict of all tensors; an artifact of a 70B model
-has 3.4 GB of them. Here the header comes first, from shapes declared up front, the
-whole file is allocated at once (so that a full disk shows before hours of calibration)
-and every tensor goes to its place when it is ready.
+has 3.4 GB of them. Here the header is written first, from shapes declared up front, the
+whole file is allocated at once (so that a full disk is noticed before hours of
+calibration), and every tensor is written to its place when it is ready.
 """
 
 import errno
@@ -29,7 +29,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Declared shape and dtype (float32, bfloat16 or float16) of a tensor to come."""
+    """Declared shape and dtype (float32, bfloat16 or float16) of a future tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class SafetensorsWriter:
         specs: shape and dtype of every tensor by name.
 
     Raises:
-        OSError: the file exists, or there is no room for all of it.
+        OSError: the file exists, or the disk has no room for all of it.
     """
 
     def __init__(
