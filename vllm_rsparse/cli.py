@@ -2,7 +2,7 @@
 """The ``vllm-rsparse`` command: a table of subcommands, argparse only.
 
 Each subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int``,
-imported when it is the one asked for: ``--help`` needs neither torch nor vLLM.
+imported only if it is requested: ``--help`` needs neither torch nor vLLM.
 """
 
 import argparse
@@ -17,11 +17,23 @@ from vllm_rsparse import __version__
 
 # Subcommand -> module, one line of help.
 COMMANDS = {
-    "prepare": ("vllm_rsparse.prepare.command", "make a sparse model from a dense one"),
-    "evaluate": ("vllm_rsparse.evaluate", "measure what the sparse model loses"),
-    "bench": ("vllm_rsparse.bench.command", "measure what the kernels gain here"),
-    "inspect": ("vllm_rsparse.artifact.inspect", "show what a prepared model holds"),
-    "doctor": ("vllm_rsparse.doctor", "check the installation, and a prepared model"),
+    "prepare": (
+        "vllm_rsparse.prepare.command",
+        "make a sparse model from a base model",
+    ),
+    "evaluate": (
+        "vllm_rsparse.evaluate",
+        "measure how much accuracy a prepared model loses",
+    ),
+    "bench": (
+        "vllm_rsparse.bench.command",
+        "measure the speed of the kernels on this device",
+    ),
+    "inspect": (
+        "vllm_rsparse.artifact.inspect",
+        "show the contents of a prepared model",
+    ),
+    "doctor": ("vllm_rsparse.doctor", "check the installation and a prepared model"),
 }
 
 
@@ -43,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--debug", action="store_true", help="show the traceback of an error"
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # Options before the subcommand take no values: the first other word names it.
+    # Options before the subcommand have no values: the first other word names it.
     chosen = next((word for word in arguments if not word.startswith("-")), None)
     for name, (module, help_text) in COMMANDS.items():
         subparser = subparsers.add_parser(
@@ -60,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     command = importlib.import_module(COMMANDS[args.command][0])
-    # `kill` must clean up as Ctrl-C does.
+    # `kill` must clean up in the same way as Ctrl-C.
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         return command.run(args)

@@ -19,13 +19,13 @@ class CheckpointError(RSparseError):
 
 
 class DeviceError(RSparseError):
-    """A device that was asked for and is not there."""
+    """A requested device that is not available."""
 
 
 class NotFiniteError(RSparseError):
-    """Weights or activations hold NaN or infinity.
+    """Weights or activations contain NaN or infinity.
 
-    The remedy changes the weights or the dtype, so nothing found so far is of use.
+    The remedy changes the weights or the dtype, so earlier results are useless.
     """
 
 

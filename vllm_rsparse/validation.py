@@ -6,7 +6,7 @@ fields have strict types and a description that completes "FIELD must ..."::
 
     sparsity: StrictFloat = must("lie in [0, 1]", ge=0, le=1)
 
-so that what is refused reads ``FILE: sparsity must lie in [0, 1], got 1.5``.
+so that a refusal reads ``FILE: sparsity must lie in [0, 1], got 1.5``.
 """
 
 import json
@@ -22,7 +22,7 @@ from vllm_rsparse.errors import RSparseError
 
 T = TypeVar("T")
 
-# Types are strict one by one: a strict dataclass would take no JSON object.
+# Each type is strict by itself: a strict dataclass would not accept a JSON object.
 CONFIG = ConfigDict(extra="forbid")
 
 
@@ -30,20 +30,20 @@ def must(allowed: str, **constraints: Any) -> Any:
     """A field of a schema.
 
     Args:
-        allowed: what its value must do, for messages: "lie in [0, 1]".
-        constraints: those of ``pydantic.Field``, its default among them.
+        allowed: completes "FIELD must ..." in messages: "lie in [0, 1]".
+        constraints: those of ``pydantic.Field``, including its default.
     """
     return Field(description=allowed, **constraints)
 
 
 def one_of(*names: str, **default: Any) -> Any:
-    """A string field that is one of a few words."""
+    """A string field with a fixed set of values."""
     pattern = f"^({'|'.join(map(re.escape, names))})$"
     return must(f"be one of {', '.join(names)}", pattern=pattern, **default)
 
 
 def sha256(**default: Any) -> Any:
-    """A string field that is a digest, as ``hexdigest`` writes it."""
+    """A string field with a digest, in the form of ``hexdigest``."""
     allowed = "be a string of 64 hexadecimal digits"
     return must(allowed, pattern="^[0-9a-f]{64}$", **default)
 
@@ -57,7 +57,7 @@ def parse_json(text: str | bytes, where: str, error: type[RSparseError]) -> Any:
         error: what to raise.
 
     Raises:
-        RSparseError: of the given class: not JSON, nested too deeply, or a number of
+        RSparseError: of the given class: not JSON, nested too deeply, or a number with
             thousands of digits.
     """
     try:
@@ -73,9 +73,9 @@ def validate(
 
     Args:
         schema: a dataclass as described above.
-        raw: what was parsed.
+        raw: the parsed value.
         where: file or parameter, for messages.
-        error: what to raise.
+        error: class of the error to raise.
         remedy: what to do about any fault, added to the message.
 
     Raises:
@@ -148,7 +148,7 @@ def _at(value: Any, step: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """The value, short, and without characters that steer a terminal."""
+    """The value, shortened, without characters that control a terminal."""
     short = Repr()
     short.maxlevel = 2
     short.maxstring = short.maxother = 80

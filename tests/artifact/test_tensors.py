@@ -196,7 +196,7 @@ def test_non_finite_tensors_are_refused(artifact_dir, version, field, value):
     tensors = load_file(path)
     tensors[f"{Q}.{field}"].view(-1)[3] = value
     save_file(tensors, path)
-    with pytest.raises(ArtifactError, match=rf"{field} holds NaN"):
+    with pytest.raises(ArtifactError, match=rf"{field} contains NaN"):
         Artifact(artifact_dir).read(Q)
 
 

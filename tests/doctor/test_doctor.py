@@ -109,7 +109,7 @@ def test_infinite_factor(doctor: Any, prepared: Path, edit_json: Any) -> None:
     )
     status, lines = doctor(prepared / "rsparse")
     assert status == 1
-    assert "model.layers.1.mlp.up_proj.u holds NaN or infinity" in lines["artifact"]
+    assert "model.layers.1.mlp.up_proj.u contains NaN or infinity" in lines["artifact"]
 
 
 def test_weights_of_another_model(doctor: Any, prepared: Path) -> None:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``prepare`` writes and everything else reads: schema, tensors, places."""
+"""What ``prepare`` writes and everything else reads: schema, tensors, locations."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-rsparse inspect``: what a prepared directory holds, read from its artifact."""
+"""``vllm-rsparse inspect``: show the contents of a prepared directory's artifact."""
 
 import argparse
 import json
@@ -51,11 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables; draw the heat map where asked to.
+    """Print the tables, and draw the heat map if requested.
 
     Raises:
         ArtifactError: there is no artifact, or it is damaged.
-        ValueError: --plot without matplotlib, or a picture format that it cannot write.
+        ValueError: --plot without matplotlib, or an image format that it cannot write.
     """
     artifact = Artifact(find_artifact(args.directory))
     artifact.verify_digest()
@@ -84,7 +84,7 @@ def describe(info: ArtifactInfo) -> str:
 
 
 def draw(info: ArtifactInfo, path: Path) -> None:
-    """Write a heat map of the sparsity, one row a layer, one column a kind."""
+    """Write a heat map of the sparsity, one row per layer, one column per kind."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

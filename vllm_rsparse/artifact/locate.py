@@ -13,7 +13,7 @@ def locate_artifact(source: str, model: str, revision: str | None = None) -> Pat
 
     Args:
         source: a path inside the model directory (or repository), an absolute path, or
-            the name of a Hub repository that holds an artifact.
+            the name of a Hub repository with an artifact.
         model: the served model, a local directory or a Hub repository.
         revision: revision of the model's repository.
 
@@ -50,7 +50,7 @@ def locate_artifact(source: str, model: str, revision: str | None = None) -> Pat
 
 
 def find_artifact(directory: Path) -> Path:
-    """The artifact of a prepared directory, or the directory itself when it is one.
+    """The artifact of a prepared directory, or the directory itself if it is one.
 
     Raises:
         ArtifactError: it is neither, or its config cannot be read.
@@ -61,7 +61,8 @@ def find_artifact(directory: Path) -> Path:
     if not config.is_file():
         raise ArtifactError(
             f"{directory}: neither a prepared directory (no config.json) nor an"
-            f" artifact (no {JSON_NAME}); give what `vllm-rsparse prepare` wrote"
+            f" artifact (no {JSON_NAME}); pass a directory that `vllm-rsparse"
+            " prepare` wrote"
         )
     try:
         raw = json.loads(config.read_text(encoding="utf-8"))
@@ -76,7 +77,7 @@ def find_artifact(directory: Path) -> Path:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+    except (OSError, ValueError):  # a name that is too long, or contains a zero byte
         return False
 
 
@@ -88,7 +89,7 @@ def _named_by_repository(source: str, model: str, revision: str | None) -> bool:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        # The engine has read this file before it asks for the artifact.
+        # The engine reads this file before it requests the artifact.
         config = try_to_load_from_cache(model, "config.json", revision=revision)
         if not isinstance(config, str):
             return False
@@ -119,7 +120,7 @@ def _download(repo: str, revision: str | None, folders: list[str]) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ArtifactError(
             f"quantization_config.artifact: cannot fetch {' or '.join(patterns)} from"
-            f" the Hub repository {repo!r} ({error}); use a local path, or see that"
-            " the repository exists and can be reached from this node"
+            f" the Hub repository {repo!r} ({error}); use a local path, or make sure"
+            " that the repository exists and can be reached from this node"
         ) from error
     return _first_with_json([root / folder for folder in folders], f"{repo!r} (Hub)")

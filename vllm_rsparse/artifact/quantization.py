@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``quantization_config`` of config.json or ``--hf-overrides``: schema and versions.
 
-It has version numbers of its own: what a served model is told changes apart from what
-an artifact holds.
+It has its own version numbers, because the settings of a served model change
+independently of the artifact's contents.
 """
 
 from collections.abc import Callable
@@ -65,12 +65,12 @@ class QuantizationSettings:
     """Version 2, and what the package works with.
 
     Attributes:
-        quant_method: "rsparse"; None where vLLM was told by ``--quantization``.
+        quant_method: "rsparse"; None if ``--quantization`` named the method.
         format_version: of this config.
         artifact: where the artifact is: a path inside the model directory, an absolute
             path, or a Hub repository.
         artifact_sha256: digest that the artifact's tensor file must have.
-        sparsity: target that it was made for; for people.
+        sparsity: target that it was made for; informative only.
         max_sparse_tokens: largest step that takes the sparse route.
         backend: a backend by name, or "auto".
         base: the base checkpoint's own ``quantization_config``, None for floats.
@@ -88,7 +88,7 @@ class QuantizationSettings:
     )
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in config.json: keys without a value are left out."""
+        """The form in config.json: keys without a value are omitted."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an artifact says of itself: the content of ``rsparse.json``. No tensors here.
+"""The content of ``rsparse.json``, which describes an artifact. No tensors here.
 
 These are the objects that the package works with, and the schema of the newest format
 version; ``versions`` reads the older ones. docs/format.md describes the format.
@@ -28,7 +28,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def linear_name(name: str) -> str:
-    """The name of a linear, checked: it is printed, so it steers no terminal.
+    """A checked name of a linear: it is printed, so it must not control a terminal.
 
     Raises:
         ValueError: it is empty, or has blanks or control characters.
@@ -48,7 +48,7 @@ def share(**default: Any) -> Any:
 
 
 def check_shape_and_rank(shape: tuple[int, int], rank: int) -> None:
-    """Refuse sizes that no linear has.
+    """Refuse sizes that no linear can have.
 
     Raises:
         ValueError: names the value and what is allowed.
@@ -63,16 +63,16 @@ def check_shape_and_rank(shape: tuple[int, int], rank: int) -> None:
 
 @dataclass(frozen=True, config=CONFIG)
 class LinearEntry:
-    """What ``rsparse.json`` says of one linear.
+    """The entry of one linear in ``rsparse.json``.
 
     Attributes:
         shape: (N, K), output and input features of the whole, unsharded linear.
         sparsity: target s of this linear (fraction of the dense bytes not read).
         rho: share of the kept budget that goes to exact channels (1: no factors).
-        rank: rank r of the factors; 0 when there are none.
+        rank: rank r of the factors; 0 if there are none.
         kept_fraction: fraction of channels kept, counted on the calibration tokens.
         relative_error: ||y_sparse - y|| / ||y|| on the calibration tokens, or None.
-        correction: whether the artifact holds a constant correction [N] for it.
+        correction: whether the artifact has a constant correction [N] for it.
     """
 
     shape: Shape = must("be [N, K], two positive integers")
@@ -90,13 +90,13 @@ class LinearEntry:
 
     @property
     def read_elements(self) -> float:
-        """Weight elements one decoded token reads: kept columns and both factors."""
+        """Weight elements that a decoded token reads: kept columns and both factors."""
         n, k = self.shape
         return self.kept_fraction * n * k + self.rank * (n + k)
 
     @property
     def dense_elements(self) -> int:
-        """Weight elements the dense layer reads."""
+        """Weight elements that the dense layer reads."""
         return self.shape[0] * self.shape[1]
 
 
@@ -106,8 +106,8 @@ class BaseWeights:
 
     Attributes:
         format: name of the weight format (``formats``).
-        dtype: dtype of the weights, of what they stand for where they are quantized.
-        group: input channels that share a scale; 0 where none do.
+        dtype: dtype of the weights; once dequantised, if they are quantized.
+        group: input channels that share a scale; 0 if none do.
     """
 
     format: StrictStr = one_of(*(one.name for one in FORMATS))
@@ -124,9 +124,9 @@ class ArtifactInfo:
         linears: one entry per sparsified linear, in the checkpoint's order.
         dtype: dtype of the factors ("bfloat16", "float16" or "float32").
         tensors_sha256: digest of ``rsparse.safetensors``.
-        base: what the base model's weights are.
+        base: how the base model's weights are stored.
         provenance: how it was made (versions, base model, recipe, texts, seed); free
-            form, for people and for ``inspect``.
+            form, shown by ``inspect``.
         format_version: of the file that this was read from.
     """
 

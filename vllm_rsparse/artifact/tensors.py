@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prepared artifact on disk: read, validate, slice for a shard. No vLLM here.
 
-docs/format.md describes the format. DIR/rsparse.json holds provenance and one entry per
-linear (LinearEntry); DIR/rsparse.safetensors holds, for each linear::
+docs/format.md describes the format. DIR/rsparse.json has provenance and one entry per
+linear (LinearEntry); DIR/rsparse.safetensors has, for each linear::
 
     NAME.thresholds   float32 [K]
     NAME.u            weight's dtype [N, r]   (absent when r = 0)
@@ -30,7 +30,7 @@ ARTIFACT_DIR = "rsparse"
 JSON_NAME = "rsparse.json"
 TENSORS_NAME = "rsparse.safetensors"
 _FLOAT_DTYPES = ("F32", "F16", "BF16")
-# Beyond any model's JSON, which takes 400 bytes a linear.
+# Beyond any model's JSON, which takes 400 bytes per linear.
 _MAX_JSON_BYTES = 1 << 26
 
 
@@ -55,10 +55,10 @@ class Artifact:
     """An opened artifact directory. Headers are validated here, tensors read on demand.
 
     Args:
-        directory: the directory that holds the two files.
+        directory: the directory of the two files.
 
     Raises:
-        ArtifactError: a file is missing or damaged, or the two do not fit together.
+        ArtifactError: a file is missing or damaged, or the two do not match.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -82,7 +82,7 @@ class Artifact:
         return file_sha256(self.tensors_path)
 
     def verify_digest(self, expected: str | None = None) -> None:
-        """Compare the tensor file with the digest that config and JSON promise.
+        """Compare the tensor file with the digest in the config and the JSON.
 
         Args:
             expected: digest from the model's config; None checks the JSON's own.
@@ -115,7 +115,7 @@ class Artifact:
             columns: input channels of this rank (row-parallel layers).
 
         Raises:
-            ArtifactError: the name is unknown, or thresholds hold NaN.
+            ArtifactError: the name is unknown, or the tensors contain NaN.
         """
         entry = self.entry(name)
         with safe_open(self.tensors_path, framework="pt") as tensors:
@@ -128,18 +128,19 @@ class Artifact:
                 correction = tensors.get_slice(self._correction(name))[rows]
         if torch.isnan(thresholds).any():
             raise ArtifactError(
-                f"{self.tensors_path}: {name}.thresholds holds NaN; prepare again"
+                f"{self.tensors_path}: {name}.thresholds contains NaN; prepare again"
             )
         others = {f"{name}.u": u, f"{name}.v": v, self._correction(name): correction}
         for key, tensor in others.items():
             if tensor is not None and not torch.isfinite(tensor).all():
                 raise ArtifactError(
-                    f"{self.tensors_path}: {key} holds NaN or infinity; prepare again"
+                    f"{self.tensors_path}: {key} contains NaN or infinity; prepare"
+                    " again"
                 )
         return LinearTensors(thresholds, u, v, correction)
 
     def entry(self, name: str) -> LinearEntry:
-        """The JSON entry of a linear; ArtifactError where there is none."""
+        """The JSON entry of a linear; ArtifactError if there is none."""
         try:
             return self.info.linears[name]
         except KeyError:
@@ -212,5 +213,5 @@ def _read_text(path: Path) -> str:
 
 
 def _printable(error: Exception) -> str:
-    """A library's message; what it quotes of the file must not steer a terminal."""
+    """A library's message; text that it quotes must not control a terminal."""
     return "".join(c if c.isprintable() else "?" for c in str(error))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every version of ``rsparse.json`` that was ever written: a reader each, one writer.
+"""All versions of ``rsparse.json``: one reader per version, one writer.
 
-The schema of an older version does not change any more; its reader gives what the
+The schema of an older version never changes; its reader returns the objects that the
 package works with today (``schema``). docs/format.md lists the differences.
 """
 
@@ -35,7 +35,7 @@ from vllm_rsparse.validation import (
     validate,
 )
 
-# What the constant's tensor is called: NAME.bias, NAME.correction.
+# Suffix of the constant's tensor: NAME.bias, NAME.correction.
 CORRECTION_SUFFIX = {1: "bias", 2: "correction"}
 
 
@@ -59,7 +59,7 @@ class LinearEntryV1:
 
 @dataclass(frozen=True, config=CONFIG)
 class ArtifactInfoV1:
-    """Version 1: nothing is said of the base's weights, which were always floats."""
+    """Version 1: no entry for the base's weights, which were always floats."""
 
     format_version: StrictInt = must("be 1")
     sparsity: StrictFloat = share()
@@ -125,18 +125,18 @@ def write_info(info: ArtifactInfo) -> str:
 def known_version(
     version: object, known: dict[int, Any], where: str, error: type[RSparseError]
 ) -> int:
-    """A ``format_version`` that this release reads.
+    """Check that this release reads a ``format_version``.
 
     Args:
-        version: what the file says.
-        known: the versions that there are readers for.
+        version: the file's version.
+        known: the versions with a reader.
         where: file or parameter, for messages.
-        error: what to raise.
+        error: class of the error to raise.
 
     Raises:
-        RSparseError: of the given class: no such version is known here.
+        RSparseError: of the given class: the version is not known.
     """
-    # A bool, which JSON tells apart, is an int to Python: True == 1.
+    # JSON distinguishes booleans, but to Python a bool is an int: True == 1.
     if type(version) is not int or version not in known:
         raise error(
             f"{where}: format_version is {shown(version)}, this release of vllm-rsparse"

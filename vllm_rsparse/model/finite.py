@@ -23,7 +23,7 @@ def check_weight(stored: Tensor, converted: Tensor, where: str) -> None:
         where: checkpoint and tensor.
 
     Raises:
-        NotFiniteError: it holds NaN or infinity, or does once converted.
+        NotFiniteError: it contains NaN or infinity, or does once converted.
     """
     if is_finite(converted):
         return
@@ -48,7 +48,7 @@ def check_activations(x: Tensor, what: str) -> None:
         what: which they are: "the input of model.layers.0.mlp.up_proj".
 
     Raises:
-        NotFiniteError: they hold NaN or infinity.
+        NotFiniteError: they contain NaN or infinity.
     """
     if not is_finite(x):
         raise NotFiniteError(
