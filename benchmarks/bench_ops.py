@@ -31,7 +31,7 @@ from vllm_rsparse.bench.layers import SHAPES, Layer
 from vllm_rsparse.bench.measure import check, row, time_dense, time_sparse
 from vllm_rsparse.bench.timing import Timing, time_calls
 from vllm_rsparse.op import tuning
-from vllm_rsparse.op.ops import Backend
+from vllm_rsparse.op.backends import Backend
 
 
 def time_peer(inputs: list[Inputs], kept: float) -> tuple[Timing, tuple[int, int, int]]:
@@ -42,7 +42,7 @@ def time_peer(inputs: list[Inputs], kept: float) -> tuple[Timing, tuple[int, int
     calls = []
     for one in inputs:
         threshold = one.x.float().abs().quantile(1 - kept).item()
-        calls.append((one.x.half(), one.weight.half(), threshold))
+        calls.append((one.x.half(), one.operands.weight.data.half(), threshold))
     x, weight, threshold = calls[0]
     expected = dense_linear((x * (x.float().abs() > threshold)).float(), weight.float())
 
@@ -80,8 +80,9 @@ def bench_layer(
         config = tuning.launch_config(
             torch.cuda.get_device_name(), layer.n, layer.k, name, tokens
         )
-        facts = {"rho": rho, "kept": round(kept, 4), "ranks": inputs[0].ranks}
-        moved = bytes_read(layer, inputs, kept)
+        ranks = list(inputs[0].operands.ranks)
+        facts = {"rho": rho, "kept": round(kept, 4), "ranks": ranks}
+        moved = bytes_read(inputs, kept)
         timing = time_sparse(inputs, Backend.TRITON)
         add("rsparse", timing, moved, **facts, config=asdict(config))
         if not args.no_peer and tokens == 1 and rho == 1.0:

@@ -15,18 +15,20 @@ medians, and the spread of the difference. The counts must be right at the end.
 import argparse
 import statistics
 import time
-from functools import partial
 from typing import Any
 
 import torch
 from random_model import SHAPES
 from torch import Tensor
 
+from vllm_rsparse.artifact.tensors import LinearTensors
+from vllm_rsparse.formats.plain import store_float
 from vllm_rsparse.metrics import layout
 from vllm_rsparse.metrics.counters import Counters, Settings
 from vllm_rsparse.metrics.directory import CountsDirectory
-from vllm_rsparse.op import ops
-from vllm_rsparse.op.ops import resolve_backend
+from vllm_rsparse.op import layers, observers, ops
+from vllm_rsparse.op.backends import resolve_backend
+from vllm_rsparse.op.operands import SparseOperands
 
 # The linears of a decoder layer that vLLM fuses into one.
 FUSED = (
@@ -44,9 +46,11 @@ class Clock:
         self.counters = counters
         self.seconds = 0.0
 
-    def __call__(self, x: Tensor, thresholds: Tensor, dense: bool) -> None:
+    def __call__(
+        self, layer: int, x: Tensor, operands: SparseOperands, dense: bool
+    ) -> None:
         start = time.perf_counter()
-        self.counters.observe(x, thresholds, dense)
+        self.counters.observe(layer, x, operands, dense)
         self.seconds += time.perf_counter() - start
 
 
@@ -57,15 +61,16 @@ def make_calls(shape: str, device: str, counters: Counters) -> list[tuple[Any, .
     for _ in range(SHAPES[shape].layers):
         for names in FUSED:
             sizes, k = [linears[name][0] for name in names], linears[names[0]][1]
-            n = sum(sizes)
-            empty = partial(torch.empty, dtype=torch.bfloat16, device=device)
-            weight = torch.randn(k, n, dtype=torch.bfloat16, device=device).t()
-            thresholds = torch.full((len(sizes), k), 0.674, device=device)
-            ranks = [0] * len(sizes)
-            counters.register(names, thresholds, sizes, ranks, 2)
+            weight = torch.randn(k, sum(sizes), dtype=torch.bfloat16, device=device)
+            tensors = LinearTensors(torch.full((k,), 0.674), None, None, None)
+            operands = SparseOperands.from_shards(
+                store_float(weight.t()), [tensors] * len(sizes), sizes, weight.dtype
+            )
+            layer = layers.next_layer()
+            layers.set_layer(operands.thresholds, layer)
+            counters.register(layer, names, operands)
             x = torch.randn(1, k, dtype=torch.bfloat16, device=device)
-            factors = (empty(n, 0), empty(0, k))
-            calls.append((x, weight, thresholds, *factors, None, None, sizes, ranks))
+            calls.append((x, *operands.schema_args()))
     return calls
 
 
@@ -75,7 +80,7 @@ def measure_cpu(
     """The result in words, and the steps that must have been counted."""
     backend = int(resolve_backend("auto", "cpu"))
     clock = Clock(counters)
-    ops.set_observer(clock)
+    observers.add_observer(clock)
     for warm_up in (True, False):
         clock.seconds = 0.0
         start = time.perf_counter()
@@ -103,8 +108,10 @@ def measure_cuda(
             ops.linear(*call, 1, backend)
 
     graphs = []
-    for observer in (counters.observe, None):
-        ops.set_observer(observer)
+    observers.add_observer(counters.observe)
+    for counted in (True, False):
+        if not counted:
+            observers.remove_observer(counters.observe)
         step()  # compile, map
         torch.cuda.synchronize()
         graphs.append(torch.cuda.CUDAGraph())

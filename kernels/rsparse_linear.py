@@ -6,6 +6,7 @@ channels are not split and no shard has factors it writes the output itself. Oth
 it leaves float32 sums in a workspace, and a second launch adds them up and adds U z.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -13,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_rsparse.op.tuning import LaunchConfig, launch_config
+from vllm_rsparse.formats.base import StoredWeight
 
 from .channels import GROUP
+from .launch_config import LaunchConfig
 from .programs import finish_kernel, sums_kernel
 
 # Tokens a program takes: the smallest tile of the matrix units.
@@ -29,53 +31,42 @@ MOST_LISTED = 1024
 
 def rsparse_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: StoredWeight,
     thresholds: Tensor,
     u: Tensor,
     v: Tensor,
-    correction: Tensor | None = None,
-    bias: Tensor | None = None,
-    shard_sizes: list[int] | None = None,
-    ranks: list[int] | None = None,
-    config: LaunchConfig | None = None,
+    correction: Tensor | None,
+    bias: Tensor | None,
+    shard_sizes: Sequence[int],
+    ranks: Sequence[int],
+    config: LaunchConfig,
 ) -> Tensor:
-    """Sparse-plus-low-rank linear; the op that ``vllm_rsparse.op.reference`` defines.
+    """Sparse-plus-low-rank linear on checked operands (``op.operands``).
 
     Sums are float32 in a fixed order: equal inputs give bitwise equal outputs. Nothing
     waits for the host and no launch depends on data, so a call can be captured in a
     CUDA graph; its workspace comes from the caching allocator, per call and stream.
 
     Args:
-        x: [M, K] bfloat16, float16 or float32; rows may lie apart, channels may not.
-        weight: [N, K] in x's dtype, stored [K, N]: strides (1, >= N).
+        x: [M, K] bfloat16, float16 or float32; rows may lie apart.
+        weight: [N, K], an input channel a row.
         thresholds: float32 [S, K], contiguous.
         u: [N, >= max(ranks)] in x's dtype, any strides; fast when stored [R, N].
-        v: [sum(ranks), K] in x's dtype, any strides; fast when stored [K, R]
-            (``vllm_rsparse.op.packing``).
+        v: [sum(ranks), K] in x's dtype, any strides; fast when stored [K, R].
         correction: float32 [N] or None.
-        bias: [N], any float dtype, or None.
-        shard_sizes: rows of each shard; default one shard of N rows.
-        ranks: rank of each shard; default one shard of rank ``v.shape[0]``.
-        config: how to cut up the work; None looks it up (``vllm_rsparse.op.tuning``).
+        bias: [N] or None.
+        shard_sizes: rows of each shard.
+        ranks: rank of each shard.
+        config: how to cut up the work.
 
     Returns:
         [M, N] in x's dtype, contiguous.
-
-    Raises:
-        ValueError: a tensor's shape, dtype, device or layout is not one of those above.
     """
-    shard_sizes = [weight.shape[0]] if shard_sizes is None else list(shard_sizes)
-    ranks = [v.shape[0]] if ranks is None else list(ranks)
-    _check(x, weight, thresholds, u, v, correction, bias, shard_sizes, ranks)
     tokens, k = x.shape
-    n = weight.shape[0]
+    n, matrix = weight.n, weight.data
     out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
     if tokens == 0 or n == 0:
         return out
-    if config is None:
-        config = launch_config(
-            _device_name(x.device), n, k, str(x.dtype).removeprefix("torch."), tokens
-        )
     if k > 0 and x.stride(1) != 1:
         x = x.contiguous()
 
@@ -110,7 +101,7 @@ def rsparse_linear(
     options = {"launch_pdl": True} if pdl else {}
     sums_kernel[(tiles, split_k, groups_m)](
         x,
-        weight,
+        matrix,
         thresholds,
         v if factors else None,
         correction,
@@ -124,7 +115,7 @@ def rsparse_linear(
         k,
         rank_columns,
         x.stride(0),
-        weight.stride(1),
+        matrix.stride(1),
         v.stride(1),
         v.stride(0),
         tuple(shard_sizes),
@@ -137,14 +128,14 @@ def rsparse_linear(
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        ROWS=_rows_at_once(config, config.block_n, x.element_size()),
+        ROWS=_rows_at_once(config, config.block_n, matrix.element_size()),
         RANK_BLOCK_N=rank_block_n,
-        RANK_ROWS=_rows_at_once(config, rank_block_n, x.element_size()),
+        RANK_ROWS=_rows_at_once(config, rank_block_n, v.element_size()),
         CHANNELS=channels,
         EVEN_N=all(size % config.block_n == 0 for size in shard_sizes),
         STAGES=config.num_stages,
         DOT_DTYPE=_dot_dtype(x.dtype),
-        WIDE=max(_extent(weight), _extent(v)) >= 2**31,
+        WIDE=max(_extent(matrix), _extent(v)) >= 2**31,
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -178,7 +169,7 @@ def rsparse_linear(
     return out
 
 
-def _tiles(sizes: list[int], block_n: int) -> int:
+def _tiles(sizes: Sequence[int], block_n: int) -> int:
     return sum(triton.cdiv(size, block_n) for size in sizes)
 
 
@@ -213,13 +204,6 @@ def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 @cache
-def _device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    )
-
-
-@cache
 def _has_dependent_launch(device: torch.device) -> bool:
     """Whether a launch may start while its predecessor drains (Hopper and later)."""
     return (
@@ -228,56 +212,3 @@ def _has_dependent_launch(device: torch.device) -> bool:
         and torch.cuda.get_device_capability(device) >= (9, 0)
         and not triton.knobs.runtime.interpret
     )
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    thresholds: Tensor,
-    u: Tensor,
-    v: Tensor,
-    correction: Tensor | None,
-    bias: Tensor | None,
-    shard_sizes: list[int],
-    ranks: list[int],
-) -> None:
-    """Refuse what the kernels would read wrongly. Host-side metadata only."""
-    n, k = weight.shape
-    allowed = (torch.bfloat16, torch.float16, torch.float32)
-    if x.dtype not in allowed:
-        raise ValueError(f"x must be bfloat16, float16 or float32, got {x.dtype}")
-    if x.dim() != 2 or x.shape[1] != k:
-        raise ValueError(f"x must be [M, {k}] to fit the weight, got {list(x.shape)}")
-    if n > 1 and weight.stride(0) != 1:
-        raise ValueError(
-            f"weight [N, K] = [{n}, {k}] must be stored [K, N], strides (1, >= N); got"
-            f" {weight.stride()}. Use weight.t().contiguous().t()"
-        )
-    for name, tensor, shape, dtype in (
-        ("weight", weight, (n, k), x.dtype),
-        ("thresholds", thresholds, (len(shard_sizes), k), torch.float32),
-        ("u", u, (n, max(u.shape[1], *ranks)), x.dtype),
-        ("v", v, (sum(ranks), k), x.dtype),
-        ("correction", correction, (n,), torch.float32),
-        ("bias", bias, (n,), None),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
-        if dtype is not None and tensor.dtype != dtype:
-            raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device}, got {tensor.device}")
-    for name, vector in (
-        ("thresholds", thresholds),
-        ("correction", correction),
-        ("bias", bias),
-    ):
-        if vector is not None and not vector.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, strides {vector.stride()}")
-    if sum(shard_sizes) != n or len(ranks) != len(shard_sizes):
-        raise ValueError(
-            f"shard_sizes {shard_sizes} must add up to N = {n}, with one rank each; got"
-            f" ranks {ranks}"
-        )

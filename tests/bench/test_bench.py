@@ -73,14 +73,12 @@ def test_inputs_keep_what_the_layer_says(kept: float) -> None:
     assert kept_fraction(made) == pytest.approx(kept, abs=0.02)
     weights = kept_fraction(made) * layer.n * layer.k * 2
     small = 4 * layer.k + 2 * layer.k
-    assert bytes_read(layer, made, kept_fraction(made)) == pytest.approx(
-        weights + small
-    )
+    assert bytes_read(made, kept_fraction(made)) == pytest.approx(weights + small)
 
 
 def test_inputs_carry_the_factors() -> None:
     one = make_inputs(SMALL, 2, torch.float32, "cpu", 0)
-    assert one.ranks == [0, 16, 0]
+    assert one.operands.ranks == (0, 16, 0)
     assert one.call(reference.rsparse_linear).shape == (2, 128)
 
 

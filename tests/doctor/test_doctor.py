@@ -3,6 +3,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ pytest.importorskip("vllm")
 from vllm_rsparse.artifact.tensors import TENSORS_NAME, file_sha256
 from vllm_rsparse.cli import main
 from vllm_rsparse.doctor import installation
-from vllm_rsparse.op import cpu
+from vllm_rsparse.op.backends import BACKENDS, Backend
 
 # name -> (N, K, rank, has bias): one layer of a model with every fused group, a layer
 # that must be left alone, factors in some shards, a correction in one.
@@ -125,8 +126,10 @@ def test_weights_of_another_model(doctor: Any, prepared: Path) -> None:
 def test_wrong_backend(
     doctor: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch, fault: float
 ) -> None:
-    right = cpu.rsparse_linear
-    monkeypatch.setattr(cpu, "rsparse_linear", lambda *a: right(*a) * fault)
+    routes = BACKENDS[Backend.CPU].routes
+    right = routes["float"]
+    wrong = replace(right, sparse=lambda *args: right.sparse(*args) * fault)
+    monkeypatch.setitem(routes, "float", wrong)
     monkeypatch.setenv("VLLM_RSPARSE_BACKEND", "cpu")
     status, lines = doctor(prepared)
     assert status == 1

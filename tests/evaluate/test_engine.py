@@ -3,6 +3,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,9 @@ from vllm_rsparse.evaluate import engine
 from vllm_rsparse.evaluate.engine import EngineRun, Scores, measure_served, run_engine
 from vllm_rsparse.evaluate.engine_worker import KeptChannels
 from vllm_rsparse.evaluate.loading import PreparedModel
-from vllm_rsparse.op import ops
+from vllm_rsparse.op import layers, observers
+from vllm_rsparse.op.backends import Backend
+from vllm_rsparse.testing.cases import make_case
 
 RUN = EngineRun("cpu", "float32", "0.0")
 
@@ -68,28 +71,27 @@ def test_figures_of_two_engines(
 
 
 def test_kept_channels_are_counted_by_linear() -> None:
+    x = torch.tensor([[1.0, -1.0, 0.0], [0.5, 0.1, -0.6]])
+    thresholds = torch.tensor([[0.5, 0.5, 0.5], [2.0, 0.0, 2.0]])
+    case = make_case(2, 3, (2, 2), (0, 0))
+    case = replace(case, x=x).with_operands(thresholds=thresholds)
+    number = layers.next_layer()
+    layers.set_layer(thresholds, number)
     layer = nn.Module()
-    layer.rsparse_thresholds = nn.Parameter(
-        torch.tensor([[0.5, 0.5, 0.5], [2.0, 0.0, 2.0]]), requires_grad=False
-    )
-    layer.quant_method = SimpleNamespace(names=["q", "k"])
-    counts = KeptChannels()
+    layer.rsparse_thresholds = nn.Parameter(thresholds, requires_grad=False)
+    layer.quant_method = SimpleNamespace(names=["q", "k"], layer_number=number)
+    counts, others = KeptChannels(), []
     try:
+        observers.add_observer(lambda *seen: others.append(seen))
         counts.watch(nn.Sequential(nn.Identity(), layer))
-        x = torch.tensor([[1.0, -1.0, 0.0], [0.5, 0.1, -0.6]])
-        weight, none = torch.ones(4, 3), torch.zeros(0, 3)
-        rest = (torch.zeros(4, 0), none, None, None, [2, 2], [0, 0])
         for limit in (2, 0):  # sparse, then dense: not counted
-            ops.linear(
-                x,
-                weight,
-                layer.rsparse_thresholds,
-                *rest,
-                limit,
-                int(ops.Backend.REFERENCE),
-            )
+            case.through_op(Backend.REFERENCE, limit)
+        make_case(1, 3).through_op(Backend.REFERENCE)  # of no numbered layer
     finally:
-        ops.set_observer(None)
+        observers._observers.clear()
+        layers.forget_layer(number)
+    # Another observer sees the same calls.
+    assert [(seen[0], seen[3]) for seen in others] == [(number, False), (number, True)]
     assert counts.fractions() == {"q": 3 / 6, "k": 2 / 6}
 
 

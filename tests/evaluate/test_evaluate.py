@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_rsparse.artifact.tensors import file_sha256
 from vllm_rsparse.cli import main
-from vllm_rsparse.op.reference import rsparse_linear
+from vllm_rsparse.testing.cases import one_linear
 
 WINDOW = 40
 FIRST = 4  # int(0.1 * WINDOW)
@@ -70,22 +70,11 @@ class Independent:
     def _forward(
         self, module: nn.Linear, name: str, mine: dict[str, Tensor]
     ) -> Callable[[Tensor], Tensor]:
-        n, k = module.weight.shape
-        u = mine.get("u", torch.zeros(n, 0))
-        v = mine.get("v", torch.zeros(0, k))
-
         def forward(x: Tensor) -> Tensor:
             y = x @ module.weight.T
             if self.sparse:
                 tail = x[0, FIRST:]
-                y[0, FIRST:] = rsparse_linear(
-                    tail,
-                    module.weight,
-                    mine["thresholds"][None],
-                    u,
-                    v,
-                    mine.get("correction"),
-                )
+                y[0, FIRST:] = one_linear(tail, module.weight, mine)
                 self.kept[name] += int((tail.abs() > mine["thresholds"]).sum())
             return y
 

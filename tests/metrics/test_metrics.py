@@ -14,8 +14,9 @@ from vllm_rsparse.metrics import exporter, layout
 from vllm_rsparse.metrics.counters import Counters, Settings, open_counters
 from vllm_rsparse.metrics.directory import CountsDirectory
 from vllm_rsparse.metrics.exporter import Exporter
-from vllm_rsparse.op import ops
-from vllm_rsparse.op.ops import Backend
+from vllm_rsparse.op import layers, observers, ops
+from vllm_rsparse.op.backends import Backend
+from vllm_rsparse.testing.cases import make_case
 
 K = 24
 # name of a fused layer's shards -> (N of each shard, rank of each).
@@ -31,25 +32,21 @@ class Model:
 
     def __init__(self, device: str = "cpu") -> None:
         self.layers = []
-        for names, (sizes, ranks) in LAYERS.items():
-            tensors = (
-                torch.randn(K, sum(sizes), device=device).t(),
-                torch.rand(len(sizes), K, device=device),
-                torch.randn(sum(sizes), max(ranks), device=device),
-                torch.randn(sum(ranks), K, device=device),
-            )
-            self.layers.append((names, tensors, sizes, ranks))
+        for seed, (names, (sizes, ranks)) in enumerate(LAYERS.items()):
+            case = make_case(1, K, sizes, ranks, seed=seed, device=device)
+            number = layers.next_layer()
+            layers.set_layer(case.operands.thresholds, number)
+            self.layers.append((number, names, case.operands))
 
     def register(self, counters: Counters) -> None:
-        for names, tensors, sizes, ranks in self.layers:
-            counters.register(list(names), tensors[1], sizes, ranks, itemsize=4)
+        for number, names, operands in self.layers:
+            counters.register(number, names, operands)
 
     def step(self, x: torch.Tensor, limit: int = 2) -> torch.Tensor:
-        backend = int(Backend.REFERENCE)
         return torch.cat(
             [
-                ops.linear(x, *tensors, None, None, sizes, ranks, limit, backend)
-                for _, tensors, sizes, ranks in self.layers
+                ops.linear(x, *operands.schema_args(), limit, int(Backend.REFERENCE))
+                for _, _, operands in self.layers
             ],
             dim=1,
         )
@@ -57,14 +54,19 @@ class Model:
     def expected(self, x: torch.Tensor) -> dict[str, list[int]]:
         """Kind -> channels seen, kept, and bytes read, of one sampled step."""
         totals: dict[str, list[int]] = {}
-        for names, tensors, sizes, ranks in self.layers:
-            shards = zip(names, tensors[1].cpu(), sizes, ranks, strict=True)
+        for _, names, operands in self.layers:
+            sizes, ranks = operands.shard_sizes, operands.ranks
+            shards = zip(names, operands.thresholds.cpu(), sizes, ranks, strict=True)
             for name, thresholds, n, rank in shards:
                 kept = [
                     {j for j in range(K) if abs(float(row[j])) > float(thresholds[j])}
                     for row in x.cpu()
                 ]
-                read = len(set().union(*kept)) * n * 4 + rank * (n + K) * 4 + K * 4
+                rows = len(set().union(*kept))
+                # Rows of V: those of dropped channels; of several tokens, all.
+                rows_of_v = K - rows if len(kept) == 1 else K
+                read = 4 * (rows * n + rank * (n + rows_of_v))
+                read += 4 * K + 4 * K * len(kept) // len(names)  # thresholds, x
                 mine = [K * len(kept), sum(map(len, kept)), read]
                 before = totals.get(name.split(".")[-1], [0, 0, 0])
                 totals[name.split(".")[-1]] = [
@@ -90,13 +92,14 @@ def scrape(collector: Exporter) -> dict[tuple[str, ...], float]:
 def count(directory: Path, model: Model, interval: int = 1, rank: int = 0) -> None:
     counters = Counters(Settings(directory, interval), rank)
     model.register(counters)
-    ops.set_observer(counters.observe)
+    observers._observers.clear()
+    observers.add_observer(counters.observe)
 
 
 @pytest.fixture(autouse=True)
 def _no_observer() -> Any:
     yield
-    ops.set_observer(None)
+    observers._observers.clear()
 
 
 def test_nothing_before_the_first_step(tmp_path: Path) -> None:

@@ -6,15 +6,17 @@ import sys
 
 import pytest
 import torch
-from bits import same_bits
-from torch.nn.functional import linear
+from torch.nn import functional
 
-from vllm_rsparse.op import cpu, ops
-from vllm_rsparse.op.ops import Backend
+from vllm_rsparse.errors import RSparseError
+from vllm_rsparse.formats.plain import store_float
+from vllm_rsparse.op import backends, cpu
+from vllm_rsparse.op.backends import Backend
+from vllm_rsparse.testing.cases import make_case, relative_error, same_bits
+from vllm_rsparse.testing.tolerances import tolerance
 
-# Inputs are exact and sums are float32; the output is rounded once.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-DTYPES = list(TOLERANCE)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+linear = functional.linear
 
 # (tokens, K, N): around passes of 16 rows and 512 columns, strips of 32 columns and
 # groups of 8 tokens; narrow layers, whose K is cut into parts; wide ones.
@@ -31,8 +33,13 @@ CASES = [
 
 
 def make_inputs(tokens, k, n, dtype):
-    weight = (torch.randn(k, n) / k**0.5).to(dtype).t()
-    return torch.randn(tokens, k).to(dtype), weight, torch.randn(n).to(dtype)
+    case = make_case(tokens, k, (n,), (0,), dtype)
+    return case.x, case.operands.weight, case.bias
+
+
+def exact(x, weight, bias):
+    bias = None if bias is None else bias.double()
+    return linear(x.double(), weight.data.double(), bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,11 +49,12 @@ def test_is_the_product(tokens, k, n, with_bias, dtype):
     x, weight, bias = make_inputs(tokens, k, n, dtype)
     bias = bias if with_bias else None
     out = cpu.dense_linear(x, weight, bias)
-    right = linear(x.double(), weight.double(), None if bias is None else bias.double())
+    right = exact(x, weight, bias)
     assert out.dtype == dtype
-    # Column by column too: one that is wrong must not hide behind the others.
-    assert (out - right).norm() < TOLERANCE[dtype] * right.norm()
-    assert ((out - right).abs() <= 8 * TOLERANCE[dtype] * (1 + right.abs())).all()
+    # The output is rounded once. Column by column too: one that is wrong must not hide
+    # behind the others.
+    assert relative_error(out, right) < tolerance(dtype)
+    assert ((out - right).abs() <= 8 * tolerance(dtype) * (1 + right.abs())).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,7 +90,7 @@ def test_memory_of_an_earlier_call_does_not_show(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_nan_weight_reaches_its_column_alone(dtype):
     x, weight, bias = make_inputs(5, 131, 300, dtype)
-    weight[257, 130] = float("nan")
+    weight.data[257, 130] = float("nan")
     nan = cpu.dense_linear(x, weight, bias).isnan()
     assert nan[:, 257].all()
     assert nan.sum() == 5
@@ -106,7 +114,9 @@ def test_needs_no_instructions_of_this_processor(tmp_path, monkeypatch):
         "import torch; from vllm_rsparse.op import cpu, cpu_build;"
         "cpu_build._NATIVE = {};"
         "x, w = torch.randn(6, 301), torch.randn(301, 77);"
-        "f = lambda t: cpu.dense_linear(x.to(t), w.to(t).t(), None).double();"
+        "from vllm_rsparse.formats.plain import store_float;"
+        "f = lambda t: cpu.dense_linear("
+        "x.to(t), store_float(w.to(t).t()), None).double();"
         "right = {t: x.to(t).double() @ w.to(t).double()"
         " for t in (torch.float32, torch.bfloat16)};"
         "print(*((f(t) - y).norm() / y.norm() < 4e-3 for t, y in right.items()))"
@@ -118,19 +128,25 @@ def test_needs_no_instructions_of_this_processor(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("x", "weight", "bias", "message"),
+    ("x", "bias", "message"),
     [
-        ((2, 9), torch.zeros(8, 4).t(), None, "do not fit"),
-        ((2, 8), torch.zeros(8, 4).t().double(), None, "do not fit"),
-        ((2, 8), torch.zeros(8, 4).t(), torch.zeros(5), "do not fit"),
-        ((2, 8), torch.zeros(8, 4).t(), torch.zeros(4).half(), "do not fit"),
-        ((2, 8), torch.zeros(4, 8), None, r"needs \[K, N\] storage"),
+        (torch.zeros(2, 9), None, r"x must be \[M, 8\]"),
+        (torch.zeros(2, 8).double(), None, "x must be float32"),
+        (torch.zeros(2, 8), torch.zeros(5), r"bias must be \[4\], got \[5\]"),
+        (torch.zeros(2, 8), torch.zeros(4).half(), "bias must be float32"),
     ],
-    ids=["k", "dtype", "bias-size", "bias-dtype", "storage"],
+    ids=["k", "dtype", "bias-size", "bias-dtype"],
 )
-def test_refuses_tensors_that_do_not_fit(x, weight, bias, message):
-    with pytest.raises(ValueError, match=message):
-        cpu.dense_linear(torch.zeros(x), weight, bias)
+def test_refuses_tensors_that_do_not_fit(x, bias, message):
+    with pytest.raises(RSparseError, match=message):
+        cpu.dense_linear(x, store_float(torch.zeros(8, 4).t()), bias)
+
+
+def test_refuses_rows_with_gaps():
+    with pytest.raises(RSparseError, match="storage without gaps"):
+        cpu.dense_linear(
+            torch.zeros(2, 8), store_float(torch.zeros(8, 5)[:, :4].t()), None
+        )
 
 
 def test_the_op_takes_it_for_a_few_tokens_of_its_backend(monkeypatch):
@@ -141,22 +157,12 @@ def test_the_op_takes_it_for_a_few_tokens_of_its_backend(monkeypatch):
     )
     limit = cpu.MAX_DENSE_TOKENS
     for tokens in (2, 3, limit, limit + 1):
-        x, weight, bias = make_inputs(tokens, 24, 16, torch.float32)
+        case = make_case(tokens, 24, (16,), (0,), constants=False)
+        case.operands.thresholds.fill_(-1.0)
         for backend in (Backend.CPU, Backend.CPU_TORCH):
-            out = ops.linear(
-                x,
-                weight,
-                torch.full((1, 24), -1.0),
-                torch.zeros(16, 0),
-                torch.zeros(0, 24),
-                None,
-                bias,
-                [16],
-                [0],
-                2,
-                backend,
-            )
-            assert (out - linear(x, weight, bias)).abs().max() < 1e-5
+            out = case.through_op(backend, max_sparse_tokens=2)
+            right = exact(case.x, case.operands.weight, None)
+            assert relative_error(out, right) < tolerance(torch.float32)
     assert calls == [3, limit]
 
 
@@ -164,15 +170,18 @@ def test_the_op_takes_it_for_a_few_tokens_of_its_backend(monkeypatch):
 def test_float16_where_the_processor_has_none(monkeypatch, tokens):
     """torch's product of float16 on [K, N] storage is a scalar loop there."""
     dtypes = []
-    monkeypatch.setattr(ops, "_float16_is_emulated", lambda device_type: True)
+    monkeypatch.setattr(backends, "_float16_is_emulated", lambda device_type: True)
     monkeypatch.setattr(
-        ops, "torch_linear", lambda *args: dtypes.append(args[0].dtype) or linear(*args)
+        functional,
+        "linear",
+        lambda *args: dtypes.append(args[0].dtype) or linear(*args),
     )
     x, weight, bias = make_inputs(tokens, 77, 33, torch.float16)
-    right = linear(x.double(), weight.double(), bias.double())
+    right = exact(x, weight, bias)
+    dtypes.clear()
     for backend in (Backend.CPU, Backend.CPU_TORCH):
-        out = ops.dense_linear(x, weight, bias, backend)
+        out = backends.routes_of(backend, weight.format).dense(x, weight, bias)
         assert out.dtype == torch.float16
-        assert (out - right).norm() < TOLERANCE[torch.float16] * right.norm()
+        assert relative_error(out, right) < tolerance(torch.float16)
     calls = 1 if tokens <= cpu.MAX_DENSE_TOKENS else 2
     assert dtypes == [torch.float32] * calls

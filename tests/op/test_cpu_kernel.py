@@ -7,20 +7,21 @@ What it has in common with other backends is in ``test_linear_op.py``.
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from bits import same_bits
 
 from vllm_rsparse.errors import BuildError
+from vllm_rsparse.formats.plain import store_float
 from vllm_rsparse.op import cpu, cpu_build
-from vllm_rsparse.op.ops import Backend, resolve_backend
-from vllm_rsparse.op.packing import pack_factors
-from vllm_rsparse.op.reference import rsparse_linear
+from vllm_rsparse.op.backends import Backend, resolve_backend
+from vllm_rsparse.testing.cases import make_case, relative_error, same_bits
+from vllm_rsparse.testing.tolerances import SUMS, tolerance
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# As in test_linear_op.py; z is not rounded here, which only helps.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+# Before a fixture poisons it: pages that nobody writes take no memory.
+untouched = torch.empty
 
 # (tokens, K, shard sizes, ranks): more than a block of channels, more bytes than one
 # thread does alone, columns that fill no cache line, more shards than threads.
@@ -32,57 +33,44 @@ CASES = [
 ]
 
 
-def make_inputs(tokens, k, sizes, ranks, dtype, scale=1.5):
-    """Tensors laid out as the engine holds them; about 45% of the channels are kept."""
-    factors = [
-        (torch.randn(n, r), torch.randn(r, k) / k**0.5) if r else None
-        for n, r in zip(sizes, ranks, strict=True)
-    ]
-    u, v, ranks = pack_factors(factors, sizes, k, dtype, "cpu")
-    return {
-        "x": torch.randn(tokens, k).to(dtype),
-        "weight": (torch.randn(k, sum(sizes)) / k**0.5).to(dtype).t(),
-        "thresholds": torch.rand(len(sizes), k) * scale,
-        "u": u,
-        "v": v,
-        "correction": torch.randn(sum(sizes)),
-        "bias": torch.randn(sum(sizes)).to(dtype),
-        "shard_sizes": sizes,
-        "ranks": ranks,
-    }
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "k", "sizes", "ranks"), CASES)
 def test_matches_the_definition(tokens, k, sizes, ranks, dtype):
-    inputs = make_inputs(tokens, k, sizes, ranks, dtype)
-    out = cpu.rsparse_linear(**inputs)
-    wide = {key: t.float() if torch.is_tensor(t) else t for key, t in inputs.items()}
-    expected = rsparse_linear(**wide)
+    case = make_case(tokens, k, sizes, ranks, dtype)
+    shards = cpu.rsparse_linear(*case.args()).split(sizes, 1)
     # Per shard: one that is wrong must not hide behind the others.
-    for found, right in zip(out.split(sizes, 1), expected.split(sizes, 1), strict=True):
-        assert (found - right).norm() < TOLERANCE[dtype] * right.norm()
+    for found, right in zip(shards, case.exact().split(sizes, 1), strict=True):
+        assert relative_error(found, right) < tolerance(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "k", "sizes", "ranks"), CASES)
 def test_same_bits_for_any_number_of_threads(threads, tokens, k, sizes, ranks, dtype):
-    inputs = make_inputs(tokens, k, sizes, ranks, dtype)
+    case = make_case(tokens, k, sizes, ranks, dtype)
     threads(1)
-    alone = cpu.rsparse_linear(**inputs)
+    alone = cpu.rsparse_linear(*case.args())
     for count in (2, 2, 3, 5):
         threads(count)
-        assert same_bits(cpu.rsparse_linear(**inputs), alone)
+        assert same_bits(cpu.rsparse_linear(*case.args()), alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "k", "sizes", "ranks"), CASES)
 def test_a_token_does_not_depend_on_the_others(tokens, k, sizes, ranks, dtype):
-    inputs = make_inputs(tokens, k, sizes, ranks, dtype)
-    together = cpu.rsparse_linear(**inputs)
-    x = inputs.pop("x")
+    case = make_case(tokens, k, sizes, ranks, dtype)
+    together = cpu.rsparse_linear(*case.args())
     for m in range(tokens):
-        assert same_bits(cpu.rsparse_linear(x[m : m + 1], **inputs)[0], together[m])
+        alone = replace(case, x=case.x[m : m + 1])
+        assert same_bits(cpu.rsparse_linear(*alone.args())[0], together[m])
+
+
+def all_kept(weight):
+    """Output for x = 1 and a weight [N, K]: the sums of its rows."""
+    n, k = weight.shape
+    case = make_case(1, k, (n,), (0,), weight.dtype, constants=False)
+    case.x.fill_(1)
+    case.operands.thresholds.fill_(-1)
+    return cpu.rsparse_linear(*case.with_weight(weight).args())[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -90,12 +78,7 @@ def test_every_value_of_a_half_type_survives(dtype):
     """x = 1 and one channel: the output is the weight, bit for bit."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     values = values.view(dtype)
-    inputs = make_inputs(1, 1, [2**16], [0], dtype)
-    inputs |= {"correction": None, "bias": None}
-    inputs["x"].fill_(1)
-    inputs["thresholds"].fill_(-1)
-    inputs["weight"] = values[None].t()
-    out = cpu.rsparse_linear(**inputs)[0]
+    out = all_kept(values[None].t())
     assert torch.equal(out.isnan(), values.isnan())
     kept = ~values.isnan()
     # The sum starts at +0, which swallows the sign of -0.
@@ -108,12 +91,8 @@ def test_sums_are_rounded_to_nearest_even(dtype):
     n = 100_000
     exponents = torch.randint(-30, 17, (2, n))
     weight = (torch.randn(2, n) * 2.0**exponents).to(dtype)
-    inputs = make_inputs(1, 2, [n], [0], dtype)
-    inputs |= {"correction": None, "bias": None, "weight": weight.t()}
-    inputs["x"].fill_(1)
-    inputs["thresholds"].fill_(-1)
     expected = (weight[0].float() + weight[1].float()).to(dtype)
-    out = cpu.rsparse_linear(**inputs)[0]
+    out = all_kept(weight.t())
     # Infinities of float16 may cancel; which NaN comes out is nobody's business.
     number = ~expected.isnan()
     assert torch.equal(out.isnan(), ~number)
@@ -123,59 +102,46 @@ def test_sums_are_rounded_to_nearest_even(dtype):
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 255, 256, 257, 599, 600])
 def test_counts_of_kept_channels_around_a_group_and_a_block(kept):
-    inputs = make_inputs(1, 600, [130, 62], [16, 0], torch.float32)
-    inputs["thresholds"].fill_(float("inf"))
-    inputs["thresholds"][0, torch.randperm(600)[:kept]] = -1.0
-    inputs["thresholds"][1, torch.randperm(600)[: 600 - kept]] = -1.0
-    found, right = cpu.rsparse_linear(**inputs), rsparse_linear(**inputs)
-    assert (found - right).norm() < 1e-5 * right.norm()
+    case = make_case(1, 600, [130, 62], [16, 0])
+    thresholds = case.operands.thresholds.fill_(float("inf"))
+    thresholds[0, torch.randperm(600)[:kept]] = -1.0
+    thresholds[1, torch.randperm(600)[: 600 - kept]] = -1.0
+    assert relative_error(cpu.rsparse_linear(*case.args()), case.expected()) < SUMS
 
 
 def test_dropped_channels_are_not_read():
     """NaN in every weight of a dropped channel, and in V of a kept one."""
-    inputs = make_inputs(1, 600, [130, 62], [16, 16], torch.bfloat16)
-    inputs["thresholds"][1] = inputs["thresholds"][0]
-    kept = inputs["x"][0].float().abs() > inputs["thresholds"][0]
-    inputs["weight"][:, ~kept] = float("nan")
-    inputs["v"][:, kept] = float("nan")
-    assert cpu.rsparse_linear(**inputs).isfinite().all()
+    case = make_case(1, 600, [130, 62], [16, 16], torch.bfloat16)
+    case.operands.thresholds[1] = case.operands.thresholds[0]
+    kept = case.x[0].float().abs() > case.operands.thresholds[0]
+    case.operands.weight.data[:, ~kept] = float("nan")
+    case.operands.v[:, kept] = float("nan")
+    assert cpu.rsparse_linear(*case.args()).isfinite().all()
+
+
+def test_memory_of_an_earlier_call_does_not_show():
+    """Scratch memory is kept: a call of NaN must not reach the next, smaller one."""
+    case = make_case(3, 600, [130, 62], [16, 16])
+    case.x.fill_(float("nan"))
+    assert cpu.rsparse_linear(*case.args()).isnan().all()
+    case = make_case(2, 300, [45, 3], [16, 0])
+    assert cpu.rsparse_linear(*case.args()).isfinite().all()
 
 
 def test_weight_of_more_than_2_31_elements():
     """The last row starts beyond that; the others are never touched, and not held."""
     k, n = 9000, 2**18
-    inputs = make_inputs(1, k, [64], [0], torch.bfloat16)
-    inputs["thresholds"].fill_(float("inf"))
-    inputs["thresholds"][0, -1] = -1.0
-    weight = torch.empty(k, n, dtype=torch.bfloat16)  # pages are not touched
+    small = make_case(1, k, [8], [0], torch.bfloat16, constants=False)
+    small.operands.thresholds.fill_(float("inf"))
+    small.operands.thresholds[0, -1] = -1.0
+    weight = untouched(k, n, dtype=torch.bfloat16)
     weight[-1] = 2.0
-    inputs |= {
-        "weight": weight.t(),
-        "u": torch.zeros(0, n, dtype=torch.bfloat16).t(),
-        "correction": None,
-        "bias": None,
-        "shard_sizes": [n],
-    }
-    assert (cpu.rsparse_linear(**inputs) == inputs["x"][0, -1] * 2).all()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"x": torch.zeros(1, 9)}, "do not fit"),
-        ({"ranks": [16, 16]}, "do not fit"),
-        ({"shard_sizes": [4, 5]}, "do not fit"),
-        ({"thresholds": torch.zeros(1, 8)}, "do not fit"),
-        ({"thresholds": torch.zeros(2, 8).double()}, "thresholds and correction be"),
-        ({"x": torch.zeros(1, 8).bfloat16()}, "must share float32"),
-        ({"bias": torch.zeros(8).half()}, "must share float32"),
-    ],
-    ids=str,
-)
-def test_refuses_tensors_that_do_not_fit(changes, message):
-    inputs = make_inputs(1, 8, [4, 4], [16, 0], torch.float32) | changes
-    with pytest.raises(ValueError, match=message):
-        cpu.rsparse_linear(**inputs)
+    case = small.with_operands(
+        weight=store_float(weight.t()),
+        u=torch.zeros(0, n, dtype=torch.bfloat16).t(),
+        shard_sizes=(n,),
+    )
+    assert (cpu.rsparse_linear(*case.args()) == case.x[0, -1] * 2).all()
 
 
 # How it is built.

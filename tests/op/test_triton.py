@@ -6,54 +6,43 @@ program; with CUDA they are compiled and the same tests run on the device.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
-from triton_case import (
-    CONFIG_IDS,
-    CONFIGS,
-    DEVICE,
-    DOT,
-    LISTED,
-    TOLERANCE,
-    VECTOR,
-    assert_close,
-    make_case,
-)
 
 pytest.importorskip("triton")
 
-from vllm_rsparse.kernels import rsparse_linear as backend
+from vllm_rsparse.kernels import rsparse_linear as launcher
+from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.op import reference
-from vllm_rsparse.op.tuning import LaunchConfig
+from vllm_rsparse.op.triton_backend import rsparse_linear
+from vllm_rsparse.testing import cases
+from vllm_rsparse.testing.cases import assert_close
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+make_case = partial(cases.make_case, device=DEVICE)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+VECTOR = LaunchConfig(32, 64, 1, 2, 1, use_dot=False)
+# Lists of up to 128 channels at K = 77, steps of 16: whole steps and a remainder.
+LISTED = LaunchConfig(32, 16, 1, 1, 1, use_dot=False, listed=True)
+DOT = LaunchConfig(32, 32, 1, 2, 2, use_dot=True)
+CONFIGS = [VECTOR, LISTED, DOT]
+CONFIG_IDS = ["masked", "listed", "dot"]
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory comes filled with NaN, so that what nobody writes shows."""
-    empty = torch.empty
-
-    def poisoned_empty(*args: object, **kwargs: object) -> Tensor:
-        made = empty(*args, **kwargs)
-        # A channel that nobody listed: far outside every matrix.
-        return made.fill_(float("nan") if made.is_floating_point() else 2**30)
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
-
-
-@pytest.mark.usefixtures("poisoned")
 class TestAgainstReference:
-    @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).split(".")[1])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
     @pytest.mark.parametrize("tokens", [1, 3])
     def test_dtypes(self, tokens: int, dtype: torch.dtype) -> None:
         case = make_case(tokens, k=203, dtype=dtype)
-        assert_close(backend.rsparse_linear(*case.args()), case.expected())
+        assert_close(rsparse_linear(*case.args()), case.expected())
 
     @pytest.mark.parametrize("tokens", [0, 1, 2, 4, 5, 8, 15, 16, 17, 33])
     def test_tokens(self, tokens: int) -> None:
         case = make_case(tokens)
-        out = backend.rsparse_linear(*case.args())
+        out = rsparse_linear(*case.args())
         assert out.shape == (tokens, 66)
         if tokens:
             assert_close(out, case.expected())
@@ -64,7 +53,7 @@ class TestAgainstReference:
     def test_shapes(self, tokens: int, n: int, k: int) -> None:
         case = make_case(tokens, k, (n,), (0,))
         for config in [VECTOR, LISTED] if tokens < 5 else [DOT]:
-            assert_close(backend.rsparse_linear(*case.args(), config), case.expected())
+            assert_close(rsparse_linear(*case.args(), config), case.expected())
 
     @pytest.mark.parametrize(
         ("shard_sizes", "ranks"),
@@ -83,7 +72,7 @@ class TestAgainstReference:
         self, tokens: int, shard_sizes: tuple[int, ...], ranks: tuple[int, ...]
     ) -> None:
         case = make_case(tokens, shard_sizes=shard_sizes, ranks=ranks)
-        assert_close(backend.rsparse_linear(*case.args()), case.expected())
+        assert_close(rsparse_linear(*case.args()), case.expected())
 
     @pytest.mark.parametrize("split_k", [1, 3, 7])
     @pytest.mark.parametrize("ranks", [(0, 0, 0), (5, 0, 19)], ids=str)
@@ -94,21 +83,21 @@ class TestAgainstReference:
     ) -> None:
         # 7 splits of 64 channels: more than the 150 channels fill.
         case = make_case(tokens, 150, ranks=ranks)
-        out = backend.rsparse_linear(*case.args(), replace(config, split_k=split_k))
+        out = rsparse_linear(*case.args(), replace(config, split_k=split_k))
         assert_close(out, case.expected())
 
     @pytest.mark.parametrize("constants", [False, True])
     def test_optional_constants(self, constants: bool) -> None:
         case = make_case(ranks=(0, 0, 0), constants=constants)
-        assert_close(backend.rsparse_linear(*case.args()), case.expected())
+        assert_close(rsparse_linear(*case.args()), case.expected())
 
     @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
     def test_every_count_of_kept_channels(self, config: LaunchConfig) -> None:
         case = make_case(k=37, shard_sizes=(20,), ranks=(4,), constants=False)
         for count in range(38):
-            case.thresholds = torch.full((1, 37), float("inf"), device=DEVICE)
-            case.thresholds[0, torch.randperm(37)[:count]] = -1.0
-            assert_close(backend.rsparse_linear(*case.args(), config), case.expected())
+            case.operands.thresholds.fill_(float("inf"))
+            case.operands.thresholds[0, torch.randperm(37)[:count]] = -1.0
+            assert_close(rsparse_linear(*case.args(), config), case.expected())
 
 
 class TestMask:
@@ -118,29 +107,29 @@ class TestMask:
     ) -> None:
         case = make_case(k=4, shard_sizes=(6,), ranks=(0,), constants=False)
         case.x[0] = torch.tensor([1.5, -1.5, 0.0, -0.0])
-        case.thresholds[0] = torch.tensor([1.5, 1.5, 0.0, 0.0])
-        assert backend.rsparse_linear(*case.args(), config).count_nonzero() == 0
-        case.thresholds[0] = torch.tensor([1.25, 1.25, -1.0, -1.0])
-        out = backend.rsparse_linear(*case.args(), config)
-        assert_close(out, case.x @ case.weight.t())
+        case.operands.thresholds[0] = torch.tensor([1.5, 1.5, 0.0, 0.0])
+        assert rsparse_linear(*case.args(), config).count_nonzero() == 0
+        case.operands.thresholds[0] = torch.tensor([1.25, 1.25, -1.0, -1.0])
+        out = rsparse_linear(*case.args(), config)
+        assert_close(out, case.x @ case.operands.weight.data.t())
 
     @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
     def test_nan_reaches_every_output_of_its_token_only(
         self, config: LaunchConfig
     ) -> None:
         case = make_case(3)
-        case.thresholds[:, 11] = float("inf")
+        case.operands.thresholds[:, 11] = float("inf")
         case.x[0, 11] = float("nan")
-        out = backend.rsparse_linear(*case.args(), config)
+        out = rsparse_linear(*case.args(), config)
         assert out[0].isnan().all()
         assert not out[1:].isnan().any()
 
     @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
     def test_dropped_infinity_leaves_no_trace(self, config: LaunchConfig) -> None:
         case = make_case(ranks=(0, 0, 0))
-        case.thresholds[:, 3] = float("inf")
+        case.operands.thresholds[:, 3] = float("inf")
         case.x[0, 3] = float("inf")
-        assert_close(backend.rsparse_linear(*case.args(), config), case.expected())
+        assert_close(rsparse_linear(*case.args(), config), case.expected())
 
     @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
     @pytest.mark.parametrize("tokens", [1, 3])
@@ -149,12 +138,11 @@ class TestMask:
     ) -> None:
         case = make_case(tokens, ranks=(0, 0, 0))
         expected = case.expected()
-        unread = (
-            reference.kept_mask(case.x, case.thresholds).any(0).any(0).logical_not()
-        )
+        kept = reference.kept_mask(case.x, case.operands.thresholds)
+        unread = ~kept.any(0).any(0)
         assert unread.any()
-        case.weight[:, unread] = float("nan")
-        assert_close(backend.rsparse_linear(*case.args(), config), expected)
+        case.operands.weight.data[:, unread] = float("nan")
+        assert_close(rsparse_linear(*case.args(), config), expected)
 
     @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
     def test_rows_of_v_that_nobody_drops_are_not_read(
@@ -162,26 +150,26 @@ class TestMask:
     ) -> None:
         case = make_case(shard_sizes=(30,), ranks=(6,))
         expected = case.expected()
-        kept = reference.kept_mask(case.x, case.thresholds)[0, 0]
+        kept = reference.kept_mask(case.x, case.operands.thresholds)[0, 0]
         assert kept.any()
-        case.v[:, kept] = float("nan")
-        assert_close(backend.rsparse_linear(*case.args(), config), expected)
+        case.operands.v[:, kept] = float("nan")
+        assert_close(rsparse_linear(*case.args(), config), expected)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
 def test_bitwise_repeatable(config: LaunchConfig) -> None:
     case = make_case(16 if config is DOT else 3, k=500, dtype=torch.bfloat16)
     config = replace(config, split_k=3)
-    first = backend.rsparse_linear(*case.args(), config)
+    first = rsparse_linear(*case.args(), config)
     for _ in range(2 if DEVICE == "cpu" else 50):
-        assert torch.equal(backend.rsparse_linear(*case.args(), config), first)
+        assert torch.equal(rsparse_linear(*case.args(), config), first)
 
 
 @pytest.mark.parametrize("tokens", [3, 9])
 def test_vector_units_in_groups_of_tokens(tokens: int) -> None:
     case = make_case(tokens, k=150)
     for config in (VECTOR, LISTED):
-        assert_close(backend.rsparse_linear(*case.args(), config), case.expected())
+        assert_close(rsparse_linear(*case.args(), config), case.expected())
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -190,26 +178,24 @@ def test_wide_offsets_change_nothing(
     config: LaunchConfig, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case(2)
-    monkeypatch.setattr(backend, "_extent", lambda matrix: 2**31 if wide else 1)
-    assert_close(backend.rsparse_linear(*case.args(), config), case.expected())
+    monkeypatch.setattr(launcher, "_extent", lambda matrix: 2**31 if wide else 1)
+    assert_close(rsparse_linear(*case.args(), config), case.expected())
 
 
 def test_long_inputs_are_split_until_the_lists_are_short(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backend, "MOST_LISTED", 32)
+    monkeypatch.setattr(launcher, "MOST_LISTED", 32)
     case = make_case(2, k=300)
-    assert_close(backend.rsparse_linear(*case.args(), LISTED), case.expected())
+    assert_close(rsparse_linear(*case.args(), LISTED), case.expected())
 
 
 def test_a_token_does_not_depend_on_its_batch() -> None:
     case = make_case(7, k=300, dtype=torch.float16)
-    together = backend.rsparse_linear(*case.args(), DOT)
+    together = rsparse_linear(*case.args(), DOT)
     for token in range(7):
         alone = replace(case, x=case.x[token : token + 1])
-        assert torch.equal(
-            backend.rsparse_linear(*alone.args(), DOT)[0], together[token]
-        )
+        assert torch.equal(rsparse_linear(*alone.args(), DOT)[0], together[token])
 
 
 @pytest.mark.gpu
@@ -218,11 +204,11 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
 def test_replayed_graph_follows_its_inputs(tokens: int) -> None:
     case = make_case(tokens, 1000, (512, 128, 128), (50, 20, 0), torch.bfloat16)
     # Kernels compile before the capture, as an engine's warm-up makes them.
-    backend.rsparse_linear(*case.args())
+    rsparse_linear(*case.args())
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outs = [backend.rsparse_linear(*case.args()) for _ in range(3)]
+        outs = [rsparse_linear(*case.args()) for _ in range(3)]
     for seed in range(5):
         case.x.copy_(make_case(tokens, 1000, seed=seed + 1).x)
         graph.replay()

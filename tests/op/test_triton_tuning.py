@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.op import tuning
-from vllm_rsparse.op.tuning import LaunchConfig, TunedEntry
+from vllm_rsparse.op.tuning import TunedEntry
 
 CONFIG = LaunchConfig(128, 32, 4, 2, 1, use_dot=False)
 

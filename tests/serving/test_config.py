@@ -14,7 +14,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_rsparse.errors import ArtifactError
-from vllm_rsparse.op.ops import Backend
+from vllm_rsparse.op.backends import Backend
 from vllm_rsparse.serving import served as served_module
 from vllm_rsparse.serving.config import RSparseConfig
 from vllm_rsparse.serving.route import Policy, Route

@@ -15,10 +15,10 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 
 from vllm_rsparse.errors import ArtifactError
-from vllm_rsparse.op.reference import rsparse_linear
 from vllm_rsparse.serving.config import RSparseConfig
 from vllm_rsparse.serving.linear import RSparseLinearMethod
 from vllm_rsparse.serving.served import ServedModel
+from vllm_rsparse.testing.cases import one_linear
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 HIDDEN, HEAD, HEADS, KV_HEADS, INNER = 48, 8, 8, 2, 40
@@ -95,18 +95,7 @@ def load(layer, kind, weights):
 
 def expected_output(x, names, tensors, weights):
     """The definition on the whole, unsharded linears, one output per linear."""
-    outputs = []
-    for name in names:
-        n, k, rank, _ = SHAPES[name]
-        t = tensors[name]
-        u, v = t.get("u", torch.zeros(n, 0)), t.get("v", torch.zeros(0, k))
-        outputs.append(
-            rsparse_linear(
-                x, weights[name], t["thresholds"][None], u, v, t.get("correction"), None
-            )
-        )
-        assert rank == u.shape[1]
-    return outputs
+    return [one_linear(x, weights[name], tensors[name]) for name in names]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
@@ -120,7 +109,7 @@ def test_column_parallel_ranks_give_the_whole(model, engine, kind, size):
         layer = build(kind, make_config(directory, max_sparse_tokens=4))
         load(layer, kind, weights)
         out = layer.quant_method.apply(layer, x)
-        parts.append(out.split(layer.rsparse_sizes, dim=-1))
+        parts.append(out.split(layer.quant_method.shard_sizes, dim=-1))
     expected = expected_output(x, layer.quant_method.names, tensors, weights)
     for shard, whole in enumerate(expected):
         # With more ranks than kv heads, neighbouring ranks hold the same head.

@@ -31,9 +31,9 @@ from vllm.model_executor.model_loader.utils import (
     process_weights_after_loading,
 )
 
-from vllm_rsparse.op.reference import rsparse_linear
 from vllm_rsparse.plugin import register
 from vllm_rsparse.serving.linear import RSparseLinearMethod
+from vllm_rsparse.testing.cases import one_linear
 
 VOCABULARY, LAYERS = 515, 2
 SIZES = {
@@ -155,10 +155,7 @@ def whole(name, x, checkpoint):
     """The definition on one whole linear of the checkpoint."""
     _, weights, tensors = checkpoint
     weight, mine = weights[f"{name}.weight"], tensors[name]
-    (n, k), bias = weight.shape, weights.get(f"{name}.bias")
-    u, v = mine.get("u", torch.zeros(n, 0)), mine.get("v", torch.zeros(0, k))
-    thresholds = mine["thresholds"][None]
-    return rsparse_linear(x, weight, thresholds, u, v, mine.get("correction"), bias)
+    return one_linear(x, weight, mine, weights.get(f"{name}.bias"))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
@@ -179,7 +176,10 @@ def test_tensor_parallel_ranks_give_the_whole(checkpoint, build, size):
                 )
                 torch.testing.assert_close(total, whole(kinds[0], x, checkpoint))
                 continue
-            outputs = [rank(x)[0].split(rank.rsparse_sizes, dim=-1) for rank in ranks]
+            outputs = [
+                rank(x)[0].split(rank.quant_method.shard_sizes, dim=-1)
+                for rank in ranks
+            ]
             for shard, kind in enumerate(kinds):
                 expected = whole(kind, x, checkpoint)
                 # Where ranks outnumber key-value heads, neighbours hold the same one.

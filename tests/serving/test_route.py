@@ -3,7 +3,7 @@
 
 import pytest
 
-from vllm_rsparse.op.ops import Backend
+from vllm_rsparse.op.backends import Backend
 from vllm_rsparse.serving.route import default_max_sparse_tokens
 
 

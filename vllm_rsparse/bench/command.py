@@ -18,7 +18,7 @@ from vllm_rsparse.bench.bandwidth import read_bandwidth
 from vllm_rsparse.bench.layers import SHAPES, Layer, layers_of
 from vllm_rsparse.bench.measure import measure_layer
 from vllm_rsparse.op import tuning
-from vllm_rsparse.op.ops import resolve_backend
+from vllm_rsparse.op.backends import resolve_backend
 from vllm_rsparse.text_table import align
 
 

@@ -8,41 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.bench.layers import Layer
+from vllm_rsparse.formats.plain import store_float
 from vllm_rsparse.op import reference
-from vllm_rsparse.op.packing import pack_factors
+from vllm_rsparse.op.operands import SparseOperands
 
 # Weights and inputs rotate over this many bytes, several times the H200's 60 MB L2.
 ROTATED_BYTES = 600e6
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inputs:
     """One call's arguments and the weight in the layout of a dense layer."""
 
     x: Tensor
-    weight: Tensor
-    thresholds: Tensor
-    u: Tensor
-    v: Tensor
-    shard_sizes: list[int]
-    ranks: list[int]
+    operands: SparseOperands
     dense_weight: Tensor
 
-    def call(self, op: Callable[..., Tensor], **options: Any) -> Tensor:
-        """The op, or a kernel of its signature, on these tensors."""
-        return op(
-            self.x,
-            self.weight,
-            self.thresholds,
-            self.u,
-            self.v,
-            None,
-            None,
-            self.shard_sizes,
-            self.ranks,
-            **options,
-        )
+    def call(self, sparse: Callable[..., Tensor], **options: Any) -> Tensor:
+        """A sparse route, as the table of backends has them, on these tensors."""
+        return sparse(self.x, self.operands, None, **options)
 
 
 def make_inputs(
@@ -67,25 +53,16 @@ def make_inputs(
     threshold = -1.0 if layer.kept >= 1 else threshold
     scales = torch.rand(k, generator=generator, device=device) + 0.5
     x = (randn(tokens, k).float() * scales).to(dtype)
-    factors = [
-        (randn(size, rank, scale=rank**-0.5), randn(rank, k, scale=k**-0.5))
-        if rank
-        else None
-        for size, rank in zip(layer.shard_sizes, layer.ranks, strict=True)
-    ]
-    sizes = list(layer.shard_sizes)
-    u, v, padded = pack_factors(factors, sizes, k, dtype, device)
+    shards = []
+    for size, rank in zip(layer.shard_sizes, layer.ranks, strict=True):
+        u = randn(size, rank, scale=rank**-0.5) if rank else None
+        v = randn(rank, k, scale=k**-0.5) if rank else None
+        shards.append(LinearTensors(scales * threshold, u, v, correction=None))
     weight = randn(k, layer.n, scale=k**-0.5).t()
-    return Inputs(
-        x=x,
-        weight=weight,
-        thresholds=(scales * threshold).expand(len(sizes), k).contiguous(),
-        u=u,
-        v=v,
-        shard_sizes=sizes,
-        ranks=padded,
-        dense_weight=weight.contiguous(),
+    operands = SparseOperands.from_shards(
+        store_float(weight), shards, layer.shard_sizes, dtype
     )
+    return Inputs(x, operands, weight.contiguous())
 
 
 def rotation(
@@ -99,22 +76,14 @@ def rotation(
 def kept_fraction(inputs: list[Inputs]) -> float:
     """Counted fraction of channels that a call reads: the union over its tokens."""
     unions = [
-        reference.kept_mask(one.x, one.thresholds).any(1).float().mean()
+        reference.kept_mask(one.x, one.operands.thresholds).any(1).float().mean()
         for one in inputs
     ]
     return torch.stack(unions).mean().item()
 
 
-def bytes_read(layer: Layer, inputs: list[Inputs], kept: float) -> float:
-    """Bytes a call must read: kept rows, dropped rows of V, U, thresholds and x."""
+def bytes_read(inputs: list[Inputs], kept: float) -> float:
+    """Bytes that a call must read where it keeps a fraction of every shard."""
     one = inputs[0]
-    size = one.weight.element_size()
-    tokens = one.x.shape[0]
-    dropped = 1 - kept if tokens == 1 else 1.0
-    factors = sum(
-        rank * (layer.k * dropped + rows)
-        for rank, rows in zip(one.ranks, one.shard_sizes, strict=True)
-    )
-    weights = layer.n * layer.k * kept
-    small = one.thresholds.numel() * 4 + one.x.numel() * size
-    return (weights + factors) * size + small
+    channels = [kept * one.operands.weight.k] * len(one.operands.shard_sizes)
+    return one.operands.bytes_read(channels, one.x.shape[0])

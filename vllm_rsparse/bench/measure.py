@@ -12,7 +12,7 @@ from vllm_rsparse.bench.inputs import Inputs, bytes_read, kept_fraction, rotatio
 from vllm_rsparse.bench.layers import Layer
 from vllm_rsparse.bench.timing import Timing, time_calls
 from vllm_rsparse.op import reference
-from vllm_rsparse.op.ops import Backend, sparse_linear
+from vllm_rsparse.op.backends import Backend, routes_of
 
 # The output is rounded once to a half type; see tests/op/triton_case.py.
 GATE = 4e-3
@@ -41,7 +41,8 @@ def time_dense(inputs: list[Inputs]) -> Timing:
 def time_sparse(inputs: list[Inputs], backend: Backend) -> Timing:
     """The op's sparse route on a backend, as it is served."""
     expected = inputs[0].call(reference.rsparse_linear)
-    calls = [partial(one.call, sparse_linear, backend=backend) for one in inputs]
+    sparse = routes_of(backend, inputs[0].operands.weight.format).sparse
+    calls = [partial(one.call, sparse) for one in inputs]
     check(calls[0](), expected, backend.name)
     return time_calls(calls)
 
@@ -105,10 +106,10 @@ def measure_layer(
             tokens,
             "rsparse",
             sparse,
-            bytes_read(layer, inputs, kept),
+            bytes_read(inputs, kept),
             bandwidth,
             kept=round(kept, 4),
-            ranks=inputs[0].ranks,
+            ranks=list(inputs[0].operands.ranks),
             speedup=round(dense.median / sparse.median, 2),
             **facts,
         ),

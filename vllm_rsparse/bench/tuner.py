@@ -15,9 +15,11 @@ from vllm_rsparse.bench.inputs import Inputs, make_inputs, rotation
 from vllm_rsparse.bench.layers import Layer
 from vllm_rsparse.bench.measure import check, time_dense
 from vllm_rsparse.bench.timing import time_calls
-from vllm_rsparse.kernels.rsparse_linear import listed_channels, rsparse_linear
+from vllm_rsparse.kernels.launch_config import LaunchConfig
+from vllm_rsparse.kernels.rsparse_linear import listed_channels
 from vllm_rsparse.op import reference, tuning
-from vllm_rsparse.op.tuning import LaunchConfig, TunedEntry
+from vllm_rsparse.op.triton_backend import rsparse_linear
+from vllm_rsparse.op.tuning import TunedEntry
 
 # How many of the coarse ranking are timed again with care.
 _FINALISTS = 5
@@ -84,7 +86,7 @@ def tune(
         entry = TunedEntry(
             layer.n,
             layer.k,
-            str(dtype).removeprefix("torch."),
+            inputs[0].operands.weight.kind,
             count,
             best,
             round(best_us, 2),

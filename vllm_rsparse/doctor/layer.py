@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.artifact.tensors import LinearTensors
-from vllm_rsparse.op.ops import Backend, sparse_linear
-from vllm_rsparse.op.packing import pack_factors
+from vllm_rsparse.formats.plain import store_float
+from vllm_rsparse.op.backends import Backend, routes_of
+from vllm_rsparse.op.operands import SparseOperands
 from vllm_rsparse.op.reference import kept_mask, rsparse_linear
 
 # Relative error of a sum of rounded products: a few units in the last place of the
@@ -47,47 +48,29 @@ class Comparison:
 def compare(layer: FusedLayer, backend: Backend, device: torch.device) -> Comparison:
     """One random token through the backend on the device, and the definition here."""
     dtype = layer.weights[0].dtype
-    sizes = [w.shape[0] for w in layer.weights]
-    k = layer.weights[0].shape[1]
-    # [K, N] storage: an input channel is one contiguous row (linear.py).
-    weight = torch.cat(layer.weights).t().contiguous().t()
-    thresholds = torch.stack([t.thresholds for t in layer.tensors])
-    u, v, ranks = pack_factors(
-        [None if t.u is None or t.v is None else (t.u, t.v) for t in layer.tensors],
-        sizes,
-        k,
-        dtype,
-        "cpu",
-    )
-    correction = torch.cat(
-        [
-            torch.zeros(n) if t.correction is None else t.correction
-            for n, t in zip(sizes, layer.tensors, strict=True)
-        ]
-    )
+    operands = _operands(layer, torch.device("cpu"))
+    thresholds = operands.thresholds
     generator = torch.Generator().manual_seed(0)
     # Activations of the thresholds' own size, so that some channels are kept.
     finite = thresholds[thresholds.isfinite()]
     scale = finite.median().clamp(min=1e-6) if finite.numel() else torch.tensor(1.0)
+    k = operands.weight.k
     x = (torch.randn(1, k, generator=generator) * scale * 1.5).to(dtype)
-    expected = rsparse_linear(
-        x, weight, thresholds, u, v, correction, None, sizes, ranks
-    ).float()
-    found = sparse_linear(
-        x.to(device),
-        weight.to(device),
-        thresholds.to(device),
-        u.to(device),
-        v.to(device),
-        correction.to(device),
-        None,
-        sizes,
-        ranks,
-        int(backend),
-    )
+    expected = rsparse_linear(x, operands, None).float()
+    sparse = routes_of(backend, operands.weight.format).sparse
+    found = sparse(x.to(device), _operands(layer, device), None)
     difference = (found.cpu().float() - expected).norm()
     return Comparison(
         float(difference / expected.norm().clamp(min=1e-30)),
         float(kept_mask(x, thresholds).float().mean()),
         TOLERANCE[dtype],
+    )
+
+
+def _operands(layer: FusedLayer, device: torch.device) -> SparseOperands:
+    return SparseOperands.from_shards(
+        store_float(torch.cat(layer.weights).to(device)),
+        layer.tensors,
+        [weight.shape[0] for weight in layer.weights],
+        layer.weights[0].dtype,
     )

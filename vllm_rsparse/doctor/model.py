@@ -14,7 +14,7 @@ from vllm_rsparse.doctor.layer import TOLERANCE, FusedLayer, compare
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.model.families import by_engine_layer
 from vllm_rsparse.model.names import LinearName
-from vllm_rsparse.op.ops import resolve_backend
+from vllm_rsparse.op.backends import resolve_backend
 
 
 def artifact(directory: Path) -> Iterator[Finding]:

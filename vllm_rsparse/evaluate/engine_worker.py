@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_rsparse.op import ops
+from vllm_rsparse.op.observers import add_observer
+from vllm_rsparse.op.operands import SparseOperands
 from vllm_rsparse.op.reference import kept_mask
 
 
@@ -28,22 +29,22 @@ class KeptChannels:
     def watch(self, model: torch.nn.Module) -> None:
         """Count from now on; the model must run eagerly, in this process."""
         for module in model.modules():
-            thresholds = getattr(module, "rsparse_thresholds", None)
-            if thresholds is not None:
+            if hasattr(module, "rsparse_thresholds"):
                 method: Any = module.quant_method
-                # Ops take no names; the address tells the layers apart.
-                self._names[thresholds.data_ptr()] = method.names
-        ops.set_observer(self._observe)
+                self._names[method.layer_number] = method.names
+        add_observer(self._observe)
 
     def fractions(self) -> dict[str, float]:
         """Kept fraction by linear; empty where no call was sparse."""
         return {name: self._kept[name] / self._seen[name] for name in self._seen}
 
-    def _observe(self, x: Tensor, thresholds: Tensor, dense: bool) -> None:
-        if dense:
+    def _observe(
+        self, layer: int, x: Tensor, operands: SparseOperands, dense: bool
+    ) -> None:
+        names = self._names.get(layer)
+        if dense or names is None:
             return
-        names = self._names[thresholds.data_ptr()]
-        kept = kept_mask(x, thresholds).sum(dim=(1, 2)).tolist()
+        kept = kept_mask(x, operands.thresholds).sum(dim=(1, 2)).tolist()
         for name, count in zip(names, kept, strict=True):
             self._kept[name] += count
             self._seen[name] += x.numel()

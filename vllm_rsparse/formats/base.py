@@ -7,7 +7,7 @@ reference, the tests and the dense fallback use it, and kernels are compared wit
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -20,7 +20,7 @@ class WeightFormatError(RSparseError):
     """A weight's tensors do not fit its format; names the tensor and the format."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredWeight:
     """The weight of a (fused) linear on one rank, as the kernels read it.
 
@@ -42,18 +42,25 @@ class StoredWeight:
     scales: Tensor | None = None
     zeros: Tensor | None = None
     group: int = 0
-    tensors: tuple[Tensor, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        stored = (self.data, self.scales, self.zeros)
-        present = tuple(tensor for tensor in stored if tensor is not None)
-        object.__setattr__(self, "tensors", present)
         self.format.check(self)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored: data, and scales and zeros where the format has them."""
+        stored = (self.data, self.scales, self.zeros)
+        return tuple(tensor for tensor in stored if tensor is not None)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return self.n, self.k
+
+    @property
+    def kind(self) -> str:
+        """What tables of tuned configurations call it: ``bfloat16``, ``int4``."""
+        return self.format.kind(self)
 
     @property
     def nbytes(self) -> int:
@@ -68,6 +75,10 @@ class StoredWeight:
     def dequantise(self) -> Tensor:
         """The weight that the stored one stands for: float32 [N, K]."""
         return self.format.dequantise(self)
+
+
+# What x, factors, bias and output may be.
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class WeightFormat(ABC):
@@ -88,6 +99,14 @@ class WeightFormat(ABC):
         Raises:
             WeightFormatError: names the tensor, what it is and what it should be.
         """
+
+    def kind(self, weight: StoredWeight) -> str:
+        """What tells apart weights that kernels read at different speeds."""
+        return self.name
+
+    def input_dtypes(self, weight: StoredWeight) -> tuple[torch.dtype, ...]:
+        """Which inputs the kernels multiply with this weight; factors are the same."""
+        return INPUT_DTYPES
 
     @abstractmethod
     def dequantise(self, weight: StoredWeight) -> Tensor:

@@ -7,9 +7,12 @@
 import torch
 from torch import Tensor
 
-from vllm_rsparse.formats.base import StoredWeight, WeightFormat, WeightFormatError
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from vllm_rsparse.formats.base import (
+    INPUT_DTYPES,
+    StoredWeight,
+    WeightFormat,
+    WeightFormatError,
+)
 
 
 class FloatFormat(WeightFormat):
@@ -21,7 +24,7 @@ class FloatFormat(WeightFormat):
     def check(self, weight: StoredWeight) -> None:
         """See the base class."""
         data = weight.data
-        if data.dtype not in DTYPES:
+        if data.dtype not in INPUT_DTYPES:
             raise WeightFormatError(
                 "weight must be bfloat16, float16 or float32 in the format float, got"
                 f" {data.dtype}"
@@ -37,6 +40,14 @@ class FloatFormat(WeightFormat):
             )
         if weight.scales is not None or weight.zeros is not None or weight.group:
             raise WeightFormatError("the format float has no scales, zeros or groups")
+
+    def kind(self, weight: StoredWeight) -> str:
+        """The dtype: bfloat16, float16 or float32."""
+        return str(weight.data.dtype).removeprefix("torch.")
+
+    def input_dtypes(self, weight: StoredWeight) -> tuple[torch.dtype, ...]:
+        """The weight's own: vector and matrix units multiply two of a kind."""
+        return (weight.data.dtype,)
 
     def dequantise(self, weight: StoredWeight) -> Tensor:
         """See the base class."""

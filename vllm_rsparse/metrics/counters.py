@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counting in a worker: steps by route, and, now and then, what the masks keep.
 
-``ops.linear`` calls :meth:`Counters.observe` where its Python body runs: at every call
+The op calls :meth:`Counters.observe` where its Python body runs: at every call
 on a CPU and in eager mode, at capture only under CUDA graphs. On a GPU the steps are
 therefore counted by the device: the add is captured with the first linear's kernel and
 replayed with it. It goes straight to the mapped file, so nobody has to copy or to wait.
@@ -10,7 +10,7 @@ the 0.5% of a step that metrics may take.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from vllm_rsparse.metrics import layout
 from vllm_rsparse.metrics.mapped import on_device
 from vllm_rsparse.model.names import LinearName
+from vllm_rsparse.op.operands import SparseOperands
 from vllm_rsparse.op.reference import kept_mask
 
 logger = logging.getLogger(__name__)
@@ -38,15 +39,6 @@ class Settings:
     interval: int
 
 
-@dataclass(frozen=True)
-class _Linear:
-    """A fused layer: [S] rows of its kinds, bytes of a column, bytes besides."""
-
-    rows: Tensor
-    column_bytes: Tensor
-    other_bytes: Tensor
-
-
 class Counters:
     """The counters of one rank.
 
@@ -60,7 +52,10 @@ class Counters:
         self._interval = settings.interval
         self._rank = rank
         self._kinds: dict[str, int] = {}
-        self._linears: dict[int, _Linear] = {}
+        # By number of the layer: its shards' rows in the table, [S].
+        self._rows: dict[int, Tensor] = {}
+        # By number and tokens: bytes of a channel and bytes besides, each [S].
+        self._costs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._first: int | None = None
         self._sparse_steps = 0
         self._sampling = False
@@ -68,52 +63,37 @@ class Counters:
         self._add: Callable[[dict[int, int]], None]
 
     def register(
-        self,
-        names: list[str],
-        thresholds: Tensor,
-        shard_sizes: list[int],
-        ranks: list[int],
-        itemsize: int,
+        self, layer: int, names: Sequence[str], operands: SparseOperands
     ) -> None:
         """Note a loaded layer; the first one is called once a step and counts steps.
 
         Args:
+            layer: its number (``op.layers``). A layer that is loaded again is known.
             names: checkpoint names of its S shards.
-            thresholds: [S, K], the tensor that the op will be called with. Ops take no
-                names, so its address tells the layers apart.
-            shard_sizes: output features of each shard on this rank.
-            ranks: rank of each shard's factors.
-            itemsize: bytes of a weight element.
+            operands: what the op will be called with on this rank.
         """
-        k = thresholds.shape[1]
-        rows = []
-        for name, n in zip(names, shard_sizes, strict=True):
-            label = LinearName.parse(name).label
-            self._kinds[label] = self._kinds.get(label, 0) + n * k * itemsize
-            rows.append(list(self._kinds).index(label))
-        device = thresholds.device
-        others = [
-            rank * (n + k) * itemsize + 4 * k
-            for n, rank in zip(shard_sizes, ranks, strict=True)
-        ]
-        address = thresholds.data_ptr()
-        self._first = address if self._first is None else self._first
-        self._linears[address] = _Linear(
-            torch.tensor(rows, device=device),
-            torch.tensor(shard_sizes, device=device) * itemsize,
-            torch.tensor(others, device=device),
-        )
-
-    def observe(self, x: Tensor, thresholds: Tensor, dense: bool) -> None:
-        """Count one call of the op; never synchronises with the device."""
-        address = thresholds.data_ptr()
-        linear = self._linears.get(address)
-        if linear is None or x.shape[0] == 0:
+        if layer in self._rows:
             return
-        if address == self._first:
+        rows, weight = [], operands.weight
+        for name, n in zip(names, operands.shard_sizes, strict=True):
+            label = LinearName.parse(name).label
+            dense = weight.format.row_bytes(weight, n) * weight.k
+            dense += weight.format.fixed_bytes(weight, n)
+            self._kinds[label] = self._kinds.get(label, 0) + int(dense)
+            rows.append(list(self._kinds).index(label))
+        self._first = layer if self._first is None else self._first
+        self._rows[layer] = torch.tensor(rows, device=weight.device)
+
+    def observe(
+        self, layer: int, x: Tensor, operands: SparseOperands, dense: bool
+    ) -> None:
+        """Count one call of the op; never synchronises with the device."""
+        if layer not in self._rows or x.shape[0] == 0:
+            return
+        if layer == self._first:
             self._count_step(x, dense)
         if self._sampling and not dense:
-            self._count_channels(linear, x, thresholds)
+            self._count_channels(layer, x, operands)
 
     def _count_step(self, x: Tensor, dense: bool) -> None:
         tokens = x.shape[0]
@@ -125,7 +105,7 @@ class Counters:
                 self._open(x.device)
             except (OSError, RuntimeError) as error:
                 logger.warning("rsparse: rank %d does not count: %s", self._rank, error)
-                self._linears.clear()
+                self._rows.clear()
                 return
         route = int(dense)
         counts = {layout.step_slot(route, tokens): 1, layout.token_slot(route): tokens}
@@ -138,16 +118,27 @@ class Counters:
             counts[layout.SAMPLED_TOKENS] = tokens
         self._add(counts)
 
-    def _count_channels(self, linear: _Linear, x: Tensor, thresholds: Tensor) -> None:
+    def _count_channels(self, layer: int, x: Tensor, operands: SparseOperands) -> None:
         assert self._slots is not None  # a step was counted before
-        mask = kept_mask(x, thresholds)
+        mask = kept_mask(x, operands.thresholds)
         kept = mask.sum(dim=(1, 2))
         # Tokens of a step share what they both keep.
         distinct = kept if x.shape[0] == 1 else mask.any(dim=1).sum(dim=1)
-        read = distinct * linear.column_bytes + linear.other_bytes
+        channel_bytes, other_bytes = self._cost(layer, x, operands)
+        read = (distinct * channel_bytes + other_bytes).round().long()
         seen = torch.full_like(kept, mask.shape[1] * mask.shape[2])
         table = self._slots[layout.FIRST_KIND :].view(-1, layout.KIND_SLOTS)
-        table.index_add_(0, linear.rows, torch.stack([seen, kept, read], dim=1))
+        table.index_add_(0, self._rows[layer], torch.stack([seen, kept, read], dim=1))
+
+    def _cost(
+        self, layer: int, x: Tensor, operands: SparseOperands
+    ) -> tuple[Tensor, Tensor]:
+        key = layer, x.shape[0]
+        if key not in self._costs:
+            costs = torch.tensor(operands.read_cost(x.shape[0]), dtype=torch.float64)
+            channel_bytes, other_bytes = costs.to(x.device).unbind(1)
+            self._costs[key] = channel_bytes, other_bytes
+        return self._costs[key]
 
     def _open(self, device: torch.device) -> None:
         header = layout.Header(self._rank, self._kinds)

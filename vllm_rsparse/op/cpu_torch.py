@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from vllm_rsparse.op.operands import SparseOperands, require_whole_rows
 from vllm_rsparse.op.reference import kept_mask
 
 # embedding_bag's mode "sum".
@@ -28,48 +29,36 @@ _MIN_CHUNK = 256
 _MAX_CHUNK = 4096
 
 
-def rsparse_linear(
-    x: Tensor,
-    weight: Tensor,
-    thresholds: Tensor,
-    u: Tensor,
-    v: Tensor,
-    correction: Tensor | None,
-    bias: Tensor | None,
-    shard_sizes: list[int],
-    ranks: list[int],
-) -> Tensor:
+def rsparse_linear(x: Tensor, operands: SparseOperands, bias: Tensor | None) -> Tensor:
     """Sparse-plus-low-rank linear on the CPU; see ``reference.rsparse_linear``.
 
     Args:
         x: [M, K] in the weight's dtype (float32, bfloat16 or float16).
-        weight: [N, K] whose transpose is contiguous.
+        operands: the weight's rows, an input channel each, must follow one another.
+        bias: [N] in x's dtype, or None.
 
     Raises:
-        ValueError: the weight is not stored [K, N].
+        OperandError: a tensor does not fit the others.
     """
-    weight_t = weight.t()
-    if not weight_t.is_contiguous():
-        raise ValueError(
-            f"weight [N, K] = {tuple(weight.shape)} has strides {weight.stride()}; the"
-            " cpu-torch backend needs [K, N] storage, strides (1, N)"
-        )
-    tokens, n = x.shape[0], weight.shape[0]
+    operands.check(x, bias)
+    require_whole_rows(operands.weight)
+    sizes = tuple(operands.shard_sizes)
+    tokens, n = x.shape[0], operands.weight.n
     if tokens == 0:
         return x.new_empty(0, n)
-    kept = kept_mask(x, thresholds)  # [S, M, K]
-    out = _sparse_product(x, weight_t, kept, shard_sizes)
-    if any(ranks):
-        _add_low_rank(out, x, kept, u, v, shard_sizes, ranks)
-    if correction is not None:
-        out += correction
+    kept = kept_mask(x, operands.thresholds)  # [S, M, K]
+    out = _sparse_product(x, operands.weight.data.t(), kept, sizes)
+    if any(operands.ranks):
+        _add_low_rank(out, x, kept, operands)
+    if operands.correction is not None:
+        out += operands.correction
     if bias is not None:
         out += bias
     return out
 
 
 def _sparse_product(
-    x: Tensor, weight_t: Tensor, kept: Tensor, shard_sizes: list[int]
+    x: Tensor, weight_t: Tensor, kept: Tensor, shard_sizes: tuple[int, ...]
 ) -> Tensor:
     """W[:, kept] x[kept] for every token and shard: [M, N].
 
@@ -77,8 +66,8 @@ def _sparse_product(
     costs as much as the work it does.
     """
     tokens, k = x.shape
-    width = _chunk_width(tuple(shard_sizes), torch.get_num_threads())
-    chunk_shards = _chunk_shards(tuple(shard_sizes), width)
+    width = _chunk_width(shard_sizes, torch.get_num_threads())
+    chunk_shards = _chunk_shards(shard_sizes, width)
     chunks = chunk_shards.numel()
     # One bag per (token, chunk), with the mask of the chunk's shard: [M * C, K].
     bags = kept[chunk_shards].transpose(0, 1).reshape(tokens * chunks, k)
@@ -103,17 +92,14 @@ def _sparse_product(
 
 
 def _add_low_rank(
-    out: Tensor,
-    x: Tensor,
-    kept: Tensor,
-    u: Tensor,
-    v: Tensor,
-    shard_sizes: list[int],
-    ranks: list[int],
+    out: Tensor, x: Tensor, kept: Tensor, operands: SparseOperands
 ) -> None:
     """Add U_s (V_s x_dropped) to each shard's columns of ``out``, in place."""
+    u, v = operands.u, operands.v
     row = rank_row = 0
-    for shard, (size, rank) in enumerate(zip(shard_sizes, ranks, strict=True)):
+    for shard, (size, rank) in enumerate(
+        zip(operands.shard_sizes, operands.ranks, strict=True)
+    ):
         if rank > 0:
             dropped = x.masked_fill(kept[shard], 0)
             z = dropped @ v[rank_row : rank_row + rank].t()

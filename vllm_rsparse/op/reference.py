@@ -13,6 +13,10 @@ whose outputs follow one another. Each shard has its own thresholds and factors.
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from vllm_rsparse.formats.base import StoredWeight
+from vllm_rsparse.op.operands import SparseOperands
 
 
 def kept_mask(x: Tensor, thresholds: Tensor) -> Tensor:
@@ -35,43 +39,27 @@ def kept_mask(x: Tensor, thresholds: Tensor) -> Tensor:
     return ~(magnitude <= thresholds)
 
 
-def rsparse_linear(
-    x: Tensor,
-    weight: Tensor,
-    thresholds: Tensor,
-    u: Tensor,
-    v: Tensor,
-    correction: Tensor | None = None,
-    bias: Tensor | None = None,
-    shard_sizes: list[int] | None = None,
-    ranks: list[int] | None = None,
-) -> Tensor:
-    """Sparse-plus-low-rank linear layer with S >= 1 fused shards.
+def rsparse_linear(x: Tensor, operands: SparseOperands, bias: Tensor | None) -> Tensor:
+    """The sparse route.
 
     Args:
-        x: [M, K] input tokens; the leading dimension may be 0.
-        weight: [N, K], any strides. Shards are consecutive blocks of rows.
-        thresholds: float32 [S, K], one row a shard.
-        u: [N, max(ranks)]; rows of shard s use its first ``ranks[s]`` columns, the rest
-            is padding that is never read.
-        v: [sum(ranks), K]; the rows of shard s follow those of the shards before it.
-        correction: float32 [N], added on the sparse route only, or None.
+        x: [M, K] input tokens, any floating dtype; M may be 0.
+        operands: of S >= 1 fused shards, in any layout.
         bias: [N], the layer's own bias, or None.
-        shard_sizes: rows of each shard; default one shard of N rows.
-        ranks: rank of each shard; default one shard of rank ``v.shape[0]``.
 
     Returns:
         [M, N] in x's dtype. All arithmetic is float32.
     """
-    shard_sizes = [weight.shape[0]] if shard_sizes is None else shard_sizes
-    ranks = [v.shape[0]] if ranks is None else ranks
+    weight, u, v = operands.weight.dequantise(), operands.u, operands.v
     x32 = x.float()
+    zero = torch.zeros((), dtype=torch.float32, device=x.device)
     outputs = []
     row = rank_row = 0
-    for shard, (size, rank) in enumerate(zip(shard_sizes, ranks, strict=True)):
-        kept = kept_mask(x, thresholds[shard])
-        zero = torch.zeros((), dtype=torch.float32, device=x.device)
-        y = torch.where(kept, x32, zero) @ weight[row : row + size].float().T
+    for shard, (size, rank) in enumerate(
+        zip(operands.shard_sizes, operands.ranks, strict=True)
+    ):
+        kept = kept_mask(x, operands.thresholds[shard])
+        y = torch.where(kept, x32, zero) @ weight[row : row + size].T
         if rank > 0:
             dropped = torch.where(kept, zero, x32)
             z = dropped @ v[rank_row : rank_row + rank].float().T
@@ -80,8 +68,13 @@ def rsparse_linear(
         row += size
         rank_row += rank
     out = torch.cat(outputs, dim=-1)
-    if correction is not None:
-        out = out + correction
+    if operands.correction is not None:
+        out = out + operands.correction
     if bias is not None:
         out = out + bias.float()
     return out.to(x.dtype)
+
+
+def dense_linear(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
+    """The dense route: x [M, K] times the whole weight [N, K], in x's dtype."""
+    return functional.linear(x, weight.dequantise().to(x.dtype), bias)

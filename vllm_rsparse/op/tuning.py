@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from vllm_rsparse.kernels.launch_config import LaunchConfig
+
 logger = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).parent / "configs"
@@ -27,48 +29,6 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 VECTOR_TOKENS = 2
 # Layers of this many elements are listed by default, as most of them were on the H200.
 _LISTED_ELEMENTS = 80 * 2**20
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How one call of the kernel is cut up.
-
-    Attributes:
-        block_n: output columns of a program.
-        block_k: input channels of one loop iteration.
-        split_k: programs that take turns on the channels of a column tile. Above 1 the
-            partial sums go through a workspace and a second launch adds them.
-        num_warps: warps of a program.
-        num_stages: with ``use_dot``, loop iterations whose loads are in flight.
-        use_dot: multiply on the matrix units, 16 tokens at a time; otherwise on the
-            vector units, up to 4 at a time.
-        listed: on the vector units, list the wanted channels first instead of masking
-            the others in place.
-    """
-
-    block_n: int
-    block_k: int
-    split_k: int
-    num_warps: int
-    num_stages: int
-    use_dot: bool
-    listed: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("block_n", "block_k", "num_warps"):
-            value = getattr(self, name)
-            if value < 1 or value & (value - 1):
-                raise ValueError(f"{name} must be a power of two, got {value}")
-        for name in ("split_k", "num_stages"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.use_dot and self.listed:
-            raise ValueError("use_dot masks channels in place, listed must be false")
-        if self.use_dot and min(self.block_n, self.block_k) < 16:
-            raise ValueError(
-                "use_dot needs block_n and block_k >= 16, got"
-                f" {self.block_n} and {self.block_k}"
-            )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``RSparseLinearMethod``: how a linear layer gets its tensors and uses them."""
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,10 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.errors import ArtifactError
-from vllm_rsparse.op import ops
-from vllm_rsparse.op.packing import pack_factors
+from vllm_rsparse.op import layers, ops
+from vllm_rsparse.op.backends import load_backend
+from vllm_rsparse.op.operands import SparseOperands
 from vllm_rsparse.serving.served import ServedModel
 from vllm_rsparse.serving.weights.base import (
     CheckpointWeights,
@@ -46,7 +47,7 @@ class RSparseLinearMethod(LinearMethodBase):
     Tensors of a loaded layer (N, K of this rank; S fused shards):
         weight, rsparse_scales, rsparse_zeros: the stored weight (``weights.base``).
         rsparse_thresholds: float32 [S, K].
-        rsparse_u, rsparse_v: the factors in the layout of ``packing.pack_factors``.
+        rsparse_u, rsparse_v: the factors in the layout of ``SparseOperands``.
         rsparse_correction: float32 [N], or None.
 
     Args:
@@ -65,7 +66,9 @@ class RSparseLinearMethod(LinearMethodBase):
         self.backend = int(served.route.backend)
         self.max_sparse_tokens = served.route.policy.max_sparse_tokens
         # The route was chosen in another process, perhaps on another machine.
-        ops.load_backend(self.backend)
+        load_backend(self.backend)
+        # For metrics and other observers; a reload of the weights does not change it.
+        self.layer_number = layers.next_layer()
 
     def create_weights(
         self,
@@ -105,68 +108,51 @@ class RSparseLinearMethod(LinearMethodBase):
         Only one layer at a time is in memory twice.
         """
         self.served.check_coverage()
+        layers.forget_layer(self.layer_number)
         stored = self.weights.stored(layer, self.partition)
         replace_parameters(layer, self.weights, stored)
-        weight = stored.data
         slices: list[ShardSlice] = layer.rsparse_slices
         artifact = self.served.artifact
-        shards = [artifact.read(s.name, s.rows, s.columns) for s in slices]
-        layer.rsparse_sizes = [s.row_count for s in slices]
-        u, v, layer.rsparse_ranks = pack_factors(
-            [None if t.u is None or t.v is None else (t.u, t.v) for t in shards],
-            layer.rsparse_sizes,
-            weight.shape[1],
-            weight.dtype,
-            weight.device,
+        # The all-reduce after a row-parallel layer adds up the ranks' outputs.
+        later_rank = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+        operands = SparseOperands.from_shards(
+            stored,
+            [artifact.read(s.name, s.rows, s.columns) for s in slices],
+            [s.row_count for s in slices],
+            self.partition.dtype,
+            with_correction=not later_rank,
         )
-        thresholds = torch.stack([t.thresholds for t in shards]).to(weight.device)
-        tensors = {
-            "thresholds": thresholds,
-            "u": u,
-            "v": v,
-            "correction": self._correction(layer, shards),
-        }
-        for name, tensor in tensors.items():
+        for name in ("thresholds", "u", "v", "correction"):
+            tensor = getattr(operands, name)
             frozen = None if tensor is None else Parameter(tensor, requires_grad=False)
             layer.register_parameter(f"rsparse_{name}", frozen)
-        extra = sum(t.nbytes for t in tensors.values() if t is not None)
-        self.served.note_loaded(self.names, stored.nbytes, extra)
+        layers.set_layer(layer.rsparse_thresholds, self.layer_number)
+        weakref.finalize(layer, layers.forget_layer, self.layer_number)
+        # Lists and plain ints: they become constants of the traced graph.
+        self.shard_sizes = list(operands.shard_sizes)
+        self.ranks = list(operands.ranks)
+        self.weight_format, self.group = stored.format.code, stored.group
+        self.served.note_loaded(self.names, stored.nbytes, operands.artifact_nbytes)
         counters = self.served.open_counters()
         if counters is not None:
-            counters.register(
-                self.names,
-                layer.rsparse_thresholds,
-                layer.rsparse_sizes,
-                layer.rsparse_ranks,
-                weight.itemsize,
-            )
-
-    @staticmethod
-    def _correction(layer: LinearBase, shards: list[LinearTensors]) -> Tensor | None:
-        """The shards' constant corrections [N], or None where none has one."""
-        later_rank = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
-        if later_rank or all(t.correction is None for t in shards):
-            # The all-reduce after a row-parallel layer adds up the ranks' outputs: like
-            # the bias, the correction enters on the first rank alone.
-            return None
-        parts = [
-            torch.zeros(size) if t.correction is None else t.correction
-            for size, t in zip(layer.rsparse_sizes, shards, strict=True)
-        ]
-        return torch.cat(parts).to(layer.weight.device)
+            counters.register(self.layer_number, self.names, operands)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., K] to [..., N]; the op decides between the sparse and dense route."""
         out = ops.linear(
             x.reshape(-1, x.shape[-1]),
             layer.weight,
+            layer.rsparse_scales,
+            layer.rsparse_zeros,
             layer.rsparse_thresholds,
             layer.rsparse_u,
             layer.rsparse_v,
             layer.rsparse_correction,
             bias,
-            layer.rsparse_sizes,
-            layer.rsparse_ranks,
+            self.shard_sizes,
+            self.ranks,
+            self.weight_format,
+            self.group,
             self.max_sparse_tokens,
             self.backend,
         )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_rsparse import envs
-from vllm_rsparse.op.ops import Backend, resolve_backend
+from vllm_rsparse.op.backends import Backend, resolve_backend
 
 # Where a value came from if no setting names it.
 DEFAULT = "default"

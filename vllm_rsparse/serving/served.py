@@ -2,6 +2,7 @@
 """``ServedModel``: one process's view of the prepared model that it serves."""
 
 import logging
+import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from vllm_rsparse.artifact.locate import locate_artifact
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.metrics.counters import Counters, Settings, open_counters
-from vllm_rsparse.op.ops import set_observer
+from vllm_rsparse.op.observers import add_observer, remove_observer
 from vllm_rsparse.serving.agreement import (
     Report,
     gather_reports,
@@ -203,7 +204,11 @@ class ServedModel:
             distributed = torch.distributed.is_initialized()
             rank = torch.distributed.get_rank() if distributed else 0
             self._counters = open_counters(self.decision.metrics, rank)
-            set_observer(None if self._counters is None else self._counters.observe)
+            if self._counters is not None:
+                observer = self._counters.observe
+                add_observer(observer)
+                # An engine that is gone must not keep its counters alive.
+                weakref.finalize(self, remove_observer, observer)
         return self._counters
 
 

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``SparseOperands``: what one (fused) sparse linear holds on one rank. Plain torch."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_rsparse.artifact.tensors import LinearTensors
+from vllm_rsparse.errors import RSparseError
+from vllm_rsparse.formats.base import StoredWeight
+
+# Ranks are padded to this with zero rows, so that in [K, R] storage every shard's part
+# of V starts at a 32-byte boundary (16-byte loads on the GPU).
+RANK_MULTIPLE = 16
+
+
+class OperandError(RSparseError):
+    """A tensor does not fit the others of its linear, or the input; names it."""
+
+
+@dataclass(frozen=True, eq=False)
+class SparseOperands:
+    """The tensors of S linears that share an input ("shards") and run as one.
+
+    Attributes:
+        weight: [N, K], the shards' output features one after another.
+        thresholds: float32 [S, K], contiguous.
+        u: [N, >= max(ranks)] in x's dtype; rows of shard s use the first ``ranks[s]``
+            columns, the rest is never read. Fast when stored [R, N].
+        v: [sum(ranks), K] in x's dtype, the shards' rows one after another. Fast when
+            stored [K, R], an input channel a row.
+        correction: float32 [N], added on the sparse route only, or None.
+        shard_sizes: output features of each shard; they add up to N.
+        ranks: rank of each shard's factors, 0 where it has none.
+    """
+
+    weight: StoredWeight
+    thresholds: Tensor
+    u: Tensor
+    v: Tensor
+    correction: Tensor | None
+    shard_sizes: Sequence[int]
+    ranks: Sequence[int]
+
+    @classmethod
+    def from_shards(
+        cls,
+        weight: StoredWeight,
+        shards: Sequence[LinearTensors],
+        shard_sizes: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        with_correction: bool = True,
+    ) -> "SparseOperands":
+        """Lay out the artifact's tensors of fused shards for the kernels.
+
+        Args:
+            weight: of all shards; its device is that of the result.
+            shards: one per fused linear, in the order of the output.
+            shard_sizes: output features N_s of each.
+            dtype: of the factors: that of the activations.
+            with_correction: False on the later ranks of a row-parallel layer. The
+                all-reduce adds up the ranks' outputs, so that the constant enters on
+                the first rank alone, like the bias.
+        """
+        u, v, ranks = _pack_factors(weight, shards, shard_sizes, dtype)
+        correction = None
+        if with_correction and any(shard.correction is not None for shard in shards):
+            parts = [
+                torch.zeros(size)
+                if shard.correction is None
+                else shard.correction.cpu()
+                for size, shard in zip(shard_sizes, shards, strict=True)
+            ]
+            correction = torch.cat(parts).to(weight.device)
+        thresholds = torch.stack([shard.thresholds for shard in shards])
+        return cls(
+            weight,
+            thresholds.to(weight.device),
+            u,
+            v,
+            correction,
+            tuple(shard_sizes),
+            ranks,
+        )
+
+    def check(self, x: Tensor, bias: Tensor | None) -> None:
+        """Refuse what the kernels would read wrongly. Host-side metadata only.
+
+        The operands themselves are checked once in their life.
+
+        Args:
+            x: [M, K], bfloat16, float16 or float32 as the weight's format allows.
+            bias: [N] in x's dtype, contiguous, or None.
+
+        Raises:
+            OperandError: names the tensor, what it is and what it should be.
+        """
+        check_input(x, self.weight, bias)
+        if self._factor_dtype is not x.dtype:
+            raise OperandError(
+                f"u and v must be {_name(x.dtype)} like x, got"
+                f" {_name(self._factor_dtype)}"
+            )
+
+    @cached_property
+    def _factor_dtype(self) -> torch.dtype:
+        """The dtype of u and v, once all operands fit one another."""
+        weight, u, sizes, ranks = self.weight, self.u, self.shard_sizes, self.ranks
+        n, k, device, dtype = weight.n, weight.k, weight.device, self.u.dtype
+        if sum(sizes) != n or len(ranks) != len(sizes):
+            raise OperandError(
+                f"shard_sizes {list(sizes)} must add up to N = {n}, with one rank each;"
+                f" got ranks {list(ranks)}"
+            )
+        columns = max(u.shape[-1], *ranks)
+        _require("thresholds", self.thresholds, (len(sizes), k), torch.float32, device)
+        _require("u", u, (n, columns), dtype, device, packed=False)
+        _require("v", self.v, (sum(ranks), k), dtype, device, packed=False)
+        if self.correction is not None:
+            _require("correction", self.correction, (n,), torch.float32, device)
+        return dtype
+
+    def read_cost(self, tokens: int) -> list[tuple[float, float]]:
+        """What a sparse call reads of each shard, as a line over its kept channels.
+
+        The one model of bytes for measurements and metrics. A channel is read where
+        any of the tokens keeps it; a row of V where any drops it, which for several
+        tokens is counted as always. The input x counts in equal parts for the shards.
+
+        Returns:
+            Per shard (bytes of each kept channel, bytes whatever is kept).
+        """
+        weight, k, size = self.weight, self.weight.k, self.u.element_size()
+        costs = []
+        for n, rank in zip(self.shard_sizes, self.ranks, strict=True):
+            row = weight.format.row_bytes(weight, n)
+            fixed = weight.format.fixed_bytes(weight, n)
+            factors = rank * size * (k + n)
+            inputs = 4 * k + tokens * k * size / len(self.shard_sizes)
+            saved = rank * size if tokens == 1 else 0
+            costs.append((row - saved, fixed + factors + inputs))
+        return costs
+
+    def bytes_read(self, kept: Iterable[float], tokens: int) -> float:
+        """Bytes that a sparse call must read: weight, factors, thresholds and x.
+
+        Args:
+            kept: channels kept in each shard, by any of the tokens; at most K.
+            tokens: rows of x.
+        """
+        costs = self.read_cost(tokens)
+        return sum(
+            channels * row + fixed
+            for channels, (row, fixed) in zip(kept, costs, strict=True)
+        )
+
+    @property
+    def artifact_nbytes(self) -> int:
+        """Bytes at rest of what comes from the artifact: all but the weight."""
+        tensors = (self.thresholds, self.u, self.v, self.correction)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def schema_args(self, bias: Tensor | None = None) -> tuple[Any, ...]:
+        """The arguments of ``ops.linear`` between x and the switch point."""
+        return (
+            self.weight.data,
+            self.weight.scales,
+            self.weight.zeros,
+            self.thresholds,
+            self.u,
+            self.v,
+            self.correction,
+            bias,
+            list(self.shard_sizes),
+            list(self.ranks),
+            self.weight.format.code,
+            self.weight.group,
+        )
+
+
+def _pack_factors(
+    weight: StoredWeight,
+    shards: Sequence[LinearTensors],
+    shard_sizes: Sequence[int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """u stored [max rank, N], v stored [K, sum of ranks], and the padded ranks.
+
+    The padding is zeros and adds nothing.
+    """
+    pairs = [None if s.u is None or s.v is None else (s.u, s.v) for s in shards]
+    ranks = tuple(
+        0 if pair is None else -(-pair[1].shape[0] // RANK_MULTIPLE) * RANK_MULTIPLE
+        for pair in pairs
+    )
+    u = torch.zeros(max(ranks), weight.n, dtype=dtype, device=weight.device).t()
+    v = torch.zeros(weight.k, sum(ranks), dtype=dtype, device=weight.device).t()
+    row = rank_row = 0
+    for pair, size, rank in zip(pairs, shard_sizes, ranks, strict=True):
+        if pair is not None:
+            shard_u, shard_v = pair
+            u[row : row + size, : shard_u.shape[1]] = shard_u
+            v[rank_row : rank_row + shard_v.shape[0]] = shard_v
+        row += size
+        rank_row += rank
+    return u, v, ranks
+
+
+def check_input(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> None:
+    """Refuse an input or a bias that does not fit the weight.
+
+    Raises:
+        OperandError: names the tensor, what it is and what it should be.
+    """
+    if x.dim() != 2 or x.shape[1] != weight.k:
+        raise OperandError(
+            f"x must be [M, {weight.k}] to fit the weight, got {list(x.shape)}"
+        )
+    allowed = weight.format.input_dtypes(weight)
+    if x.dtype not in allowed:
+        raise OperandError(
+            f"x must be {' or '.join(map(_name, allowed))} to fit the weight of the"
+            f" format {weight.format.name}, got {_name(x.dtype)}"
+        )
+    if weight.device != x.device:
+        raise OperandError(f"weight must be on {x.device}, got {weight.device}")
+    if bias is not None:
+        _require("bias", bias, (weight.n,), x.dtype, x.device)
+
+
+def require_whole_rows(weight: StoredWeight) -> None:
+    """Refuse a weight whose rows, an input channel each, do not follow one another.
+
+    The kernels for CPUs take no stride.
+
+    Raises:
+        OperandError: names the strides.
+    """
+    data = weight.data
+    if data.stride() != (1, weight.n) and not data.t().is_contiguous():
+        raise OperandError(
+            f"weight [N, K] = {list(weight.shape)} has strides {data.stride()}; the"
+            " backends for CPUs need [K, N] storage without gaps, strides (1, N)"
+        )
+
+
+def _require(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    packed: bool = True,
+) -> None:
+    if tensor.shape != shape:
+        raise OperandError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise OperandError(f"{name} must be {_name(dtype)}, got {_name(tensor.dtype)}")
+    if tensor.device != device:
+        raise OperandError(f"{name} must be on {device}, got {tensor.device}")
+    if packed and not tensor.is_contiguous():
+        raise OperandError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
