@@ -187,7 +187,7 @@ MALFORMED: dict[str, tuple[Layout, dict[str, Tensor], str]] = {
             "weight_packed": _int32(16, 8),
             "weight_scale": torch.full((16, 2), float("nan")),
         },
-        "weight_scale holds values that are not finite",
+        "weight_scale has values that are not finite",
     ),
     "zero points": (
         PackQuantizedAsymmetric(32),

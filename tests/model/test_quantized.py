@@ -158,7 +158,7 @@ def test_tensors_that_do_not_fit_are_named(
 @pytest.mark.parametrize(
     ("suffix", "value", "message"),
     [
-        ("scales", float("nan"), "up_proj: scales holds values that are not finite"),
+        ("scales", float("nan"), "up_proj: scales has values that are not finite"),
         ("g_idx", 1, "up_proj: g_idx orders the input channels"),
     ],
 )

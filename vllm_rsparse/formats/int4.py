@@ -39,7 +39,7 @@ class Int4Format(WeightFormat):
         if group not in (*GROUPS, k) or k % group:
             raise WeightFormatError(
                 f"weight [N, K] = [{n}, {k}]: groups of {group} input channels; the"
-                f" format int4 takes {', '.join(map(str, GROUPS))} where that divides"
+                f" format int4 takes {', '.join(map(str, GROUPS))} if that divides"
                 f" K, or K itself"
             )
         require_tensor("weight", weight.data, (k, n // PER_WORD), (torch.int32,))

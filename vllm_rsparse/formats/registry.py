@@ -19,10 +19,10 @@ def format_of_code(code: int) -> WeightFormat:
 
 
 def format_of_name(name: str) -> WeightFormat:
-    """The format that users call so.
+    """The format with this name.
 
     Raises:
-        WeightFormatError: there is none of that name.
+        WeightFormatError: the name is unknown.
     """
     try:
         return _BY_NAME[name]

@@ -15,7 +15,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_weight(stored: Tensor, converted: Tensor, where: str) -> None:
-    """Refuse a weight that nothing can be calibrated with.
+    """Refuse a weight that cannot be calibrated.
 
     Args:
         stored: in the checkpoint's dtype.
@@ -41,11 +41,11 @@ def check_weight(stored: Tensor, converted: Tensor, where: str) -> None:
 
 
 def check_activations(x: Tensor, what: str) -> None:
-    """Refuse activations that nothing can be calibrated on.
+    """Refuse activations that cannot be used for calibration.
 
     Args:
         x: activations.
-        what: which they are: "the input of model.layers.0.mlp.up_proj".
+        what: their name in messages: "the input of model.layers.0.mlp.up_proj".
 
     Raises:
         NotFiniteError: they contain NaN or infinity.

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``BaseQuantization``: vLLM's own quantization of the checkpoint that is served.
 
-Whatever is not sparse is the base's: attention and its KV-cache scales, the head,
-embeddings, experts, and every linear that the artifact does not list, or all of them if
-every step is dense. They get the method that vLLM would give them without rsparse.
+Everything that is not sparse belongs to the base: attention and its KV-cache scales,
+the head, embeddings, experts, and every linear that the artifact does not list, or all
+of them if every step is dense. They get the method that vLLM would give them without
+rsparse.
 """
 
 import copy
@@ -27,8 +28,8 @@ from vllm_rsparse.formats.checkpoints.parse import parse_scheme
 from vllm_rsparse.serving.served import ServedModel
 from vllm_rsparse.serving.weights.factory import shared_layout
 
-# Attributes of a config that a checkpoint of compressed-tensors does not have itself:
-# vLLM adds them to the dictionary, if it is the model's own and not inside ours.
+# Attributes that a compressed-tensors checkpoint's dictionary lacks: vLLM adds them if
+# the dictionary is the model's own and not inside ours.
 _HEADS = {
     "total_num_heads": "num_attention_heads",
     "total_num_kv_heads": "num_key_value_heads",
@@ -40,15 +41,16 @@ class BaseQuantization:
 
     Args:
         dictionary: the checkpoint's own ``quantization_config``.
-        where: what users call it, for messages.
+        where: its name in messages.
 
     Attributes:
-        dictionary: the same, for what is written into the model's config.
+        dictionary: the same, to be written into the model's config.
         config: vLLM's config of it.
         scheme: the same for the sparse layers: which linear has which layout.
 
     Raises:
-        CheckpointError: a quantization that cannot be served sparse; says what to do.
+        CheckpointError: a quantization that cannot be served sparse; the message says
+            what to do.
     """
 
     def __init__(self, dictionary: Mapping[str, Any], where: str) -> None:
@@ -77,7 +79,7 @@ class BaseQuantization:
         Args:
             layer: a layer that is being built.
             prefix: its name in vLLM.
-            packed_modules_mapping: of the model; vLLM tells our config alone.
+            packed_modules_mapping: of the model; vLLM passes it to our config only.
         """
         self.config.packed_modules_mapping = packed_modules_mapping
         return self.config.get_quant_method(layer, prefix)
@@ -85,15 +87,15 @@ class BaseQuantization:
     def layout(
         self, names: list[str], method: QuantizeMethodBase | None
     ) -> Layout | None:
-        """How the checkpoint holds a linear; None if it left it in floats.
+        """How the checkpoint stores a linear; None if it is not quantized.
 
         Args:
             names: checkpoint names of the fused shards.
             method: vLLM's own method for the layer.
 
         Raises:
-            CheckpointError: the shards differ in it, or vLLM reads the dictionary
-                otherwise than we do.
+            CheckpointError: the shards differ in it, or vLLM interprets the
+                dictionary differently.
         """
         layout = shared_layout(self.scheme, names)
         plain = isinstance(method, UnquantizedLinearMethod)
@@ -116,8 +118,8 @@ def base_method(
 ) -> QuantizeMethodBase | None:
     """The base model's own method for a layer, quantized or not.
 
-    None leaves the choice to the layer, which has a plain method of its own; linear
-    layers have none.
+    None leaves the choice to the layer, which has its own plain method; linear layers
+    have none.
     """
     if base is not None:
         return base.method(layer, prefix, packed_modules_mapping)
@@ -127,17 +129,17 @@ def base_method(
 def checked_first(
     served: ServedModel, method: QuantizeMethodBase | None
 ) -> QuantizeMethodBase | None:
-    """The same method, which also has the artifact checked against the model.
+    """The same method, which also checks the artifact against the model.
 
-    A model whose every layer is dense has no sparse method that could notice: its
-    names are not those of the artifact, and it would be served dense without a word.
-    The method stays of vLLM's own class, by whose name vLLM picks a weight's loader.
+    A model without any sparse layer has no sparse method that could detect that none of
+    its names is in the artifact, and would be served dense silently. The method keeps
+    vLLM's own class, by whose name vLLM selects a weight's loader.
     """
     if method is not None:
         process = method.process_weights_after_loading
 
         def check_and_process(layer: torch.nn.Module) -> None:
-            served.check_coverage()  # the model is built now, whatever its layers are
+            served.check_coverage()  # the whole model is built now
             process(layer)
 
         method.process_weights_after_loading = check_and_process
@@ -153,7 +155,7 @@ def _normalised(dictionary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _vllm_config(dictionary: dict[str, Any]) -> QuantizationConfig:
-    """The config that vLLM builds for the checkpoint if no method is asked for."""
+    """The config that vLLM builds for the checkpoint if no method is requested."""
     method = dictionary["quant_method"]
     for name in QUANTIZATION_METHODS:
         # Releases differ in which implementations of a format they have: 0.26 serves
@@ -165,5 +167,5 @@ def _vllm_config(dictionary: dict[str, Any]) -> QuantizationConfig:
             if other is not None:
                 method = other
                 break
-    # Some write into what they are given.
+    # Some modify their argument.
     return get_quantization_config(method).from_config(copy.deepcopy(dictionary))

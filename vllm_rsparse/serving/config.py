@@ -50,13 +50,13 @@ class RSparseConfig(QuantizationConfig):
     its own copy (``ServedModel``). A node whose versions or files differ is found
     before weights are loaded (``agreement``).
 
-    Where the checkpoint is quantized, what is not sparse is the base's: our config
-    forwards to vLLM's own config of the checkpoint (``BaseQuantization``).
+    If the checkpoint is quantized, everything that is not sparse belongs to the base:
+    this config forwards to vLLM's own config of the checkpoint (``BaseQuantization``).
 
     Args:
-        settings: what ``quantization_config`` says. None is ``--quantization rsparse``
-            on a checkpoint without one; the artifact is then named in the key
-            ``rsparse`` of the model's config, or refused with directions.
+        settings: from ``quantization_config``. None is ``--quantization rsparse`` on a
+            checkpoint without one: the artifact is then named in the key ``rsparse`` of
+            the model's config, or the model is refused with directions.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -71,8 +71,8 @@ class RSparseConfig(QuantizationConfig):
         self._served: ServedModel | None = None
 
     def __getattr__(self, name: str) -> Any:
-        # vLLM reads some facts off a config by name: weight_block_size, kv_cache_scheme
-        # and others, which differ between releases.
+        # vLLM reads some attributes of a config by name: weight_block_size,
+        # kv_cache_scheme and others, which differ between releases.
         base = self.__dict__.get("base")
         if base is None or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
@@ -94,7 +94,7 @@ class RSparseConfig(QuantizationConfig):
         """The model that this config was resolved against.
 
         Raises:
-            ValueError: it was not.
+            ValueError: it was not resolved.
         """
         if self._served is None:
             raise ValueError(
@@ -114,8 +114,8 @@ class RSparseConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        # bf16 tensors and the kernels' instructions need Ampere. All base formats that
-        # are served need no more; some of their schemes do and check that themselves.
+        # bf16 tensors and the kernels' instructions need Ampere. The supported base
+        # formats need no more; schemes that do check this themselves.
         return 80
 
     @staticmethod
@@ -129,10 +129,10 @@ class RSparseConfig(QuantizationConfig):
         user_quant: str | None,
         hf_config: Any = None,
     ) -> str | None:
-        """Take a quantized checkpoint over where the user says so.
+        """Serve a quantized checkpoint if the user requests rsparse for it.
 
         Raises:
-            ArtifactError: the dictionary is of our keys and names no method.
+            ArtifactError: the dictionary has our keys and no method.
         """
         return QUANT_METHOD if claims(hf_quant_cfg, user_quant, hf_config) else None
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two dictionaries of settings that a model's config may hold.
+"""The two dictionaries of settings in a model's config.
 
-``quantization_config`` is written by ``prepare``, or given whole by ``--hf-overrides``.
-``rsparse``, given by ``--hf-overrides``, overrides it key by key, and is the only one
-where ``quantization_config`` is the base checkpoint's own.
+``quantization_config`` is written by ``prepare``, or replaced as a whole by
+``--hf-overrides``. ``rsparse``, set by ``--hf-overrides``, overrides it key by key, and
+is the only one if ``quantization_config`` is the base checkpoint's own.
 """
 
 from collections.abc import Mapping
@@ -19,17 +19,17 @@ from vllm_rsparse.artifact.quantization import (
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.serving.route import RouteRequest
 
-# What users call the two.
+# Their names.
 IN_QUANTIZATION_CONFIG = "quantization_config"
 IN_OVERRIDES = "rsparse"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one of the dictionaries says; None where it says nothing.
+    """The settings in one of the dictionaries; None where it has none.
 
     Attributes:
-        where: what users call the dictionary, for messages.
+        where: the dictionary's name in messages.
         artifact: where the artifact is, see ``locate_artifact``.
         artifact_sha256: digest that its tensor file must have.
         max_sparse_tokens: switch point of the route; 0 serves dense.
@@ -92,7 +92,7 @@ class Settings:
 
     @property
     def route(self) -> RouteRequest:
-        """What it asks for as to the route."""
+        """The route that it requests."""
         return RouteRequest.of_config(self.where, self.backend, self.max_sparse_tokens)
 
 
@@ -101,16 +101,16 @@ def claims(
 ) -> bool:
     """Whether rsparse serves a checkpoint that another method quantized.
 
-    vLLM asks this for every quantized model, whoever quantized it.
+    vLLM calls this for every quantized model, whatever its method.
 
     Args:
         quantization_config: of the model's config.
-        user_quant: what ``--quantization`` says.
+        user_quant: the value of ``--quantization``.
         hf_config: the model's config.
 
     Raises:
-        ArtifactError: the dictionary is of our keys and names no method; vLLM would
-            serve the model dense.
+        ArtifactError: the dictionary has our keys and no method; vLLM would serve the
+            model dense.
     """
     method = quantization_config.get("quant_method")
     if not method:
@@ -125,6 +125,6 @@ def claims(
             )
         return False
     if method == QUANT_METHOD:
-        return False  # vLLM sees that itself
+        return False  # vLLM recognises this itself
     asked = getattr(hf_config, IN_OVERRIDES, None) is not None
     return user_quant == QUANT_METHOD or (user_quant is None and asked)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
-# Makes the tensors of a linear, by suffix, and the float32 weight that they stand for.
+# Makes the tensors of a linear, by suffix, and their dequantised float32 weight.
 Quantise = Callable[[Tensor], tuple[Tensors, Tensor]]
 
 E4M3_MAX = 448.0
@@ -31,7 +31,7 @@ def write_quantized(source: Path, target: Path, layout: str) -> Tensors:
         layout: one of ``LAYOUTS``.
 
     Returns:
-        All tensors of the plain checkpoint that the copy stands for; linears float32.
+        All tensors of the equivalent plain checkpoint, with float32 linears.
     """
     config, quantise = LAYOUTS[layout]
     stored, meant = {}, {}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """AWQ, version ``gemm``: the layout of its linears and its ``quantization_config``.
 
-``qweight`` int32 [K, N/8] packs eight output channels to a word, in an order of AWQ's
-own; ``qzeros`` int32 [K/G, N/8] likewise; ``scales`` are [K/G, N].
+``qweight`` int32 [K, N/8] packs eight output channels to a word, in AWQ's own order;
+``qzeros`` int32 [K/G, N/8] likewise; ``scales`` are [K/G, N].
 """
 
 from collections.abc import Mapping, Sequence
@@ -124,7 +124,7 @@ class AwqScheme(Scheme):
             )
         self._layout = AwqGemm(layout_group(where, keys.group_size))
         self._plain = keys.modules_to_not_convert or []
-        # Without a list vLLM takes for quantized what is quantized in the files.
+        # Without a list, vLLM decides by the tensors in the files.
         self.tensors_decide = not self._plain
 
     def layout(self, name: str) -> Layout | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compressed-tensors: W4A16 and FP8 of its many schemes, told apart by group."""
+"""compressed-tensors: of its many schemes W4A16 and FP8, recognised by group."""
 
 import re
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ _FP8_FORMATS = ("float-quantized", "naive-quantized")
 _INSTEAD = (
     "use a checkpoint in W4A16 or FP8, or prepare the unquantized model it came from"
 )
-# By format, what its users call it.
+# The name that users know, by format.
 _UNSUPPORTED = {
     "nvfp4-pack-quantized": "NVFP4",
     "mxfp4-pack-quantized": "MXFP4",
@@ -58,7 +58,7 @@ class _Weights(Keys):
 
     @property
     def granularity(self) -> str:
-        """The strategy; where none is named, what the group size implies."""
+        """The strategy; if none is named, the one that the group size implies."""
         if self.strategy is not None:
             return self.strategy
         if self.group_size is None:
@@ -117,7 +117,7 @@ class CompressedTensorsScheme(Scheme):
         self._ignored = keys.ignore or []
         self._layouts: dict[str, Layout | None] = {}
         for name, group in keys.config_groups.items():
-            # Scales of the KV cache, which are vLLM's business.
+            # Scales of the KV cache, which vLLM handles.
             if all(target.endswith("Attention") for target in group.targets):
                 continue
             here = f"{where}: config_groups.{name}"

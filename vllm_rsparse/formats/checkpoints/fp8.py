@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FP8: ``weight`` float8_e4m3fn [N, K] and scales per channel, tensor or block.
 
-Scales multiply, also those that are called ``weight_scale_inv``.
+Scales are multiplied with, including those called ``weight_scale_inv``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from vllm_rsparse.formats.fp8_block import (
 
 class _Fp8(Layout):
     required = ("weight", "weight_scale")
-    # Activations stay in the model's dtype: scales for them are of no use.
+    # Activations stay in the model's dtype: their scales are not used.
     unread = ("input_scale", "input_zero_point")
 
     @property

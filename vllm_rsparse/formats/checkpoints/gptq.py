@@ -2,8 +2,8 @@
 """GPTQ, symmetric and without act-order: layout and ``quantization_config``.
 
 ``qweight`` int32 [K/8, N] packs eight input channels to a word, low nibble first;
-``scales`` are [K/G, N]. The zero point is 8; ``qzeros`` holds nothing else and is not
-read, as in vLLM.
+``scales`` are [K/G, N]. The zero point is 8; ``qzeros`` contains nothing else and is
+not read, as in vLLM.
 """
 
 import re
@@ -120,7 +120,7 @@ class GptqScheme(Scheme):
         self._parts: list[str] = []
         for entry in keys.modules_in_block_to_quantize or []:
             self._parts += [entry] if isinstance(entry, str) else entry
-        # Without a list vLLM takes for quantized what is quantized in the files.
+        # Without a list, vLLM decides by the tensors in the files.
         self.tensors_decide = not self._parts
 
     def layout(self, name: str) -> Layout | None:

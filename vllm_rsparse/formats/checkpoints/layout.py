@@ -105,6 +105,6 @@ def require_scales(tensors: Mapping[str, Tensor], suffix: str) -> None:
     # vLLM fills scales with the lowest number of their dtype until they are loaded.
     if not bool((scales.isfinite() & (scales > torch.finfo(scales.dtype).min)).all()):
         raise WeightFormatError(
-            f"{suffix} holds values that are not finite, or was not loaded; the"
+            f"{suffix} has values that are not finite, or was not loaded; the"
             " checkpoint is damaged: download it again"
         )

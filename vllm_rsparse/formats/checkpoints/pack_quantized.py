@@ -38,7 +38,7 @@ class PackQuantized(Layout):
     group: int | None
 
     required: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
-    # vLLM's fused layers hold the shape of the last linear only.
+    # vLLM's fused layers have the shape of the last linear only.
     unread = ("weight_shape",)
 
     @property

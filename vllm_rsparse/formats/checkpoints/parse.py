@@ -16,7 +16,7 @@ _SCHEMES: dict[str, Callable[[Mapping[str, Any], str], Scheme]] = {
     "fp8": NativeFp8Scheme,
     "gptq": GptqScheme,
 }
-# What users call the others.
+# Names of the others for users.
 _UNSUPPORTED = {
     "bitsandbytes": "bitsandbytes",
     "gguf": "GGUF",
@@ -38,7 +38,7 @@ def parse_scheme(config: Mapping[str, Any], where: str) -> Scheme:
 
     Raises:
         CheckpointError: a method or a variant that is not supported, or a malformed
-            key; says what to do.
+            key; the message says what to do.
     """
     method = config.get("quant_method")
     if not isinstance(method, str) or method not in _SCHEMES:

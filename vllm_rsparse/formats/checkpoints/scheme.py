@@ -32,8 +32,8 @@ class Scheme(ABC):
 class Keys(BaseModel):
     """Base of the models below: right types for known keys, unknown keys ignored.
 
-    Quantization tools add keys of their own (versions, dampening, losses), which do not
-    change what the tensors mean.
+    Quantization tools add their own keys (versions, dampening, losses), which do not
+    change the meaning of the tensors.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
@@ -65,7 +65,7 @@ def refuse(where: str, what: str, instead: str) -> NoReturn:
     """Raise the error of a variant that is not supported.
 
     Args:
-        where: file that asks for it.
+        where: file that requires it.
         what: the variant, by the name that its users know.
         instead: what to do.
     """
