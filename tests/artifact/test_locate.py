@@ -69,12 +69,13 @@ def test_hub_repositories(monkeypatch, tmp_path, source, model, repo, revision):
     assert not any("model" in p or p == "*" for p in patterns)
 
 
+@pytest.mark.parametrize("key", ["quantization_config", "rsparse"])
 def test_repository_may_not_name_a_path_of_this_machine(
-    monkeypatch, tmp_path, model_dir
+    monkeypatch, tmp_path, model_dir, key
 ):
     artifact = str(tmp_path / "elsewhere")
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"quantization_config": {"artifact": artifact}}))
+    config.write_text(json.dumps({key: {"artifact": artifact}}))
     monkeypatch.setattr(
         "huggingface_hub.try_to_load_from_cache", lambda *a, **k: str(config)
     )

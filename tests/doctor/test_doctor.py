@@ -81,6 +81,22 @@ def test_prepared_directory_with_its_weights(doctor: Any, prepared: Path) -> Non
     assert "model.layers.0, checkpoint's weights" in lines["one layer"]
 
 
+def test_settings_of_the_prepared_directory(
+    doctor: Any, prepared: Path, edit_json: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_json(
+        prepared / "config.json",
+        lambda raw: raw["quantization_config"].update(
+            backend="reference", max_sparse_tokens=3
+        ),
+    )
+    monkeypatch.setenv("VLLM_RSPARSE_MAX_SPARSE_TOKENS", "5")
+    _, lines = doctor(prepared)
+    assert "reference, sparse up to 5 tokens" in lines["backend"]
+    assert "backend: quantization_config.backend" in lines["backend"]
+    assert "tokens: VLLM_RSPARSE_MAX_SPARSE_TOKENS" in lines["backend"]
+
+
 def test_bare_artifact(doctor: Any, prepared: Path) -> None:
     status, lines = doctor(prepared / "rsparse")
     assert status == 0

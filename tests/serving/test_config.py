@@ -2,6 +2,7 @@
 """RSparseConfig: every way in, what it refuses, and what reaches the compile cache."""
 
 import copy
+import json
 import pickle
 from types import SimpleNamespace
 
@@ -10,11 +11,13 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.config import ModelConfig
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.op.backends import Backend
+from vllm_rsparse.plugin import register
 from vllm_rsparse.serving import served as served_module
 from vllm_rsparse.serving.config import RSparseConfig
 from vllm_rsparse.serving.route import Policy, Route
@@ -130,6 +133,28 @@ def test_another_artifact_does_not_need_the_digest_of_the_first(
     )
     config.maybe_update_config(str(model_dir), hf_config)
     assert config.served.artifact.directory == other
+    hf_config.rsparse["artifact"] = "missing"
+    with pytest.raises(ArtifactError, match=r"correct rsparse\.artifact"):
+        config.maybe_update_config(str(model_dir), hf_config)
+
+
+def test_vllm_refuses_a_dictionary_that_lost_its_method(pyllama, tmp_path):
+    """Through vLLM itself, which would otherwise serve the prepared model dense."""
+    register()
+    config = json.loads((pyllama / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "rsparse", "artifact": "rsparse"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    overrides = {"quantization_config": {"max_sparse_tokens": 4}}
+    with pytest.raises(ValueError, match="replaces the whole dictionary"):
+        ModelConfig(str(tmp_path), skip_tokenizer_init=True, hf_overrides=overrides)
+    one = {"rsparse": {"max_sparse_tokens": 4}}
+    model = ModelConfig(str(tmp_path), skip_tokenizer_init=True, hf_overrides=one)
+    assert model.quantization == "rsparse"
+    # What alters the traced graph must alter the key of vLLM's compile cache.
+    assert (
+        model.compute_hash()
+        != ModelConfig(str(tmp_path), skip_tokenizer_init=True).compute_hash()
+    )
 
 
 @pytest.mark.parametrize("value", ["-1", "many", "1.5"])

@@ -7,15 +7,23 @@ from pathlib import Path
 from vllm_rsparse.artifact.tensors import ARTIFACT_DIR, JSON_NAME, TENSORS_NAME
 from vllm_rsparse.errors import ArtifactError
 
+PARAMETER = "quantization_config.artifact"
 
-def locate_artifact(source: str, model: str, revision: str | None = None) -> Path:
-    """Resolve ``quantization_config.artifact`` to a local directory.
+
+def locate_artifact(
+    source: str,
+    model: str,
+    revision: str | None = None,
+    parameter: str = PARAMETER,
+) -> Path:
+    """Resolve the artifact that a model's config names to a local directory.
 
     Args:
         source: a path inside the model directory (or repository), an absolute path, or
             the name of a Hub repository with an artifact.
         model: the served model, a local directory or a Hub repository.
         revision: revision of the model's repository.
+        parameter: what users call the setting, for messages.
 
     Returns:
         A directory with ``rsparse.json`` and ``rsparse.safetensors``.
@@ -32,21 +40,21 @@ def locate_artifact(source: str, model: str, revision: str | None = None) -> Pat
                 " a path inside it or another repository. If you want that path, name"
                 " it yourself with --hf-overrides"
             )
-        return _first_with_json([path, path / ARTIFACT_DIR], source)
+        return _first_with_json([path, path / ARTIFACT_DIR], source, parameter)
     if ".." in path.parts:
         raise ArtifactError(
-            f"quantization_config.artifact is {source!r}, which leaves the model"
-            " directory; name a path inside it, or an absolute path"
+            f"{parameter} is {source!r}, which leaves the model directory; name a path"
+            " inside it, or an absolute path"
         )
     root = Path(model)
     if root.is_dir():
         inside = root / path
         if _is_file(inside / JSON_NAME) or source.count("/") != 1:
-            return _first_with_json([inside], f"{source!r} in {model}")
-        return _download(source, None, ["", ARTIFACT_DIR])
+            return _first_with_json([inside], f"{source!r} in {model}", parameter)
+        return _download(source, None, ["", ARTIFACT_DIR], parameter)
     if source.count("/") == 1 and source != model:
-        return _download(source, None, ["", ARTIFACT_DIR])
-    return _download(model, revision, [source])
+        return _download(source, None, ["", ARTIFACT_DIR], parameter)
+    return _download(model, revision, [source], parameter)
 
 
 def find_artifact(directory: Path) -> Path:
@@ -94,22 +102,25 @@ def _named_by_repository(source: str, model: str, revision: str | None) -> bool:
         if not isinstance(config, str):
             return False
         raw = json.loads(Path(config).read_text(encoding="utf-8"))
-        return bool(raw["quantization_config"]["artifact"] == source)
-    except (OSError, ValueError, LookupError, TypeError, HFValidationError):
+        settings = [raw.get(key) or {} for key in ("quantization_config", "rsparse")]
+        return any(one.get("artifact") == source for one in settings)
+    except (OSError, ValueError, AttributeError, HFValidationError):
         return False
 
 
-def _first_with_json(candidates: list[Path], what: str) -> Path:
+def _first_with_json(candidates: list[Path], what: str, parameter: str) -> Path:
     for candidate in candidates:
         if _is_file(candidate / JSON_NAME):
             return candidate
     raise ArtifactError(
         f"no artifact at {what}: {candidates[0] / JSON_NAME} does not exist; write one"
-        " with `vllm-rsparse prepare`, or correct quantization_config.artifact"
+        f" with `vllm-rsparse prepare`, or correct {parameter}"
     )
 
 
-def _download(repo: str, revision: str | None, folders: list[str]) -> Path:
+def _download(
+    repo: str, revision: str | None, folders: list[str], parameter: str
+) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -119,8 +130,9 @@ def _download(repo: str, revision: str | None, folders: list[str]) -> Path:
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ArtifactError(
-            f"quantization_config.artifact: cannot fetch {' or '.join(patterns)} from"
+            f"{parameter}: cannot fetch {' or '.join(patterns)} from"
             f" the Hub repository {repo!r} ({error}); use a local path, or make sure"
             " that the repository exists and can be reached from this node"
         ) from error
-    return _first_with_json([root / folder for folder in folders], f"{repo!r} (Hub)")
+    candidates = [root / folder for folder in folders]
+    return _first_with_json(candidates, f"{repo!r} (Hub)", parameter)

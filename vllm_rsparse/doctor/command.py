@@ -50,7 +50,7 @@ def check(directory: Path | None) -> Iterator[Finding]:
         ("versions", installation.versions),
         ("plug-in", installation.plugin),
         ("device", installation.device),
-        ("backend", installation.backend),
+        ("backend", partial(installation.backend, directory)),
     ]
     if directory is None:
         checks += [

@@ -5,9 +5,13 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from vllm_rsparse import __version__
+from vllm_rsparse.artifact.locate import find_artifact
+from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.doctor.finding import Finding, Level
+from vllm_rsparse.model.checkpoint import read_json
 from vllm_rsparse.releases import installed, supported_vllm, supports_vllm
 
 _GIB = 1 << 30
@@ -110,13 +114,27 @@ def device() -> Iterator[Finding]:
     yield Finding(Level.OK, "device", detail)
 
 
-def backend() -> Iterator[Finding]:
-    """The backend and switch point of a model whose config has no settings."""
+def backend(directory: Path | None = None) -> Iterator[Finding]:
+    """The backend and switch point, and the parameters that set them.
+
+    Args:
+        directory: of a prepared model whose settings apply; None for a model whose
+            config has no settings.
+    """
     from vllm.platforms import current_platform
 
     from vllm_rsparse.serving.route import choose_route
 
-    route = choose_route([], current_platform.device_type)
+    device = current_platform.device_type
+    if directory is None or not (directory / "config.json").is_file():
+        route = choose_route([], device)
+    else:
+        from vllm_rsparse.serving.settings import Settings
+
+        config = read_json(directory / "config.json")
+        settings = Settings.of_quantization_config(config["quantization_config"])
+        info = Artifact(find_artifact(directory)).info
+        route = choose_route([settings.route], device, 1 - info.achieved_sparsity)
     yield Finding(
         Level.WARN if route.policy.always_dense else Level.OK,
         "backend",

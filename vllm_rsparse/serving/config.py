@@ -212,7 +212,9 @@ class RSparseConfig(QuantizationConfig):
                 f" {HOW_TO}"
             )
         digest = overrides.artifact_sha256 or chosen.artifact_sha256
-        return ArtifactSource(model, chosen.artifact, digest, revision)
+        return ArtifactSource(
+            model, chosen.artifact, digest, revision, f"{chosen.where}.artifact"
+        )
 
     def _written(self, decision: Decision, artifact: Artifact) -> dict[str, Any]:
         """The new content of ``hf_config.quantization_config``.

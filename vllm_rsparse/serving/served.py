@@ -11,7 +11,7 @@ import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import parallel_state
 
-from vllm_rsparse.artifact.locate import locate_artifact
+from vllm_rsparse.artifact.locate import PARAMETER, locate_artifact
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.metrics.counters import Counters, Settings, open_counters
@@ -37,12 +37,14 @@ class ArtifactSource:
         artifact: see ``locate_artifact``.
         sha256: digest that the tensor file must have, or None.
         revision: of the model's repository.
+        parameter: what users call the setting that names the artifact, for messages.
     """
 
     model: str
     artifact: str
     sha256: str | None = None
     revision: str | None = None
+    parameter: str = PARAMETER
 
     def open(self) -> Artifact:
         """Locate, validate and check the artifact against its digest.
@@ -50,7 +52,10 @@ class ArtifactSource:
         Raises:
             ArtifactError: it cannot be found, or it is damaged.
         """
-        artifact = Artifact(locate_artifact(self.artifact, self.model, self.revision))
+        directory = locate_artifact(
+            self.artifact, self.model, self.revision, self.parameter
+        )
+        artifact = Artifact(directory)
         artifact.verify_digest(self.sha256)
         return artifact
 
