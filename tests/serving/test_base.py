@@ -30,6 +30,7 @@ from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.plugin import register
 from vllm_rsparse.serving.base import BaseQuantization
 from vllm_rsparse.serving.config import RSparseConfig
+from vllm_rsparse.serving.linear import RSparseLinearMethod
 from vllm_rsparse.testing.quantized import LAYOUTS, write_quantized
 
 # Formats that vLLM's CPU backend runs without AMX.
@@ -165,6 +166,16 @@ def test_checkpoint_with_the_artifact_named_is_the_base_if_dense(
     settings = {"artifact": str(artifact), "max_sparse_tokens": 0}
     ours = build(quantized, quantization="rsparse", hf_overrides={"rsparse": settings})
     require_same(ours, build(quantized))
+
+
+def test_linears_of_the_artifact_alone_are_sparse(quantized, artifact, build):
+    settings = {"artifact": str(artifact), "max_sparse_tokens": 2}
+    settings["backend"] = "reference"
+    ours = build(quantized, quantization="rsparse", hf_overrides={"rsparse": settings})
+    base = methods(build(quantized))
+    for name, method in methods(ours).items():
+        expected = RSparseLinearMethod if ".mlp." in name else base[name]
+        assert method is expected, name
 
 
 def test_what_is_written_is_read_again_and_sent_to_workers(quantized, artifact):
