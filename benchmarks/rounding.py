@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from vllm_rsparse.evaluate.loading import PreparedModel, SwitchableModel
+from vllm_rsparse.artifact.prepared import PreparedDirectory
+from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.windows import read_windows
 
 ERRORS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
@@ -31,7 +32,9 @@ class Scorer:
         first: positions before it are dense, as a prompt is.
     """
 
-    def __init__(self, prepared: PreparedModel, windows: Tensor, first: int) -> None:
+    def __init__(
+        self, prepared: PreparedDirectory, windows: Tensor, first: int
+    ) -> None:
         self.prepared, self.windows, self.first = prepared, windows, first
 
     def score(self, dtype: torch.dtype, error: float, sparse: bool) -> Tensor:
@@ -58,7 +61,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--window", type=int, default=256, help="tokens of each")
     args = parser.parse_args()
-    prepared = PreparedModel.open(args.model)
+    prepared = PreparedDirectory.open(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = read_windows(tokenizer, args.data, args.window, args.windows)
     scorer = Scorer(prepared, text.windows, args.window // 2)

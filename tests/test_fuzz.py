@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from vllm_rsparse.artifact import locate
 from vllm_rsparse.artifact.inspect import describe
+from vllm_rsparse.artifact.prepared import open_artifact
 from vllm_rsparse.artifact.tensors import JSON_NAME, TENSORS_NAME, Artifact
 from vllm_rsparse.artifact.versions import read_info, write_info
 from vllm_rsparse.errors import ArtifactError
@@ -222,13 +223,12 @@ def test_tensor_file_with_a_lying_header(
 
 
 def test_artifact_stays_inside_the_model_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_artifact: Any
 ) -> None:
     """Whatever a config says: a relative path leads to a place inside, or nowhere."""
     model = tmp_path / "model"
     for folder in (model / "rsparse", model / "a" / "b", tmp_path / "outside"):
-        folder.mkdir(parents=True)
-        (folder / JSON_NAME).touch()
+        write_artifact(folder, LINEARS)
 
     def no_network(*args: Any, **kwargs: Any) -> str:
         raise OSError("no network")
@@ -244,11 +244,12 @@ def test_artifact_stays_inside_the_model_directory(
     @examples(800)
     @given(sources.filter(lambda source: not source.startswith("/")))
     def check(source: str) -> None:
-        config = {"quantization_config": {"artifact": source}}
+        settings = {"quant_method": "rsparse", "artifact": source}
+        config = {"quantization_config": settings}
         (model / "config.json").write_text(json.dumps(config))
         for look in (
             lambda: locate.locate_artifact(source, str(model)),
-            lambda: locate.find_artifact(model),
+            lambda: open_artifact(model).directory,
         ):
             try:
                 found = look()
@@ -267,7 +268,7 @@ def test_any_config_of_a_model(tmp_path: Path) -> None:
     def check(document: Any) -> None:
         (tmp_path / "config.json").write_text(json.dumps(document))
         with pytest.raises(ArtifactError):  # there is none, whatever is said
-            locate.find_artifact(tmp_path)
+            open_artifact(tmp_path)
 
     check()
 

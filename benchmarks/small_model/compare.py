@@ -32,7 +32,8 @@ from checkout import commit
 from limits import time_limit
 from transformers import AutoTokenizer
 
-from vllm_rsparse.evaluate.loading import PreparedModel, SwitchableModel
+from vllm_rsparse.artifact.prepared import PreparedDirectory
+from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.measure import dense_positions, measure
 from vllm_rsparse.evaluate.windows import read_windows
 from vllm_rsparse.prepare.options import PrepareOptions
@@ -137,7 +138,7 @@ class Evaluator:
 
     def __call__(self, directory: Path) -> dict[str, dict[str, Any]]:
         """Figures by domain."""
-        prepared = PreparedModel.open(directory)
+        prepared = PreparedDirectory.open(directory)
         if self.model is None:
             self.model = SwitchableModel(prepared, self.device, self.dtype)
         first = dense_positions(WINDOW, DENSE_FRACTION)
@@ -200,7 +201,7 @@ def compare(
                 directory = setting.prepared(job)
                 figures = evaluate(directory)
                 took = round(seconds, 2)
-                provenance = PreparedModel.open(directory).artifact.info.provenance
+                provenance = PreparedDirectory.open(directory).artifact.info.provenance
                 result["rows"].append(
                     {
                         **asdict(job),

@@ -76,7 +76,7 @@ def test_errors(
 
     (tmp_path / "config.json").write_text("{")
     assert main(["inspect", str(tmp_path)]) == 1
-    assert "cannot be read as a model's config" in capsys.readouterr().err
+    assert "config.json: not valid JSON" in capsys.readouterr().err
 
     write_artifact(tmp_path, LINEARS)
     tensors = tmp_path / "rsparse.safetensors"

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("vllm")
 from transformers import AutoTokenizer
 
+from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.evaluate.engine import run_engine
-from vllm_rsparse.evaluate.loading import PreparedModel
 
 pytestmark = pytest.mark.serve
 
@@ -60,7 +60,7 @@ def test_scores_and_counts_equal_plain_pytorch(
     expected = logits.log_softmax(-1).gather(1, labels).squeeze(1)
 
     scores = run_engine(
-        PreparedModel.open(prepared), windows, FIRST, "auto", sparse=True
+        PreparedDirectory.open(prepared), windows, FIRST, "auto", sparse=True
     )
     assert scores.run.device == "cpu"
     assert scores.run.dtype == "float32"

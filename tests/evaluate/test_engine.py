@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.cli import main
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.evaluate import engine
 from vllm_rsparse.evaluate.engine import EngineRun, Scores, measure_served, run_engine
 from vllm_rsparse.evaluate.engine_worker import KeptChannels
-from vllm_rsparse.evaluate.loading import PreparedModel
 from vllm_rsparse.op import layers, observers
 from vllm_rsparse.op.backends import Backend
 from vllm_rsparse.testing.cases import make_case
@@ -56,7 +56,7 @@ def test_figures_of_two_engines(
     monkeypatch.setattr(
         engine, "run_engine", lambda *args, sparse, **rest: engines[sparse]
     )
-    prepared = PreparedModel.open(directory)
+    prepared = PreparedDirectory.open(directory)
     (loss,), run = measure_served([prepared], torch.zeros(1, 5), 0, "auto")
     assert loss.perplexity_dense == pytest.approx(2)
     assert loss.perplexity_sparse == pytest.approx(4)
@@ -103,7 +103,7 @@ def test_an_engine_that_fails(directory: Path, monkeypatch: pytest.MonkeyPatch) 
             ArtifactError, match=rf"exit status {status}.*--engine torch"
         ):
             run_engine(
-                PreparedModel.open(directory),
+                PreparedDirectory.open(directory),
                 torch.zeros(1, 5, dtype=torch.int64),
                 0,
                 "auto",

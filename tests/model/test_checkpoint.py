@@ -111,7 +111,7 @@ def test_a_truncated_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[]", "expected a JSON object"),
-        ("{", "cannot be read as JSON"),
+        ("{", "not valid JSON"),
         (None, "missing; is this a model directory"),
     ],
 )
@@ -174,7 +174,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
         _without("model.layers.1.mlp.gate_proj.weight"),
         r"LlamaForCausalLM has no linear model.layers.1.mlp.gate_proj \(layer 1 of 2\)",
     ),
-    "more layers": (_config(num_hidden_layers=3), r"layers.2.self_attn.q_proj"),
+    "more layers": (
+        _config(num_hidden_layers=3),
+        r"num_hidden_layers = 3, but the weights have no layer 2 \(model\.layers\.2\.",
+    ),
+    "nested settings": (
+        _config(num_hidden_layers=None, text_config={"num_hidden_layers": 2}),
+        "decoder's settings in text_config",
+    ),
     "float8": (_as_float8, r"weights are BF16, F8_E4M3; prepare needs all in one of"),
 }
 
@@ -240,6 +247,22 @@ def test_a_hub_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(CheckpointError, match=r"MODEL a/b: not a local.*gated.*hf a"):
         resolve_model("a/b")
+
+
+def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+    model = _make(tmp_path / "model")
+    (model / "README.md").symlink_to(tmp_path / "gone")  # nobody reads it
+    Checkpoint(model)
+    (model / "blob").symlink_to(tmp_path / "gone")
+    for name in ("tokenizer.json", "model.safetensors", "config.json"):
+        (model / name).unlink(missing_ok=True)
+        (model / name).symlink_to(model / "blob")
+        message = rf"{name}: is a link to .*/gone, which is gone; download the model"
+        with pytest.raises(CheckpointError, match=message):
+            Checkpoint(model)
+    (tmp_path / "name").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"name: is a link to .*/gone, which is"):
+        resolve_model(str(tmp_path / "name"))
 
 
 @pytest.mark.parametrize("model", ["/no/such/dir", "./nothing", "a/b/c"])

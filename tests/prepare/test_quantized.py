@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.artifact.schema import ArtifactInfo
-from vllm_rsparse.evaluate.loading import PreparedModel, SwitchableModel
+from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.testing.quantized import LAYOUTS, write_plain, write_quantized
@@ -97,7 +98,7 @@ def test_evaluate_runs_the_dequantised_model(
     meant = write_quantized(pyllama, tmp_path / "q", layout)
     _prepare(tmp_path / "q", tmp_path / "out")
     windows = torch.arange(2 * 40).view(2, 40)
-    prepared = PreparedModel.open(tmp_path / "out")
+    prepared = PreparedDirectory.open(tmp_path / "out")
     model = SwitchableModel(prepared, torch.device("cpu"), torch.float32)
     model.use(prepared.artifact)
     logits = model.logits(windows, 4, sparse=False)

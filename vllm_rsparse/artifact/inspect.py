@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_rsparse.artifact.locate import find_artifact
+from vllm_rsparse.artifact.prepared import open_artifact
 from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry
-from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.model.names import LinearName, label_of
 from vllm_rsparse.text_table import align
 
@@ -57,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
         ArtifactError: there is no artifact, or it is damaged.
         ValueError: --plot without matplotlib, or an image format that it cannot write.
     """
-    artifact = Artifact(find_artifact(args.directory))
-    artifact.verify_digest()
+    artifact = open_artifact(args.directory)
     if args.plot is not None:
         draw(artifact.info, args.plot)
     print(describe(artifact.info))

@@ -57,29 +57,9 @@ def locate_artifact(
     return _download(model, revision, [source], parameter)
 
 
-def find_artifact(directory: Path) -> Path:
-    """The artifact of a prepared directory, or the directory itself if it is one.
-
-    Raises:
-        ArtifactError: it is neither, or its config cannot be read.
-    """
-    if _is_file(directory / JSON_NAME):
-        return directory
-    config = directory / "config.json"
-    if not config.is_file():
-        raise ArtifactError(
-            f"{directory}: neither a prepared directory (no config.json) nor an"
-            f" artifact (no {JSON_NAME}); pass a directory that `vllm-rsparse"
-            " prepare` wrote"
-        )
-    try:
-        raw = json.loads(config.read_text(encoding="utf-8"))
-        source = raw.get("quantization_config", {}).get("artifact", ARTIFACT_DIR)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ArtifactError(
-            f"{config}: cannot be read as a model's config ({error})"
-        ) from error
-    return locate_artifact(str(source), str(directory))
+def holds_artifact(directory: Path) -> bool:
+    """Whether a directory is an artifact itself."""
+    return _is_file(directory / JSON_NAME)
 
 
 def _is_file(path: Path) -> bool:

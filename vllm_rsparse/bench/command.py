@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from vllm_rsparse import __version__
-from vllm_rsparse.artifact.locate import find_artifact
-from vllm_rsparse.artifact.tensors import Artifact
+from vllm_rsparse.artifact.prepared import open_artifact
 from vllm_rsparse.bench.bandwidth import read_bandwidth
 from vllm_rsparse.bench.layers import SHAPES, Layer, layers_of
 from vllm_rsparse.bench.measure import measure_layer
@@ -84,7 +83,7 @@ def _layers(args: argparse.Namespace) -> list[Layer]:
     if min(args.tokens) < 1:
         raise ValueError(f"--tokens must be at least 1, got {min(args.tokens)}")
     if args.directory is not None:
-        artifact = Artifact(find_artifact(args.directory))
+        artifact = open_artifact(args.directory)
         return layers_of(artifact.info, args.tensor_parallel_size)
     if not 0.0 <= args.sparsity < 1.0 or not 0.0 < args.rho <= 1.0:
         raise ValueError(

@@ -8,10 +8,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from vllm_rsparse import __version__
-from vllm_rsparse.artifact.locate import find_artifact
-from vllm_rsparse.artifact.tensors import Artifact
+from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.doctor.finding import Finding, Level
-from vllm_rsparse.model.checkpoint import read_json
 from vllm_rsparse.releases import installed, supported_vllm, supports_vllm
 
 _GIB = 1 << 30
@@ -131,10 +129,12 @@ def backend(directory: Path | None = None) -> Iterator[Finding]:
     else:
         from vllm_rsparse.serving.settings import Settings
 
-        config = read_json(directory / "config.json")
-        settings = Settings.of_quantization_config(config["quantization_config"])
-        info = Artifact(find_artifact(directory)).info
-        route = choose_route([settings.route], device, 1 - info.achieved_sparsity)
+        prepared = PreparedDirectory.open(directory)
+        settings = Settings.of_quantization_config(
+            prepared.config["quantization_config"]
+        )
+        read = 1 - prepared.artifact.info.achieved_sparsity
+        route = choose_route([settings.route], device, read)
     yield Finding(
         Level.WARN if route.policy.always_dense else Level.OK,
         "backend",

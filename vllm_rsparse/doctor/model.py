@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_rsparse.artifact.locate import find_artifact
-from vllm_rsparse.artifact.tensors import JSON_NAME, Artifact, LinearTensors
+from vllm_rsparse.artifact.locate import holds_artifact
+from vllm_rsparse.artifact.prepared import PreparedDirectory, open_artifact
+from vllm_rsparse.artifact.tensors import Artifact, LinearTensors
 from vllm_rsparse.doctor.finding import Finding, Level
 from vllm_rsparse.doctor.layer import TOLERANCE, FusedLayer, compare
 from vllm_rsparse.errors import ArtifactError
@@ -19,8 +20,7 @@ from vllm_rsparse.op.backends import resolve_backend
 
 def artifact(directory: Path) -> Iterator[Finding]:
     """Both files, their digests, and every tensor in them."""
-    opened = Artifact(find_artifact(directory))
-    opened.verify_digest(_digest_of_config(directory))
+    opened = open_artifact(directory)
     for name in opened.info.linears:
         opened.read(name)
     info = opened.info
@@ -43,7 +43,7 @@ def tuned_shapes(directory: Path) -> Iterator[Finding]:
     if current_platform.device_type != "cuda":
         yield Finding(Level.OK, "tuned shapes", "only the triton backend uses them")
         return
-    info = Artifact(find_artifact(directory)).info
+    info = open_artifact(directory).info
     needed = set()
     for names in by_engine_layer(info.linears):
         entries = [info.linears[name] for name in names]
@@ -71,7 +71,7 @@ def first_layer(directory: Path) -> Iterator[Finding]:
     Raises:
         ArtifactError: the checkpoint next to the artifact does not match it.
     """
-    opened = Artifact(find_artifact(directory))
+    opened = open_artifact(directory)
     parsed = {name: LinearName.parse(name) for name in opened.info.linears}
     first = next(iter(parsed.values()))
     layer = (first.path, first.layer)
@@ -128,13 +128,12 @@ def _run(layers: list[FusedLayer], what: str) -> Finding:
 
 def _weights(directory: Path, opened: Artifact, names: list[str]) -> dict[str, Tensor]:
     """The checkpoint's weights; random ones of the same shapes for a bare artifact."""
-    if (directory / JSON_NAME).is_file():
+    if holds_artifact(directory):
         dtype = getattr(torch, opened.info.dtype)
         shapes = {name: opened.entry(name).shape for name in names}
         return {n: (torch.randn(s) / s[1] ** 0.5).to(dtype) for n, s in shapes.items()}
-    from vllm_rsparse.model.checkpoint import Checkpoint
-
-    read = Checkpoint(directory).read(f"{name}.weight" for name in names)
+    checkpoint = PreparedDirectory.open(directory).checkpoint
+    read = checkpoint.read(f"{name}.weight" for name in names)
     weights = {name.removesuffix(".weight"): tensor for name, tensor in read.items()}
     for name, weight in weights.items():
         shape = opened.entry(name).shape
@@ -145,15 +144,3 @@ def _weights(directory: Path, opened: Artifact, names: list[str]) -> dict[str, T
                 " another model: prepare this one"
             )
     return weights
-
-
-def _digest_of_config(directory: Path) -> str | None:
-    """The digest in config.json; None for a bare artifact."""
-    if (directory / JSON_NAME).is_file():
-        return None
-    from vllm_rsparse.model.checkpoint import read_json
-
-    digest = read_json(directory / "config.json")["quantization_config"].get(
-        "artifact_sha256"
-    )
-    return None if digest is None else str(digest)

@@ -17,7 +17,7 @@ from vllm_rsparse.text_table import align
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_rsparse.evaluate.loading import PreparedModel
+    from vllm_rsparse.artifact.prepared import PreparedDirectory
     from vllm_rsparse.evaluate.measure import Loss
 
 logger = logging.getLogger(__name__)
@@ -116,21 +116,24 @@ def run(args: argparse.Namespace) -> int:
         )
     # torch and transformers take seconds to import; bad options fail before that.
     import torch
-    from transformers import AutoTokenizer
 
-    from vllm_rsparse.evaluate.loading import PreparedModel
+    from vllm_rsparse.artifact.prepared import PreparedDirectory
     from vllm_rsparse.evaluate.measure import dense_positions
     from vllm_rsparse.evaluate.windows import read_windows
+    from vllm_rsparse.model.texts import load_tokenizer
 
     first = dense_positions(args.window, args.dense_fraction)
-    prepared = [PreparedModel.open(path) for path in (args.directory, *args.compare)]
-    for other in prepared[1:]:
+    prepared = [
+        PreparedDirectory.open(path) for path in (args.directory, *args.compare)
+    ]
+    # The first too: a base that is gone is found here, before the tokenizer misses it.
+    for other in prepared:
         if not prepared[0].same_base(other):
             raise ValueError(
-                f"--compare {other.directory}: its weights are not those of"
+                f"--compare {other.path}: its weights are not those of"
                 f" {args.directory}; compare preparations of one base model"
             )
-    tokenizer = AutoTokenizer.from_pretrained(args.directory)
+    tokenizer = load_tokenizer(args.directory)
     text = read_windows(tokenizer, args.data, args.window, args.max_windows)
     measure = _measure_vllm if args.engine == "vllm" else _measure_torch
     losses, ran = measure(args, prepared, text.windows, first)
@@ -173,7 +176,7 @@ class _Ran:
 
 def _measure_torch(
     args: argparse.Namespace,
-    prepared: "Sequence[PreparedModel]",
+    prepared: "Sequence[PreparedDirectory]",
     windows: "Tensor",
     first: int,
 ) -> "tuple[list[Loss], _Ran]":
@@ -194,7 +197,7 @@ def _measure_torch(
 
 def _measure_vllm(
     args: argparse.Namespace,
-    prepared: "Sequence[PreparedModel]",
+    prepared: "Sequence[PreparedDirectory]",
     windows: "Tensor",
     first: int,
 ) -> "tuple[list[Loss], _Ran]":

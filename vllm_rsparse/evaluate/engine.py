@@ -22,9 +22,9 @@ from typing import Any
 from torch import Tensor
 
 from vllm_rsparse import envs
+from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.artifact.schema import model_sparsity
 from vllm_rsparse.errors import ArtifactError
-from vllm_rsparse.evaluate.loading import PreparedModel
 from vllm_rsparse.evaluate.measure import Loss, sparsity_by_kind
 
 WORKER = "vllm_rsparse.evaluate.engine_worker"
@@ -63,7 +63,7 @@ class Scores:
     run: EngineRun
 
 
-def check_engine(prepared: PreparedModel, window: int) -> None:
+def check_engine(prepared: PreparedDirectory, window: int) -> None:
     """Refuse what vLLM could not run, before starting anything.
 
     Raises:
@@ -74,8 +74,7 @@ def check_engine(prepared: PreparedModel, window: int) -> None:
             "--engine vllm: vLLM is not installed in this environment; install it, or"
             " use --engine torch"
         )
-    config = json.loads((prepared.directory / "config.json").read_text("utf-8"))
-    longest = config.get("max_position_embeddings")
+    longest = prepared.config.get("max_position_embeddings")
     if longest and window >= longest:
         raise ValueError(
             f"--window {window}: vLLM generates one token after each window, which"
@@ -85,7 +84,7 @@ def check_engine(prepared: PreparedModel, window: int) -> None:
 
 
 def measure_served(
-    prepared: Sequence[PreparedModel], windows: Tensor, first: int, dtype: str
+    prepared: Sequence[PreparedDirectory], windows: Tensor, first: int, dtype: str
 ) -> tuple[list[Loss], EngineRun]:
     """Evaluate artifacts of one base model, each in its own engine.
 
@@ -111,7 +110,7 @@ def measure_served(
         tokens = len(sparse.likeliest)
         losses.append(
             Loss(
-                directory=str(one.directory),
+                directory=str(one.path),
                 target_sparsity=one.artifact.info.sparsity,
                 achieved_sparsity=model_sparsity(entries),
                 by_kind=sparsity_by_kind(entries),
@@ -132,7 +131,7 @@ def _perplexity(scores: Scores) -> float:
 
 
 def run_engine(
-    prepared: PreparedModel, windows: Tensor, first: int, dtype: str, sparse: bool
+    prepared: PreparedDirectory, windows: Tensor, first: int, dtype: str, sparse: bool
 ) -> Scores:
     """Score windows in an engine in its own process, which frees its memory at the end.
 
@@ -149,7 +148,7 @@ def run_engine(
     with tempfile.TemporaryDirectory(prefix="vllm-rsparse-") as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
         document = {
-            "model": str(prepared.directory),
+            "model": str(prepared.path),
             "dtype": dtype,
             "windows": windows.tolist(),
             "first": first,
@@ -169,7 +168,7 @@ def run_engine(
         )
         if done.returncode != 0 or not result.exists():
             raise ArtifactError(
-                f"{prepared.directory}: vLLM failed on it (exit status"
+                f"{prepared.path}: vLLM failed on it (exit status"
                 f" {done.returncode}); its messages are above. --engine torch works"
                 " without vLLM"
             )

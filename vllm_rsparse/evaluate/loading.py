@@ -1,89 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A prepared directory as a PyTorch model whose linears can be switched to sparse."""
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vllm_rsparse.artifact.locate import locate_artifact
+from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.artifact.schema import LinearEntry
-from vllm_rsparse.artifact.tensors import Artifact, file_sha256
+from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.model.attention import attention_implementation
-from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.op.reference import kept_mask
-
-
-@dataclass(frozen=True)
-class PreparedModel:
-    """An opened prepared directory: its artifact and the weights it belongs to.
-
-    Attributes:
-        directory: its path.
-        artifact: the opened artifact; its digest agrees with both JSON files.
-        weight_files: the base model's safetensors files, links resolved.
-    """
-
-    directory: Path
-    artifact: Artifact
-    weight_files: tuple[Path, ...]
-
-    @classmethod
-    def open(cls, directory: Path) -> "PreparedModel":
-        """Read config and artifact.
-
-        Raises:
-            ArtifactError: not a prepared directory, or the artifact is damaged.
-        """
-        where = directory / "config.json"
-        try:
-            config = json.loads(where.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ArtifactError(
-                f"{where}: cannot be read as JSON ({error}); give a directory that"
-                " `vllm-rsparse prepare` wrote"
-            ) from error
-        quantization = config.get("quantization_config") or {}
-        if quantization.get("quant_method") != "rsparse":
-            raise ArtifactError(
-                f"{where}: quantization_config.quant_method is"
-                f" {quantization.get('quant_method')!r}, not 'rsparse'; give a"
-                " directory that `vllm-rsparse prepare` wrote"
-            )
-        source = quantization.get("artifact")
-        if not isinstance(source, str):
-            raise ArtifactError(f"{where}: quantization_config.artifact is missing")
-        artifact = Artifact(locate_artifact(source, str(directory)))
-        artifact.verify_digest(quantization.get("artifact_sha256"))
-        weights = sorted(directory.glob("*.safetensors"))
-        if not weights:
-            raise ArtifactError(
-                f"{directory}: has no safetensors files, so there is no model to run"
-            )
-        return cls(directory, artifact, tuple(file.resolve() for file in weights))
-
-    @property
-    def recipe(self) -> str:
-        """Name of the recipe that made it, from its provenance."""
-        recipe = self.artifact.info.provenance.get("recipe")
-        name = recipe.get("name") if isinstance(recipe, dict) else None
-        return str(name or self.directory.name)
-
-    def same_base(self, other: "PreparedModel") -> bool:
-        """Whether both have the same weights (the same files, or equal content)."""
-        if self.weight_files == other.weight_files:
-            return True
-        mine, others = self.weight_files, other.weight_files
-        return [file.stat().st_size for file in mine] == [
-            file.stat().st_size for file in others
-        ] and all(
-            file_sha256(a) == file_sha256(b) for a, b in zip(mine, others, strict=True)
-        )
 
 
 class SwitchableLinear(nn.Module):
@@ -134,11 +63,11 @@ class SwitchableModel:
     """
 
     def __init__(
-        self, prepared: PreparedModel, device: torch.device, dtype: torch.dtype
+        self, prepared: PreparedDirectory, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.device = device
         self.dtype = dtype
-        self.model = _load_base(prepared.directory, dtype).to(device)
+        self.model = _load_base(prepared, dtype).to(device)
         self.linears: dict[str, SwitchableLinear] = {}
 
     def use(self, artifact: Artifact) -> None:
@@ -214,11 +143,11 @@ class SwitchableModel:
         return None if tensor is None else tensor.to(self.device, self.dtype)
 
 
-def _load_base(directory: Path, dtype: torch.dtype) -> Any:
+def _load_base(prepared: PreparedDirectory, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    directory, checkpoint = prepared.path, prepared.checkpoint
     try:
-        checkpoint = Checkpoint(directory)
         config = AutoConfig.from_pretrained(directory)
         # transformers would look for a quantizer of this name.
         del config.quantization_config

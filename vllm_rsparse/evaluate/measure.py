@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.artifact.schema import LinearEntry, model_sparsity
 from vllm_rsparse.artifact.tensors import Artifact
-from vllm_rsparse.evaluate.loading import PreparedModel, SwitchableModel
+from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.model.names import LinearName
 
 # Logits in flight, dense and sparse, as float32: bounds the batch of windows.
@@ -97,7 +98,7 @@ def dense_positions(window: int, dense_fraction: float) -> int:
 
 def measure(
     model: SwitchableModel,
-    prepared: Sequence[PreparedModel],
+    prepared: Sequence[PreparedDirectory],
     windows: Tensor,
     first: int,
 ) -> list[Loss]:
@@ -137,7 +138,7 @@ def measure(
         entries = total.entries(one.artifact, len(windows) * (length - first))
         losses.append(
             Loss(
-                directory=str(one.directory),
+                directory=str(one.path),
                 target_sparsity=one.artifact.info.sparsity,
                 achieved_sparsity=model_sparsity(entries),
                 by_kind=sparsity_by_kind(entries),

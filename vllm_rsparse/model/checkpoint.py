@@ -8,7 +8,6 @@ The weights of a quantized checkpoint are dequantised when they are read, one li
 a time.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vllm_rsparse.errors import CheckpointError
+from vllm_rsparse.model.links import refuse_broken_links
 from vllm_rsparse.model.quantized import QuantizedLinears
+from vllm_rsparse.validation import parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -82,6 +83,7 @@ class Checkpoint:
     """
 
     def __init__(self, directory: Path) -> None:
+        refuse_broken_links(directory, "download the model again", HUB_PATTERNS)
         self.directory = directory.resolve()
         self.config = read_json(self.directory / "config.json")
         self.weight_files = self._find_weight_files()
@@ -251,6 +253,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         CheckpointError: neither a directory nor a model available on the Hub.
     """
     path = Path(model).expanduser()
+    refuse_broken_links(path, "download the model again", HUB_PATTERNS)
     if path.is_dir():
         return path
     if path.exists():
@@ -280,11 +283,12 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; otherwise raise a CheckpointError that names the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; is this a model directory?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    value = parse_json(text, str(path), CheckpointError)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return value

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.checkpoint import Checkpoint
-from vllm_rsparse.model.families import family_of, kind_of
+from vllm_rsparse.model.families import Family, family_of, kind_of
 from vllm_rsparse.model.names import LinearName
 from vllm_rsparse.model.quantized import OUR_METHOD
 
@@ -91,6 +91,7 @@ def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
             name = str(LinearName(family.layer_path, layer, kind.name))
             shape = checkpoint.linear_shape(name)
             if shape is None:
+                _refuse_missing_layer(checkpoint, family, layer)
                 raise CheckpointError(
                     f"{checkpoint.directory}: {_model_name(checkpoint.config)} has no"
                     f" linear {name} (layer {layer} of {layers}) and is not supported;"
@@ -104,6 +105,18 @@ def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
             f" prepare needs all in one of {', '.join(FLOAT_DTYPES)}"
         )
     return linears, FLOAT_DTYPES[dtypes[0]]
+
+
+def _refuse_missing_layer(checkpoint: Checkpoint, family: Family, layer: int) -> None:
+    """Refuse a config.json that has more layers than the weights."""
+    prefix = f"{family.layer_path}.{layer}."
+    if layer > 0 and not any(name.startswith(prefix) for name in checkpoint.tensors):
+        raise CheckpointError(
+            f"{checkpoint.directory}: config.json has num_hidden_layers ="
+            f" {checkpoint.config['num_hidden_layers']}, but the weights have no layer"
+            f" {layer} ({prefix}*); config and weights belong to different models, or"
+            " a shard is missing: download the model again"
+        )
 
 
 def _refuse_config(config: dict[str, Any], where: str) -> None:
@@ -132,6 +145,12 @@ def _refuse_config(config: dict[str, Any], where: str) -> None:
             f" supported; {_SUPPORTED}"
         )
     layers = config.get("num_hidden_layers")
+    if layers is None and isinstance(config.get("text_config"), dict):
+        raise CheckpointError(
+            f"{where}: {_model_name(config)} keeps its decoder's settings in"
+            " text_config, as models with several modalities do, which is not"
+            f" supported; {_SUPPORTED}"
+        )
     if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
         raise CheckpointError(
             f"{where}: num_hidden_layers is {layers!r}, expected a positive integer;"

@@ -3,6 +3,7 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.platforms import current_platform
 
 from vllm_rsparse import envs
+from vllm_rsparse.artifact.prepared import BASE_GONE
 from vllm_rsparse.artifact.quantization import (
     HOW_TO,
     QUANT_METHOD,
@@ -23,6 +25,7 @@ from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.metrics import exporter
+from vllm_rsparse.model.links import refuse_broken_links
 from vllm_rsparse.serving.agreement import local_report
 from vllm_rsparse.serving.base import BaseQuantization, base_method, checked_first
 from vllm_rsparse.serving.linear import RSparseLinearMethod
@@ -158,6 +161,7 @@ class RSparseConfig(QuantizationConfig):
             ArtifactError: none was named, it cannot be found, or it is damaged.
             ValueError: a setting is not allowed, or cannot run here.
         """
+        refuse_broken_links(Path(model_name), BASE_GONE)
         self._refuse_online_quantization()
         overrides = Settings.of_overrides(hf_config)
         if self.base is not None:

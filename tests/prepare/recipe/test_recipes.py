@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.artifact.schema import ArtifactInfo, model_sparsity
 from vllm_rsparse.errors import PrepareError
-from vllm_rsparse.evaluate.loading import PreparedModel, SwitchableModel
+from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.measure import measure
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.linears import Linear, find_linears
@@ -143,7 +144,7 @@ def test_thresholds_fit_the_sparse_model_itself(
     file.write_text(recipe_json(recipe))
     directory, info = make(str(file))
     assert info.achieved_sparsity == pytest.approx(0.5, abs=1e-3)
-    prepared = PreparedModel.open(directory)
+    prepared = PreparedDirectory.open(directory)
     model = SwitchableModel(prepared, torch.device("cpu"), torch.float32)
     model.use(prepared.artifact)
     inputs: dict[str, Tensor] = {}
@@ -180,7 +181,7 @@ def test_searched_recipes_lose_less_than_uniform_thresholds(
     prepared = []
     for recipe in ("best", "greedy", "wina"):
         directory, _ = make(recipe, recipe, **more)
-        prepared.append(PreparedModel.open(directory))
+        prepared.append(PreparedDirectory.open(directory))
     model = SwitchableModel(prepared[0], torch.device("cpu"), torch.float32)
     held_out = Path(json.encoder.__file__)
     windows = windows_of(pyllama, held_out, samples=16)
