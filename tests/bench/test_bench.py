@@ -140,7 +140,7 @@ def test_command_prints_a_table_and_writes_rows(
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
         (["--sparsity", "1"], r"--sparsity must lie in \[0, 1\)"),
         (["--rho", "0"], "--rho in"),
-        (["--tune"], "found no CUDA device"),
+        (["--tune"], "needs a CUDA device"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

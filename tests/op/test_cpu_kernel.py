@@ -219,7 +219,7 @@ def test_a_full_disk_is_told_from_a_bad_compiler(forgetful, monkeypatch, tmp_pat
     compiler.write_text("#!/bin/sh\necho 'x.s: No space left on device' >&2; exit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(BuildError, match="Make room, or set TMPDIR") as raised:
+    with pytest.raises(BuildError, match="Free space, or set TMPDIR") as raised:
         resolve_backend("cpu", "cpu")
     assert "Name another compiler" not in str(raised.value)
 

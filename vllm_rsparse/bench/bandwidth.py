@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast the device reads memory: what a kernel's bandwidth is a share of."""
+"""How fast the device reads memory, the reference for a kernel's bandwidth."""
 
 import torch
 
@@ -9,9 +9,9 @@ _BYTES = 2**31
 
 
 def read_bandwidth(device: str) -> float:
-    """Bytes a second of something that only reads: 2 GiB once through.
+    """Bytes per second of a read-only pass over 2 GiB.
 
-    On a GPU a kernel that does nothing else, on a CPU torch's sum.
+    On a GPU a kernel that only reads, on a CPU torch's sum.
 
     Raises:
         RuntimeError: not every element was read.
@@ -20,7 +20,7 @@ def read_bandwidth(device: str) -> float:
     if device == "cpu":
         timing = time_calls([source.sum], replays=5)
     else:
-        # Imported here: on a machine without Triton the CPU can still be measured.
+        # Imported here, so that a CPU can be measured without Triton.
         from vllm_rsparse.bench.read_kernel import read_all
 
         sums = read_all(source)

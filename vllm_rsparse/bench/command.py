@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-rsparse bench``: time of every distinct layer, dense beside sparse."""
+"""``vllm-rsparse bench``: time of every distinct layer, dense and sparse."""
 
 import argparse
 import json
@@ -24,10 +24,17 @@ from vllm_rsparse.text_table import align
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("directory", nargs="?", type=Path, help="a prepared model")
-    what.add_argument("--shapes", nargs="+", choices=SHAPES, help="models by shape")
+    what.add_argument(
+        "directory", nargs="?", type=Path, help="prepared model whose layers to measure"
+    )
+    what.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=SHAPES,
+        help="well-known models to measure by shape, without a checkpoint",
+    )
     parser.add_argument(
-        "--tokens", nargs="+", type=int, default=[1, 2], help="rows of a call"
+        "--tokens", nargs="+", type=int, default=[1, 2], help="tokens per call"
     )
     parser.add_argument(
         "--sparsity", type=float, default=0.5, help="with --shapes (default: 0.5)"
@@ -51,14 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table, and write the rows where that is asked for."""
+    """Measure, print a table, and write the rows if requested."""
     layers = _layers(args)
     dtype = getattr(torch, args.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = resolve_backend("auto", device)
     if args.tune:
         if device == "cpu":
-            raise ValueError("--tune searches GPU kernels and found no CUDA device")
+            raise ValueError("--tune needs a CUDA device, and there is none")
         from vllm_rsparse.bench.tuner import tune
 
         path = tune(layers, args.tokens, dtype, provenance())
@@ -99,7 +106,7 @@ def _layers(args: argparse.Namespace) -> list[Layer]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows for people: each layer, then the sum over the model's layers."""
+    """The printed table: each layer, then the sum over the model's layers."""
     lines = [["tokens", "layer", "N x K", "read", "dense us", "sparse us", "", "GB/s"]]
     for tokens in dict.fromkeys(row["tokens"] for row in rows):
         chosen = [row for row in rows if row["tokens"] == tokens]
@@ -137,7 +144,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def device_name() -> str:
-    """What a measurement runs on, read from the machine."""
+    """Name of the device that measurements run on."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     processor = platform.processor() or platform.machine()
@@ -150,7 +157,7 @@ def device_name() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """What ran where: device, versions, command."""
+    """Provenance of a measurement: device, versions, command."""
     try:
         import triton
 

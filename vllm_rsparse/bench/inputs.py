@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random tensors of a layer's shape, with masks of a stated kept fraction."""
+"""Random tensors of a layer's shape, with masks of a given kept fraction."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Inputs:
     dense_weight: Tensor
 
     def call(self, sparse: Callable[..., Tensor], **options: Any) -> Tensor:
-        """A sparse route, as the table of backends has them, on these tensors."""
+        """Call a sparse route of the table of backends on these tensors."""
         return sparse(self.x, self.operands, None, **options)
 
 
@@ -36,8 +36,8 @@ def make_inputs(
 ) -> Inputs:
     """Random tensors of which each token keeps the layer's fraction of channels.
 
-    Channels differ in scale, and thresholds follow them, as calibrated ones do. Masks
-    of different tokens are independent, as those of real text nearly are
+    Channels differ in scale, and thresholds follow the scales, as calibrated ones do.
+    Masks of different tokens are independent; those of real text nearly are
     (kernels/README.md).
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -48,7 +48,7 @@ def make_inputs(
 
     k = layer.k
     normal = torch.distributions.Normal(0.0, 1.0)
-    # The tails of a normal distribution that hold the kept fraction; 0 and 1 included.
+    # The tails of a normal distribution with the kept fraction; 0 and 1 included.
     threshold = normal.icdf(torch.tensor(1 - layer.kept / 2)).item()
     threshold = -1.0 if layer.kept >= 1 else threshold
     scales = torch.rand(k, generator=generator, device=device) + 0.5
@@ -83,7 +83,7 @@ def kept_fraction(inputs: list[Inputs]) -> float:
 
 
 def bytes_read(inputs: list[Inputs], kept: float) -> float:
-    """Bytes that a call must read where it keeps a fraction of every shard."""
+    """Bytes that a call must read if it keeps this fraction of every shard."""
     one = inputs[0]
     channels = [kept * one.operands.weight.k] * len(one.operands.shard_sizes)
     return one.operands.bytes_read(channels, one.x.shape[0])

@@ -18,7 +18,7 @@ class Layer:
         k: input features.
         kept: fraction of the channels that one token keeps.
         ranks: rank of each shard's factors.
-        count: how many of it a model has.
+        count: number of such layers in a model.
     """
 
     name: str
@@ -74,10 +74,10 @@ SHAPES: dict[str, tuple[Layer, ...]] = {
 
 
 def layers_of(info: ArtifactInfo, tensor_parallel: int) -> list[Layer]:
-    """The distinct layers of a prepared model, one for each shape.
+    """The distinct layers of a prepared model, one per shape.
 
     Kept fractions and ranks of a shape are the means over its layers, so that the sum
-    of ``count`` times each layer's time stands for the model.
+    of ``count`` times each layer's time represents the model.
 
     Raises:
         ValueError: a shape does not divide by the tensor-parallel size.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of measurement: the op beside the dense layer, after a correctness gate."""
+"""Measurements of the op and of the dense layer, after a correctness gate."""
 
 from functools import partial
 from typing import Any
@@ -19,10 +19,10 @@ GATE = 4e-3
 
 
 def check(actual: Tensor, expected: Tensor, what: str) -> None:
-    """The gate: no timing of a wrong result.
+    """The gate: a wrong result is not timed.
 
     Raises:
-        RuntimeError: the relative error is over ``GATE``.
+        RuntimeError: the relative error exceeds ``GATE``.
     """
     error = (actual.float() - expected.float()).pow(2).mean().sqrt()
     ratio = (error / expected.float().pow(2).mean().sqrt()).item()
@@ -64,7 +64,7 @@ def row(
         method: ``dense``, ``rsparse`` or a peer.
         timing: microseconds.
         moved: bytes that a call must read.
-        bandwidth: bytes a second that the device reads.
+        bandwidth: bytes per second that the device reads.
         extra: further keys.
     """
     rate = moved / (timing.median * 1e-6)

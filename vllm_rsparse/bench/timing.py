@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call: median and the 20th and 80th percentile over replays."""
+    """Microseconds per call: median and 20th and 80th percentile over replays."""
 
     median: float
     p20: float
@@ -20,12 +20,12 @@ class Timing:
 def time_calls(
     calls: Sequence[Callable[[], object]], calls_per_graph: int = 120, replays: int = 15
 ) -> Timing:
-    """Time calls one after another, on a GPU replayed from one graph.
+    """Time consecutive calls, on a GPU replayed from one graph.
 
     Args:
-        calls: one for each set of rotating inputs; the graph cycles through them.
-        calls_per_graph: enough that starting the replay (about 10 us) does not count.
-        replays: timed replays, after two that are not.
+        calls: one per set of rotating inputs; the graph cycles through them.
+        calls_per_graph: enough to make the start of a replay (about 10 us) negligible.
+        replays: timed replays, after two warm-up replays.
     """
     if not torch.cuda.is_available():
         return _time_on_cpu(calls, replays)

@@ -21,9 +21,9 @@ from vllm_rsparse.op import reference, tuning
 from vllm_rsparse.op.triton_backend import rsparse_linear
 from vllm_rsparse.op.tuning import TunedEntry
 
-# How many of the coarse ranking are timed again with care.
+# How many of the coarse ranking are timed again more accurately.
 _FINALISTS = 5
-# More of them would spend their time on adding up partial sums.
+# More splits would spend their time on adding partial sums.
 _MOST_SPLITS = 128
 
 # (block_n, block_k, warps, stages, use_dot, listed)
@@ -38,7 +38,7 @@ _LISTED: list[_Kind] = [
         (1024, 16, 4),
     )
 ]
-# Half a warp or more reads one row: a row nobody wants costs next to nothing.
+# Half a warp or more reads one row: an unwanted row costs almost nothing.
 _MASKED: list[_Kind] = [
     (block_n, block_k, warps, 1, False, False)
     for block_n, block_k, warps in ((128, 32, 1), (128, 64, 2), (256, 16, 1))
@@ -51,7 +51,7 @@ _DOT: list[_Kind] = [
 def tune(
     layers: list[Layer], tokens: list[int], dtype: torch.dtype, facts: dict[str, Any]
 ) -> Path:
-    """Search every distinct shape and merge what was found into the device's table.
+    """Search every distinct shape and merge the results into the device's table.
 
     Args:
         layers: shapes to search.
@@ -94,7 +94,7 @@ def tune(
         )
         table[entry.n, entry.k, entry.dtype, count] = entry
         print(entry, file=sys.stderr, flush=True)
-        # Written as it goes: what was found stays found.
+        # Written after every shape, so that an interrupted search keeps its results.
         tuning.write_table(path, list(table.values()), facts)
         del inputs
     return path
@@ -103,10 +103,10 @@ def tune(
 def candidates(
     layer: Layer, tokens: int, processors: int | None = None
 ) -> list[LaunchConfig]:
-    """Configurations worth a try for a shape.
+    """Configurations worth trying for a shape.
 
-    Splits are powers of two, and those that give every multiprocessor the same number
-    of programs: 448 programs on 132 of them leave a quarter waiting for the rest.
+    Splits are powers of two, and numbers that give every multiprocessor the same number
+    of programs: 448 programs on 132 of them leave a quarter idle at the end.
 
     Args:
         layer: the shape.
@@ -136,10 +136,9 @@ def candidates(
 def _compile_all(
     searched: dict[tuple[Layer, int], list[LaunchConfig]], dtype: torch.dtype
 ) -> dict[tuple[Layer, int], list[LaunchConfig]]:
-    """Fill Triton's cache on disk; the configurations that fit the device.
+    """Fill Triton's cache on disk; returns the configurations that fit the device.
 
-    Kernels do not depend on a shape but through what ``_kernel_key`` holds, so each is
-    compiled once.
+    Kernels depend on a shape only through ``_kernel_key``, so each is compiled once.
     """
     first: dict[tuple, tuple[Layer, int, LaunchConfig]] = {}
     for (layer, tokens), configs in searched.items():
@@ -196,7 +195,7 @@ def _compile(
 def _fastest(
     inputs: list[Inputs], configs: list[LaunchConfig]
 ) -> tuple[float, LaunchConfig]:
-    """Microseconds and configuration of the fastest; the best few are timed twice."""
+    """Microseconds and configuration of the fastest; the best ones are timed twice."""
 
     def measure(config: LaunchConfig, calls: int, replays: int) -> float:
         timed = [partial(one.call, rsparse_linear, config=config) for one in inputs]

@@ -19,7 +19,7 @@ from vllm_rsparse.op.reference import kept_mask
 
 
 class KeptChannels:
-    """Counts, per linear of the checkpoint, what the sparse calls of a model keep."""
+    """Counts the channels that sparse calls keep, per linear of the checkpoint."""
 
     def __init__(self) -> None:
         self._names: dict[int, list[str]] = {}
@@ -35,7 +35,7 @@ class KeptChannels:
         add_observer(self._observe)
 
     def fractions(self) -> dict[str, float]:
-        """Kept fraction by linear; empty where no call was sparse."""
+        """Kept fraction by linear; empty if no call was sparse."""
         return {name: self._kept[name] / self._seen[name] for name in self._seen}
 
     def _observe(
@@ -51,7 +51,7 @@ class KeptChannels:
 
 
 def score(job: dict[str, Any]) -> dict[str, Any]:
-    """Run the engine over the job's windows; what ``engine`` reads back."""
+    """Run the engine over the job's windows; returns what ``engine`` reads."""
     import vllm
     from vllm.platforms import current_platform
 
@@ -64,8 +64,8 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
     llm = vllm.LLM(
         model=job["model"],
         dtype=dtype,
-        max_model_len=length + 1,  # vLLM generates one token at least
-        # One window a step: the logits of more, positions x vocabulary in float32,
+        max_model_len=length + 1,  # vLLM generates at least one token
+        # One window per step: the logits of more, positions x vocabulary in float32,
         # are memory that vLLM does not plan for.
         max_num_seqs=1,
         max_num_batched_tokens=length + 1,

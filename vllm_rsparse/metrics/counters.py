@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counting in a worker: steps by route, and, now and then, what the masks keep.
+"""Counting in a worker: steps by route, and, in sampled steps, what the masks keep.
 
-The op calls :meth:`Counters.observe` where its Python body runs: at every call
-on a CPU and in eager mode, at capture only under CUDA graphs. On a GPU the steps are
-therefore counted by the device: the add is captured with the first linear's kernel and
-replayed with it. It goes straight to the mapped file, so nobody has to copy or to wait.
-The masks are not counted inside a graph: an own launch for every linear costs more than
-the 0.5% of a step that metrics may take.
+The op calls :meth:`Counters.observe` where its Python body runs: at every call on a CPU
+and in eager mode, but only at capture under CUDA graphs. On a GPU the device therefore
+counts the steps: the addition is captured with the first linear's kernel and replayed
+with it. It writes directly to the mapped file, so nothing has to copy or wait. Masks
+are not counted inside a graph: a separate launch per linear would cost more than the
+0.5% of a step that metrics may take.
 """
 
 import logging
@@ -32,7 +32,7 @@ class Settings:
 
     Attributes:
         directory: where the ranks of this engine count.
-        interval: the masks of every so many sparse steps are counted.
+        interval: the masks of one sparse step out of ``interval`` are counted.
     """
 
     directory: Path
@@ -54,7 +54,7 @@ class Counters:
         self._kinds: dict[str, int] = {}
         # By number of the layer: its shards' rows in the table, [S].
         self._rows: dict[int, Tensor] = {}
-        # By number and tokens: bytes of a channel and bytes besides, each [S].
+        # By number and tokens: bytes per channel and other bytes, each [S].
         self._costs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._first: int | None = None
         self._sparse_steps = 0
@@ -65,12 +65,12 @@ class Counters:
     def register(
         self, layer: int, names: Sequence[str], operands: SparseOperands
     ) -> None:
-        """Note a loaded layer; the first one is called once a step and counts steps.
+        """Register a loaded layer; the first is called once per step and counts steps.
 
         Args:
-            layer: its number (``op.layers``). A layer that is loaded again is known.
+            layer: its number (``op.layers``). A layer that is reloaded keeps its place.
             names: checkpoint names of its S shards.
-            operands: what the op will be called with on this rank.
+            operands: the op's operands on this rank.
         """
         if layer in self._rows:
             return
@@ -122,7 +122,7 @@ class Counters:
         assert self._slots is not None  # a step was counted before
         mask = kept_mask(x, operands.thresholds)
         kept = mask.sum(dim=(1, 2))
-        # Tokens of a step share what they both keep.
+        # A channel that several tokens keep is read once.
         distinct = kept if x.shape[0] == 1 else mask.any(dim=1).sum(dim=1)
         channel_bytes, other_bytes = self._cost(layer, x, operands)
         read = (distinct * channel_bytes + other_bytes).round().long()
@@ -160,7 +160,7 @@ class Counters:
 
             def add(counts: dict[int, int]) -> None:
                 # One launch: each would wait for its own read of the host's memory.
-                # Two cost 4.1 us a step on an H200, 0.9% of a 1B model's linears.
+                # Two cost 4.1 us per step on an H200, 0.9% of a 1B model's linears.
                 torch._foreach_add_([view[slot] for slot in counts], [*counts.values()])
 
         self._add = add
@@ -168,12 +168,12 @@ class Counters:
 
 
 def open_counters(settings: Settings | None, rank: int) -> Counters | None:
-    """The counters of this process, or None where metrics are off or out of reach."""
+    """The counters of this process, or None if metrics are off or unavailable."""
     if settings is None:
         return None
     if not settings.directory.is_dir():
         logger.info(
-            "rsparse: rank %d runs on another machine than the API server, its counts"
+            "rsparse: rank %d runs on another machine than the API server; its counts"
             " do not appear on /metrics",
             rank,
         )

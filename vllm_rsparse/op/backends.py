@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of backends: where each runs, and how it multiplies with which weights."""
+"""The table of backends: where each runs, and its routes per weight format."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ class BackendError(RSparseError):
 
 
 class Backend(IntEnum):
-    """A backend's number: ops take no names, and pickles stay comparable."""
+    """A backend's number: ops take no strings, and pickles stay comparable."""
 
     REFERENCE = 0
     CPU = 1
@@ -48,9 +48,9 @@ class Routes:
     """How a backend multiplies with the weights of one format.
 
     Attributes:
-        sparse: x [M, K], operands, bias -> [M, N]; what ``reference`` defines.
-        dense: x [M, K], weight, bias -> [M, N]; ``reference.dense_linear`` where the
-            weight is to be dequantised at every call.
+        sparse: x [M, K], operands, bias -> [M, N]; ``reference`` defines it.
+        dense: x [M, K], weight, bias -> [M, N]; ``reference.dense_linear`` if the
+            weight is dequantised at every call.
     """
 
     sparse: SparseRoute
@@ -63,7 +63,7 @@ class Implementation:
 
     Attributes:
         refusal: why it cannot run on a device of this type, or None if it can.
-        load: makes it ready in this process; raises ``BuildError`` if it cannot.
+        load: prepares it in this process; raises ``BuildError`` if it cannot.
         routes: by the name of the weight's format; a format that is absent is refused.
     """
 
@@ -89,7 +89,7 @@ def _cpu_dense(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
 
 
 def _triton_sparse(x: Tensor, operands: SparseOperands, bias: Tensor | None) -> Tensor:
-    # Here, because Triton is imported only where its kernels run.
+    # Imported here, so that Triton is needed only where its kernels run.
     from vllm_rsparse.op import triton_backend
 
     return triton_backend.rsparse_linear(x, operands, bias)
@@ -200,7 +200,7 @@ def resolve_backend(name: str, device_type: str, source: str = "backend") -> Bac
 
 
 def load_backend(backend: int) -> None:
-    """Make a backend ready in this process, so that its first call is like any other.
+    """Prepare a backend in this process, so that its first call is like any other.
 
     Raises:
         BuildError: the kernel of ``cpu`` cannot be compiled or loaded here.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU backend: the calls into ``kernels/*.cpp``.
 
-A call costs 7 us here and 12 us through the op, beside the kernel's time (AMD EPYC).
-The kernels keep their scratch memory: the output is all that a call allocates.
+A call costs 7 us here and 12 us through the op, in addition to the kernel's time (AMD
+EPYC). The kernels keep their scratch memory: a call allocates only the output.
 """
 
 import ctypes
@@ -43,7 +43,7 @@ def build() -> None:
     """Compile and load the kernels, so that no request has to wait for it.
 
     Raises:
-        BuildError: that is not possible here.
+        BuildError: this is not possible here.
     """
     _kernels()
 

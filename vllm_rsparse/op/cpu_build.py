@@ -2,11 +2,11 @@
 """Compile the kernels for CPUs for this machine, once, and load them.
 
 The compiler is the one that ``torch.compile`` uses on CPUs (``$CXX``, else ``g++``), so
-where vLLM serves on a CPU it is there. Not ``torch.utils.cpp_extension``: the sources
-include nothing of torch, and that would want ninja on PATH, rebuild nothing when the
-processor changes under a shared home directory, and wait for ever for a builder that
-was killed. Here a build is written beside its place and renamed: processes that build
-at the same time do double work and nothing else.
+it is available where vLLM serves on a CPU. ``torch.utils.cpp_extension`` is not used:
+the sources do not include torch, and it would need ninja on PATH, would not rebuild
+when the processor changes under a shared home directory, and would wait forever for a
+builder that was killed. Here a build is written next to its place and renamed, so
+processes that build at the same time only duplicate work.
 """
 
 import ctypes
@@ -29,8 +29,9 @@ _SOURCES = [_KERNELS / "rsparse_linear.cpp", _KERNELS / "dense_linear.cpp"]
 _HEADERS = [_KERNELS / "elements.h"]
 _NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 _FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared"]
-# GCC takes 256-bit vectors on several processors that have AVX-512; here they cost
-# nothing, memory is what it waits for, and fewer instructions let more loads wait.
+# GCC prefers 256-bit vectors on several processors with AVX-512. Here 512-bit ones cost
+# nothing, since the code waits for memory, and fewer instructions allow more loads in
+# flight.
 _X86_FLAGS = ["-mprefer-vector-width=512"]
 
 
@@ -43,7 +44,7 @@ def load() -> ctypes.CDLL:
     """
     compiler = os.environ.get("CXX") or "g++"
     flags = [*_FLAGS, *_native_flags()]
-    # What the compiler says of itself and of this processor: version, instruction sets.
+    # The compiler's own report on its version and this processor's instruction sets.
     macros = _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256()
     texts = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
@@ -56,7 +57,7 @@ def load() -> ctypes.CDLL:
             _compile([compiler, *flags], cached)
         return ctypes.CDLL(str(cached))
     except OSError as error:
-        # A read-only or noexec home directory: build it anew in each process.
+        # A read-only or noexec home directory: each process builds for itself.
         logger.info("rsparse: no cache in %s: %s", cached.parent, error)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / name
@@ -84,7 +85,7 @@ def _cache_directory() -> Path:
 
 
 def _compile(command: list[str], target: Path) -> None:
-    """Compile to ``target``, which appears whole or not at all."""
+    """Compile to ``target``, which appears complete or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(descriptor)
@@ -103,17 +104,15 @@ def _run(command: list[str]) -> bytes:
         raise BuildError(
             f"the C++ compiler {command[0]!r} does not run ({error.strerror}); install"
             " g++ (Debian: apt-get install g++, Fedora: dnf install gcc-c++), name"
-            " another in CXX, or take VLLM_RSPARSE_BACKEND=cpu-torch, which needs none"
+            " another in CXX, or use VLLM_RSPARSE_BACKEND=cpu-torch, which needs none"
         ) from error
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace")
         advice = "Name another compiler in CXX (GCC 9 or later)"
         if os.strerror(errno.ENOSPC) in said:
-            advice = (
-                "Make room, or set TMPDIR and XDG_CACHE_HOME to where there is some"
-            )
+            advice = "Free space, or set TMPDIR and XDG_CACHE_HOME to another disk"
         raise BuildError(
-            f"{' '.join(command)}\nfailed:\n{said}\n{advice}, or take"
+            f"{' '.join(command)}\nfailed:\n{said}\n{advice}, or use"
             " VLLM_RSPARSE_BACKEND=cpu-torch, which needs none"
         )
     return done.stdout

@@ -5,10 +5,10 @@ For machines without a compiler; ``cpu`` is faster (docs/cpu.md).
 
 With the weight stored [K, N], one input channel is one contiguous row, and
 ``sum_j x_j W[:, j]`` over the kept channels is what ``torch.embedding_bag`` computes in
-mode "sum" with per-sample weights (FBGEMM, float32 accumulation). It runs one thread a
-bag, so the columns are cut into chunks: [K, N] seen as [K * C, N / C] holds chunk c of
-channel j in row ``j * C + c``, and C bags a token use C threads. Chunks never straddle
-two shards, so one call serves fused shards with masks of their own.
+mode "sum" with per-sample weights (FBGEMM, float32 accumulation). It uses one thread
+per bag, so the columns are split into chunks: [K, N] viewed as [K * C, N / C] has chunk
+c of channel j in row ``j * C + c``, and C bags per token use C threads. Chunks never
+straddle two shards, so one call serves fused shards with separate masks.
 """
 
 import math
@@ -22,9 +22,9 @@ from vllm_rsparse.op.reference import kept_mask
 
 # embedding_bag's mode "sum".
 _SUM = 0
-# Columns that a bag sums. Narrow chunks cost index arithmetic, wide ones push the sums
-# out of the L1 cache: gate_up of 2048 x 16384, bf16, half kept, two threads of an AMD
-# EPYC: 3.1 ms at 256 columns, 2.3 at 4096, 2.7 at 8192 (dense F.linear: 5.0).
+# Columns per bag. Narrow chunks cost index arithmetic, wide ones push the sums out of
+# the L1 cache: gate_up of 2048 x 16384, bf16, half kept, two threads of an AMD EPYC:
+# 3.1 ms at 256 columns, 2.3 at 4096, 2.7 at 8192 (dense F.linear: 5.0).
 _MIN_CHUNK = 256
 _MAX_CHUNK = 4096
 
@@ -62,8 +62,8 @@ def _sparse_product(
 ) -> Tensor:
     """W[:, kept] x[kept] for every token and shard: [M, N].
 
-    The number of torch calls does not depend on tokens or shards: on small layers each
-    costs as much as the work it does.
+    The number of torch calls does not depend on tokens or shards: on small layers a
+    call costs as much as the work that it does.
     """
     tokens, k = x.shape
     width = _chunk_width(shard_sizes, torch.get_num_threads())
@@ -119,9 +119,9 @@ def _chunk_shards(shard_sizes: tuple[int, ...], width: int) -> Tensor:
 def _chunk_width(shard_sizes: tuple[int, ...], threads: int) -> int:
     """Widest chunk that divides every shard and still gives each thread a bag.
 
-    The smallest number of chunks that is a multiple of the threads balances best; where
-    the shards' common divisor does not allow it, more, never fewer, chunks are taken.
-    Where that has no divisor of a good width, a shard is one chunk.
+    The smallest number of chunks that is a multiple of the threads balances best. If
+    the shards' common divisor does not allow it, more chunks are used, never fewer. If
+    it has no divisor of a good width, a shard is one chunk.
     """
     common = math.gcd(*shard_sizes)
     total = sum(shard_sizes)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers that tell the layers of a process apart, and what is known of each.
+"""The numbers that identify the layers of a process, and the operands of each.
 
-A layer's number is an attribute of its thresholds and no argument of the op: as an
-argument it would be a constant of the traced graph, and vLLM, which compiles a graph
-once however often it occurs, would find no two decoder layers alike. Weights that are
-reloaded in place keep their tensors, and with them the number.
+A layer's number is an attribute of its thresholds and not an argument of the op: as an
+argument it would be a constant of the traced graph, and vLLM, which compiles equal
+graphs once, would find no two equal decoder layers. Weights that are reloaded in place
+keep their tensors, and with them the number.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from vllm_rsparse.op.operands import SparseOperands
 
 _ATTRIBUTE = "rsparse_layer"
 _numbers = itertools.count()
-# By number, the operands of the last call, so that they are built and checked once.
+# The operands of the last call by number, so that they are built and checked once.
 _operands: dict[int, SparseOperands] = {}
 
 
@@ -32,12 +32,12 @@ def set_layer(thresholds: Tensor, layer: int) -> None:
 
 
 def layer_of(thresholds: Tensor) -> int | None:
-    """The number, or None for tensors of no numbered layer."""
+    """The number, or None if the tensors belong to no numbered layer."""
     return getattr(thresholds, _ATTRIBUTE, None)
 
 
 def forget_layer(layer: int) -> None:
-    """Release a layer's tensors, for whoever unloads it or replaces them."""
+    """Release a layer's tensors, when it is unloaded or they are replaced."""
     _operands.pop(layer, None)
 
 
@@ -56,9 +56,9 @@ def operands_of_call(
 ) -> SparseOperands:
     """The operands of a call of the op, from its flat arguments.
 
-    Those of a numbered layer are kept: building and checking them takes 9 us (AMD
-    EPYC), as long as the rest of a call. They serve again while every tensor is the
-    same object.
+    Those of a numbered layer are cached: building and checking them takes 9 us (AMD
+    EPYC), as long as the rest of a call. They are reused while every tensor is the same
+    object.
     """
     layer = layer_of(thresholds)
     if layer is not None:

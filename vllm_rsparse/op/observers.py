@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who sees the calls of the op: any number of observers, by number of the layer."""
+"""Observers of the op's calls: any number of them; layers are known by number."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ _observers: list[Observer] = []
 
 
 def add_observer(observer: Observer) -> None:
-    """Let an observer see every call of a numbered layer whose Python body runs."""
+    """Notify an observer of every call of a numbered layer whose Python body runs."""
     _observers.append(observer)
 
 
@@ -26,7 +26,7 @@ def remove_observer(observer: Observer) -> None:
 
 
 def notify(x: Tensor, operands: SparseOperands, dense: bool) -> None:
-    """Show a call to all observers, in the order in which they were added."""
+    """Notify all observers of a call, in the order in which they were added."""
     if not _observers:
         return
     layer = layer_of(operands.thresholds)

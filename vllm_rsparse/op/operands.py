@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``SparseOperands``: what one (fused) sparse linear holds on one rank. Plain torch."""
+"""``SparseOperands``: the tensors of a (fused) sparse linear on a rank. Plain torch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.errors import RSparseError
 from vllm_rsparse.formats.base import StoredWeight
 
-# Ranks are padded to this with zero rows, so that in [K, R] storage every shard's part
-# of V starts at a 32-byte boundary (16-byte loads on the GPU).
+# Ranks are padded to a multiple of this with zero rows, so that in [K, R] storage every
+# shard's part of V starts at a 32-byte boundary (16-byte loads on the GPU).
 RANK_MULTIPLE = 16
 
 
 class OperandError(RSparseError):
-    """A tensor does not fit the others of its linear, or the input; names it."""
+    """A tensor does not match the others of its linear, or the input; names it."""
 
 
 @dataclass(frozen=True, eq=False)
 class SparseOperands:
-    """The tensors of S linears that share an input ("shards") and run as one.
+    """The tensors of S linears with the same input ("shards"), which run as one.
 
     Attributes:
         weight: [N, K], the shards' output features one after another.
@@ -35,7 +35,7 @@ class SparseOperands:
             stored [K, R], an input channel a row.
         correction: float32 [N], added on the sparse route only, or None.
         shard_sizes: output features of each shard; they add up to N.
-        ranks: rank of each shard's factors, 0 where it has none.
+        ranks: rank of each shard's factors, 0 if it has none.
     """
 
     weight: StoredWeight
@@ -56,7 +56,7 @@ class SparseOperands:
         *,
         with_correction: bool = True,
     ) -> "SparseOperands":
-        """Lay out the artifact's tensors of fused shards for the kernels.
+        """Store the artifact's tensors of fused shards in the layout of the kernels.
 
         Args:
             weight: of all shards; its device is that of the result.
@@ -91,7 +91,7 @@ class SparseOperands:
     def check(self, x: Tensor, bias: Tensor | None) -> None:
         """Refuse what the kernels would read wrongly. Host-side metadata only.
 
-        The operands themselves are checked once in their life.
+        The operands themselves are checked only once.
 
         Args:
             x: [M, K], bfloat16, float16 or float32 as the weight's format allows.
@@ -109,7 +109,7 @@ class SparseOperands:
 
     @cached_property
     def _factor_dtype(self) -> torch.dtype:
-        """The dtype of u and v, once all operands fit one another."""
+        """The dtype of u and v, once all operands match one another."""
         weight, u, sizes, ranks = self.weight, self.u, self.shard_sizes, self.ranks
         n, k, device, dtype = weight.n, weight.k, weight.device, self.u.dtype
         if sum(sizes) != n or len(ranks) != len(sizes):
@@ -126,14 +126,14 @@ class SparseOperands:
         return dtype
 
     def read_cost(self, tokens: int) -> list[tuple[float, float]]:
-        """What a sparse call reads of each shard, as a line over its kept channels.
+        """Bytes that a sparse call reads of each shard, linear in the kept channels.
 
-        The one model of bytes for measurements and metrics. A channel is read where
-        any of the tokens keeps it; a row of V where any drops it, which for several
-        tokens is counted as always. The input x counts in equal parts for the shards.
+        The one model of bytes for measurements and metrics. A channel is read if any
+        token keeps it; a row of V if any token drops it, which for several tokens is
+        counted as always. The input x is divided equally among the shards.
 
         Returns:
-            Per shard (bytes of each kept channel, bytes whatever is kept).
+            Per shard (bytes per kept channel, bytes independent of what is kept).
         """
         weight, k, size = self.weight, self.weight.k, self.u.element_size()
         costs = []
@@ -161,7 +161,7 @@ class SparseOperands:
 
     @property
     def artifact_nbytes(self) -> int:
-        """Bytes at rest of what comes from the artifact: all but the weight."""
+        """Bytes at rest of the artifact's tensors: everything except the weight."""
         tensors = (self.thresholds, self.u, self.v, self.correction)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -212,7 +212,7 @@ def _pack_factors(
 
 
 def check_input(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> None:
-    """Refuse an input or a bias that does not fit the weight.
+    """Refuse an input or a bias that does not match the weight.
 
     Raises:
         OperandError: names the tensor, what it is and what it should be.
@@ -234,7 +234,7 @@ def check_input(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> None:
 
 
 def require_whole_rows(weight: StoredWeight) -> None:
-    """Refuse a weight whose rows, an input channel each, do not follow one another.
+    """Refuse a weight whose rows, one per input channel, are not adjacent.
 
     The kernels for CPUs take no stride.
 

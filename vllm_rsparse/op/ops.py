@@ -2,8 +2,8 @@
 """The op ``vllm_rsparse::linear``, which takes the sparse or the dense route.
 
 Dynamo traces a model once and CUDA graphs capture each padded batch size, so the branch
-on the number of tokens lives inside an opaque op: at capture it is taken for the size
-captured, in eager mode for every call. Nothing here imports vLLM.
+on the number of tokens is inside an opaque op: it is evaluated at capture, for the
+captured size, and in eager mode for every call. Nothing here imports vLLM.
 """
 
 import torch
@@ -80,7 +80,7 @@ _LIBRARY.define(
     " Tensor u, Tensor v, Tensor? correction, Tensor? bias, SymInt[] shard_sizes,"
     " SymInt[] ranks, SymInt format, SymInt group, SymInt max_sparse_tokens,"
     " SymInt backend) -> Tensor",
-    # The weight is a [N, K] view of [K, N] storage; Inductor must hand it on as it is.
+    # The weight is a [N, K] view of [K, N] storage; Inductor must pass it unchanged.
     tags=(torch.Tag.needs_exact_strides,),
 )
 for _key in ("CPU", "CUDA"):

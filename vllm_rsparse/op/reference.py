@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op in plain float32 PyTorch: the definition every backend is held to.
+"""The op in plain float32 PyTorch: the definition that backends are tested against.
 
 Paper: R-Sparse (arXiv 2504.19449), section 3. For one linear layer with weight
 W [N, K], factors U [N, r] and V [r, K], and an input x [K]::
@@ -7,8 +7,8 @@ W [N, K], factors U [N, r] and V [r, K], and an input x [K]::
     kept = { j : |x_j| > threshold_j }
     y    = W[:, kept] x[kept] + U (V x[not kept]) + correction + bias
 
-A fused layer (q,k,v or gate,up) holds several such linears ("shards") that share x and
-whose outputs follow one another. Each shard has its own thresholds and factors.
+A fused layer (q,k,v or gate,up) has several such linears ("shards") with the same x and
+concatenated outputs. Each shard has its own thresholds and factors.
 """
 
 import torch
@@ -24,7 +24,7 @@ def kept_mask(x: Tensor, thresholds: Tensor) -> Tensor:
 
     The comparison is strict: a channel with ``|x| == threshold`` is dropped. It is
     written as ``not (|x| <= threshold)`` so that a NaN in ``x`` counts as kept and
-    reaches the output, as it would in the dense layer, instead of vanishing.
+    reaches the output, as in the dense layer.
 
     Args:
         x: [M, K], any floating dtype.

@@ -21,10 +21,10 @@ def rsparse_linear(
     """Sparse-plus-low-rank linear in Triton; see ``reference.rsparse_linear``.
 
     Args:
-        x: [M, K] as the weight's format allows; rows may lie apart.
+        x: [M, K] as the weight's format allows; rows may have any stride.
         operands: fast in the layout of ``SparseOperands.from_shards``.
         bias: [N] in x's dtype, or None.
-        config: how to cut up the work; None looks it up (``tuning``).
+        config: how to divide the work; None looks it up (``tuning``).
 
     Raises:
         OperandError: a tensor does not fit the others.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch configurations of the Triton kernels: tuned table first, heuristic otherwise.
 
-``configs/<device>.json`` holds what ``vllm-rsparse bench --tune`` measured::
+``configs/<device>.json`` contains the results of ``vllm-rsparse bench --tune``::
 
     {"device": "NVIDIA H200", ...,
      "entries": [{"n": 4096, "k": 4096, "dtype": "bfloat16", "tokens": 1,
@@ -33,10 +33,10 @@ _LISTED_ELEMENTS = 80 * 2**20
 
 @dataclass(frozen=True)
 class TunedEntry:
-    """One line of a device's table: the fastest configuration and what it measured.
+    """One entry of a device's table: the fastest configuration and its measurement.
 
-    ``sparse_us`` is at 50% of the channels kept a token, masks independent between
-    tokens; ``dense_us`` is the device's own dense kernel in the same run.
+    ``sparse_us`` is for 50% kept channels per token and independent masks; ``dense_us``
+    is the device's own dense kernel in the same run.
     """
 
     n: int
@@ -49,7 +49,7 @@ class TunedEntry:
 
 
 def config_path(device_name: str) -> Path:
-    """Where the table of a device lies, ``NVIDIA H200`` -> ``NVIDIA_H200.json``."""
+    """Path of a device's table: ``NVIDIA H200`` -> ``NVIDIA_H200.json``."""
     return CONFIG_DIR / (re.sub(r"[^A-Za-z0-9.-]+", "_", device_name) + ".json")
 
 
@@ -72,7 +72,7 @@ def read_table(path: Path) -> list[TunedEntry]:
             )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is not a table of launch configurations: {error}. Write it anew"
+            f"{path} is not a table of launch configurations: {error}. Write it again"
             " with `vllm-rsparse bench --tune`"
         ) from error
     return entries
@@ -81,7 +81,7 @@ def read_table(path: Path) -> list[TunedEntry]:
 def write_table(
     path: Path, entries: list[TunedEntry], provenance: dict[str, Any]
 ) -> None:
-    """Write a device's table, one entry a line, sorted, so that changes diff well."""
+    """Write a device's table, sorted, one entry per line, for readable diffs."""
     ordered = sorted(entries, key=lambda e: (e.dtype, e.n, e.k, e.tokens))
     facts = "".join(
         f"  {json.dumps(key)}: {json.dumps(value)},\n"
@@ -94,7 +94,7 @@ def write_table(
 
 @cache
 def device_table(device_name: str) -> tuple[TunedEntry, ...]:
-    """The table shipped for a device; empty when there is none."""
+    """The table shipped for a device; empty if there is none."""
     path = config_path(device_name)
     return tuple(read_table(path)) if path.exists() else ()
 
@@ -125,11 +125,11 @@ def launch_config(
 
 
 def default_config(n: int, k: int, tokens: int) -> LaunchConfig:
-    """A configuration for any shape on any device, from what won on the H200.
+    """A configuration for any shape on any device, from the best ones on the H200.
 
     Channels are split until there are enough programs to hide the latency of memory:
     about ten warps for each of the H200's 132 multiprocessors. On the vector units,
-    listing pays where there is much to read; smaller layers are masked.
+    listing pays if there is much to read; smaller layers are masked.
     """
     use_dot = tokens > VECTOR_TOKENS
     listed = not use_dot and n * k >= _LISTED_ELEMENTS
@@ -146,7 +146,7 @@ def default_config(n: int, k: int, tokens: int) -> LaunchConfig:
 
 
 def forget_tables() -> None:
-    """Read the tables anew at the next look-up, for whoever has just written one."""
+    """Read the tables again at the next lookup, after one was written."""
     device_table.cache_clear()
     launch_config.cache_clear()
 
@@ -154,7 +154,7 @@ def forget_tables() -> None:
 @cache
 def _log_untuned(device_name: str) -> None:
     logger.info(
-        "No tuned launch configuration of every shape for %s, using the default where"
-        " it is missing. Tune with: vllm-rsparse bench MODEL --tune",
+        "Not every shape has a tuned launch configuration for %s, using defaults where"
+        " one is missing. Tune with: vllm-rsparse bench MODEL --tune",
         device_name,
     )

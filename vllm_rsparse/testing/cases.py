@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random calls of a sparse linear, what they must return, and comparisons."""
+"""Random calls of a sparse linear, their expected results, and comparisons."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ class Case:
     bias: Tensor | None
 
     def args(self) -> tuple[Tensor, SparseOperands, Tensor | None]:
-        """As the routes of the table of backends take them."""
+        """The arguments of a route of the table of backends."""
         return self.x, self.operands, self.bias
 
     def expected(self) -> Tensor:
@@ -70,12 +70,12 @@ def make_case(
         tokens: rows of x.
         k: input features.
         shard_sizes: output features of each shard.
-        ranks: of each shard's factors, before they are padded.
+        ranks: of each shard's factors, before padding.
         dtype: of x, the factors, the bias, and the weight that is stored.
-        constants: whether there are a correction and a bias.
+        constants: whether the case has a correction and a bias.
         seed: of the random numbers.
         device: where the tensors are.
-        store: lays out a dense weight [N, K]; the format's own.
+        store: the format's function that stores a dense weight [N, K].
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -111,7 +111,7 @@ def one_linear(
     Args:
         x: [M, K].
         weight: [N, K] in any layout.
-        tensors: of its artifact by name: thresholds, and maybe u, v and correction.
+        tensors: of its artifact by name: thresholds, and optionally u, v, correction.
         bias: [N], the layer's own, or None.
     """
     names = ("thresholds", "u", "v", "correction")
@@ -122,7 +122,7 @@ def one_linear(
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equality bit by bit: -0 is not 0, and a NaN is itself."""
+    """Bitwise equality: -0 differs from 0, and a NaN equals itself."""
     kind = _INTEGERS.get(a.dtype, torch.int16)
     return torch.equal(a.view(kind), b.view(kind))
 

@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one table of errors that rounding explains, for tests, ``doctor`` and ``bench``.
+"""The one table of rounding errors, for tests, ``doctor`` and ``bench``.
 
-Errors are norms, ||found - right|| / ||right||, and so are these bounds.
+Errors and bounds are relative norms, ||actual - expected|| / ||expected||.
 """
 
 import torch
 
-# Sums of a few thousand float32 products in another order: 1e-7 a rounding, most of
+# Sums of a few thousand float32 products in another order: 1e-7 per rounding, most of
 # which cancel. Measured 2e-7 to 8e-7 over the shapes of tests/op.
 SUMS = 2e-6
-# The same where the inputs are a real model's: terms that are far larger than their sum
-# lose up to two more digits.
+# The same for a real model's inputs: terms that are far larger than their sum lose up
+# to two more digits.
 MODEL_SUMS = 1e-4
 
 
 def tolerance(dtype: torch.dtype, roundings: int = 1, sums: float = SUMS) -> float:
-    """The largest relative error of a right result.
+    """The largest relative error of a correct result.
 
     Args:
         dtype: of the output.
         roundings: how often values were rounded to it: once for an output compared
-            with an exact one, twice where both were rounded; once more where z = V x
-            is (``cpu-torch``), or where Triton's interpreter computes, which truncates
-            to bfloat16 and so errs by up to two roundings.
+            with an exact one, twice if both were rounded; once more if z = V x is
+            rounded (``cpu-torch``), or in Triton's interpreter, which truncates to
+            bfloat16 and thereby errs by up to two roundings.
         sums: error of the float32 sums before that.
     """
     # Rounding to nearest errs by half a unit in the last place: 2^-8 for bfloat16,
