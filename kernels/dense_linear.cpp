@@ -206,7 +206,7 @@ void dense_linear(int64_t tokens, int64_t n, int64_t k, int64_t x_stride, const 
   // A last strip is written whole. Lines between tokens, whose sums would else fall into
   // the same sets of the cache: 1.08 times as long at 16 tokens.
   const int64_t stride = strips * STRIP + 3 * LINE;
-  const int64_t parts = part_count(n, sizeof(T), blocks);
+  const int64_t parts = part_count(n * int64_t(sizeof(T)), blocks);
   grow(own_sums, parts * tokens * stride);
   grow(own_x, blocks * tokens * ROWS);
   float *const sums = own_sums.data();

@@ -96,9 +96,9 @@ template <typename V> void grow(V &vector, int64_t size) {
   if (int64_t(vector.size()) < size) vector.resize(size);
 }
 
-// Parts into which K is cut, for rows of n elements; they depend on the shape alone.
-inline int64_t part_count(int64_t n, int64_t element_bytes, int64_t blocks) {
-  return std::clamp<int64_t>(PART_BYTES / (n * element_bytes), 1, blocks);
+// Parts into which K is cut, by the bytes of a row; they depend on the shape alone.
+inline int64_t part_count(int64_t row_bytes, int64_t blocks) {
+  return std::clamp<int64_t>(PART_BYTES / row_bytes, 1, blocks);
 }
 
 // out [tokens, n] from the sums [parts, tokens, stride], shared out over the threads of

@@ -237,6 +237,14 @@ MALFORMED: dict[str, tuple[Layout, dict[str, Tensor], str]] = {
         {"weight": torch.zeros(4, 4), "weight_scale": torch.ones(4, 1)},
         "weight must be torch.float8_e4m3fn, got torch.float32",
     ),
+    "NaN in FP8": (
+        Fp8Channel(),
+        {
+            "weight": torch.full((8, 4), float("nan")).to(torch.float8_e4m3fn),
+            "weight_scale": torch.ones(8, 1),
+        },
+        "weight holds NaN",
+    ),
     "tensor scales": (
         Fp8Tensor(),
         {"weight": E4M3, "weight_scale": torch.ones(3)},

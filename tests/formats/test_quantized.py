@@ -11,10 +11,9 @@ from vllm_rsparse.formats.base import StoredWeight, WeightFormatError
 from vllm_rsparse.formats.fp8 import FP8, store_fp8
 from vllm_rsparse.formats.fp8_block import (
     FP8_BLOCK,
-    require_whole_blocks,
     store_fp8_block,
 )
-from vllm_rsparse.formats.int4 import store_int4
+from vllm_rsparse.formats.int4 import INT4, store_int4
 from vllm_rsparse.formats.nibbles import pack_nibbles, unpack_nibbles
 from vllm_rsparse.formats.registry import FORMATS, format_of_code, format_of_name
 
@@ -40,6 +39,8 @@ def test_formats_are_found_by_name_and_number() -> None:
 def test_a_word_holds_eight_neighbours_low_nibble_first() -> None:
     codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], dtype=torch.uint8)
     assert pack_nibbles(codes).tolist() == [[0x87654321 - (1 << 32)]]
+    column = pack_nibbles(_codes(12, 8)).t().contiguous().t()
+    assert unpack_nibbles(column).shape == (12, 8)
     codes = _codes(3, 5, 16)
     assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
 
@@ -154,9 +155,15 @@ def test_logical_values_that_int4_cannot_store(
 
 
 def test_blocks_do_not_span_fused_linears() -> None:
-    require_whole_blocks([256, 128, 40])
+    FP8_BLOCK.check_shards([256, 128, 40])
     with pytest.raises(WeightFormatError, match=r"256, 40, 128 output channels.*ranks"):
-        require_whole_blocks([256, 40, 128])
+        FP8_BLOCK.check_shards([256, 40, 128])
+
+
+def test_words_do_not_span_fused_linears() -> None:
+    INT4.check_shards([16, 8])
+    with pytest.raises(WeightFormatError, match=r"12, 4 output .* a multiple of 8"):
+        INT4.check_shards([12, 4])
 
 
 def test_bytes_of_reading_everything_are_the_bytes_at_rest() -> None:

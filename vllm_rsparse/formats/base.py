@@ -7,6 +7,7 @@ reference, the tests and the dense fallback use it, and kernels are compared wit
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -98,6 +99,16 @@ class WeightFormat(ABC):
 
         Raises:
             WeightFormatError: names the tensor, what it is and what it should be.
+        """
+
+    def check_shards(self, sizes: Sequence[int]) -> None:  # noqa: B027 (most need none)
+        """Refuse linears that cannot share a weight, or rows that kernels cannot cut.
+
+        Args:
+            sizes: output features of each fused linear, in order.
+
+        Raises:
+            WeightFormatError: names the sizes.
         """
 
     def kind(self, weight: StoredWeight) -> str:

@@ -35,6 +35,15 @@ class Fp8BlockFormat(WeightFormat):
                 f"the format fp8-block has groups of {BLOCK}, got {weight.group}"
             )
 
+    def check_shards(self, sizes: Sequence[int]) -> None:
+        """See the base class. No block spans two linears."""
+        if any(size % BLOCK for size in sizes[:-1]):
+            raise WeightFormatError(
+                f"linears with {', '.join(map(str, sizes))} output channels cannot be"
+                f" fused in the format fp8-block: each but the last needs a multiple of"
+                f" {BLOCK}; use fewer tensor-parallel ranks"
+            )
+
     def dequantise(self, weight: StoredWeight) -> Tensor:
         """See the base class."""
         assert weight.scales is not None
@@ -73,23 +82,6 @@ def store_fp8_block(elements: Tensor, scales: Tensor) -> StoredWeight:
         scales.t().float().contiguous(),
         group=BLOCK,
     )
-
-
-def require_whole_blocks(sizes: Sequence[int]) -> None:
-    """Refuse to fuse linears where a block would span two of them.
-
-    Args:
-        sizes: output features of the fused linears, in order.
-
-    Raises:
-        WeightFormatError: names the sizes.
-    """
-    if any(size % BLOCK for size in sizes[:-1]):
-        raise WeightFormatError(
-            f"linears with {', '.join(map(str, sizes))} output channels cannot be fused"
-            f" in the format fp8-block: each but the last needs a multiple of {BLOCK};"
-            " use fewer tensor-parallel ranks"
-        )
 
 
 def _blocks(size: int) -> int:

@@ -10,6 +10,8 @@ for a zero point of 8 everywhere. The group G is 32, 64, 128, or K (one scale pe
 channel).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,14 @@ class Int4Format(WeightFormat):
         if weight.zeros is not None:
             shape = (k // group, n // PER_WORD)
             require_tensor("zeros", weight.zeros, shape, (torch.int32,))
+
+    def check_shards(self, sizes: Sequence[int]) -> None:
+        """See the base class. No word holds channels of two linears."""
+        if any(size % PER_WORD for size in sizes):
+            raise WeightFormatError(
+                f"linears with {', '.join(map(str, sizes))} output channels cannot be"
+                f" fused in the format int4: each needs a multiple of {PER_WORD}"
+            )
 
     def dequantise(self, weight: StoredWeight) -> Tensor:
         """See the base class."""

@@ -27,5 +27,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """The inverse of ``pack_nibbles``: int32 [..., m] to uint8 [..., 8 m]."""
-    pairs = packed.contiguous().view(torch.uint8)
-    return torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2)
+    # Flat: a dimension of one word may have any stride, which `view` would refuse.
+    pairs = packed.reshape(-1).contiguous().view(torch.uint8)
+    codes = torch.stack([pairs & 15, pairs >> 4], dim=-1)
+    return codes.view(*packed.shape[:-1], PER_WORD * packed.shape[-1])

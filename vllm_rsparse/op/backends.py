@@ -14,7 +14,10 @@ from torch.nn import functional
 
 from vllm_rsparse.errors import BuildError, RSparseError
 from vllm_rsparse.formats.base import StoredWeight, WeightFormat
-from vllm_rsparse.formats.plain import FLOAT
+from vllm_rsparse.formats.fp8 import FP8
+from vllm_rsparse.formats.fp8_block import FP8_BLOCK
+from vllm_rsparse.formats.int4 import INT4
+from vllm_rsparse.formats.plain import FLOAT, store_float
 from vllm_rsparse.formats.registry import FORMATS
 from vllm_rsparse.op import cpu, cpu_torch, reference
 from vllm_rsparse.op.operands import SparseOperands
@@ -88,6 +91,14 @@ def _cpu_dense(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
     return library_linear(x, weight, bias)
 
 
+def _cpu_dense_quantized(
+    x: Tensor, weight: StoredWeight, bias: Tensor | None
+) -> Tensor:
+    if x.shape[0] <= cpu.MAX_DENSE_TOKENS:
+        return cpu.dense_by_rows(x, weight, bias)
+    return library_linear(x, store_float(weight.dequantise().to(x.dtype)), bias)
+
+
 def _triton_sparse(x: Tensor, operands: SparseOperands, bias: Tensor | None) -> Tensor:
     # Imported here, so that Triton is needed only where its kernels run.
     from vllm_rsparse.op import triton_backend
@@ -128,7 +139,13 @@ BACKENDS: dict[int, Implementation] = {
     Backend.CPU: Implementation(
         refusal=_needs_cpu,
         load=cpu.build,
-        routes={FLOAT.name: Routes(cpu.rsparse_linear, _cpu_dense)},
+        routes={
+            FLOAT.name: Routes(cpu.rsparse_linear, _cpu_dense),
+            **{
+                one.name: Routes(cpu.rsparse_linear, _cpu_dense_quantized)
+                for one in (FP8, FP8_BLOCK, INT4)
+            },
+        },
     ),
     Backend.TRITON: Implementation(
         refusal=_needs_cuda,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight
+from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.op import cpu_build
 from vllm_rsparse.op.operands import (
     SparseOperands,
@@ -34,7 +35,7 @@ def _kernels() -> tuple[Callable[..., int], Callable[..., int]]:
     library = cpu_build.load()
     sparse, dense = library.vllm_rsparse_linear, library.vllm_rsparse_dense_linear
     sparse.restype = dense.restype = ctypes.c_int
-    sparse.argtypes = [ctypes.c_int, *[_I64] * 5, *[_POINTER] * 10]
+    sparse.argtypes = [*[ctypes.c_int] * 3, *[_I64] * 6, *[_POINTER] * 12]
     dense.argtypes = [ctypes.c_int, *[_I64] * 4, *[_POINTER] * 4]
     return sparse, dense
 
@@ -55,7 +56,8 @@ def rsparse_linear(x: Tensor, operands: SparseOperands, bias: Tensor | None) -> 
     other tokens are in the call.
 
     Args:
-        x: [M, K] in the weight's dtype (float32, bfloat16 or float16).
+        x: [M, K], float32, bfloat16 or float16; in the weight's dtype where that is one
+            of them.
         operands: the weight's rows, an input channel each, must follow one another; u
             and v are copied at every call unless ``from_shards`` laid them out.
         bias: [N] in x's dtype, or None.
@@ -65,31 +67,90 @@ def rsparse_linear(x: Tensor, operands: SparseOperands, bias: Tensor | None) -> 
         BuildError: the kernel was not built yet and cannot be.
     """
     operands.check(x, bias)
-    require_whole_rows(operands.weight)
-    weight, sizes, ranks = operands.weight, operands.shard_sizes, operands.ranks
+    u, v = operands.u, operands.v
+    if any(operands.ranks):
+        u, v = u.t().contiguous(), v.t().contiguous()
+    return _sparse_call(
+        x,
+        operands.weight,
+        bias,
+        operands.thresholds,
+        (u, v),
+        operands.correction,
+        tuple(operands.shard_sizes),
+        tuple(operands.ranks),
+    )
+
+
+def dense_by_rows(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
+    """The dense route for a few tokens on a quantized weight: every channel is kept.
+
+    The result is the same bits for any number of threads, and for a token whatever
+    other tokens are in the call.
+
+    Args:
+        x: [M, K], float32, bfloat16 or float16.
+        weight: in any format.
+        bias: [N] in x's dtype, or None.
+
+    Raises:
+        OperandError: a tensor does not fit the others.
+        BuildError: the kernel was not built yet and cannot be.
+    """
+    check_input(x, weight, bias)
+    no_factors = x.new_empty(0)
+    return _sparse_call(
+        x,
+        weight,
+        bias,
+        _keep_all(weight.k),
+        (no_factors, no_factors),
+        None,
+        (weight.n,),
+        (0,),
+    )
+
+
+def _sparse_call(
+    x: Tensor,
+    weight: StoredWeight,
+    bias: Tensor | None,
+    thresholds: Tensor,
+    factors: tuple[Tensor, Tensor],
+    correction: Tensor | None,
+    sizes: tuple[int, ...],
+    ranks: tuple[int, ...],
+) -> Tensor:
+    """Call the kernel; ``factors`` are U stored [R, N] and V stored [K, R]."""
+    if weight.format is FLOAT:
+        require_whole_rows(weight)
     tokens, n = x.shape[0], weight.n
     out = torch.empty(tokens, n, dtype=x.dtype)
     if tokens == 0:
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
-    u, v, correction = operands.u, operands.v, operands.correction
-    u_t, v_t = (u.t().contiguous(), v.t().contiguous()) if any(ranks) else (u, v)
+    scales, zeros = weight.scales, weight.zeros
     sparse, _ = _kernels()
     sparse(
         _ELEMENTS[x.dtype],
+        weight.format.code,
+        _ELEMENTS[x.dtype if scales is None else scales.dtype],
         tokens,
         n,
         weight.k,
         x.stride(0),
+        weight.group,
         len(sizes),
-        _array(tuple(sizes)),
-        _array(tuple(ranks)),
+        _array(sizes),
+        _array(ranks),
         x.data_ptr(),
         weight.data.data_ptr(),
-        operands.thresholds.data_ptr(),
-        u_t.data_ptr(),
-        v_t.data_ptr(),
+        None if scales is None else scales.data_ptr(),
+        None if zeros is None else zeros.data_ptr(),
+        thresholds.data_ptr(),
+        factors[0].data_ptr(),
+        factors[1].data_ptr(),
         None if correction is None else correction.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
@@ -133,6 +194,12 @@ def dense_linear(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor
         out.data_ptr(),
     )
     return out
+
+
+@lru_cache(maxsize=64)
+def _keep_all(k: int) -> Tensor:
+    """Thresholds [1, K] that no magnitude falls below."""
+    return torch.full((1, k), -1.0)
 
 
 @lru_cache(maxsize=256)

@@ -26,7 +26,16 @@ logger = logging.getLogger(__name__)
 
 _KERNELS = Path(__file__).parents[1] / "kernels"
 _SOURCES = [_KERNELS / "rsparse_linear.cpp", _KERNELS / "dense_linear.cpp"]
-_HEADERS = [_KERNELS / "elements.h"]
+_HEADERS = [
+    _KERNELS / name
+    for name in (
+        "elements.h",
+        "selection.h",
+        "rows_float.h",
+        "rows_fp8.h",
+        "rows_int4.h",
+    )
+]
 _NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 _FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared"]
 # GCC prefers 256-bit vectors on several processors with AVX-512. Here 512-bit ones cost

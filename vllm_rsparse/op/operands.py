@@ -117,6 +117,7 @@ class SparseOperands:
                 f"shard_sizes {list(sizes)} must add up to N = {n}, with one rank each;"
                 f" got ranks {list(ranks)}"
             )
+        weight.format.check_shards(sizes)
         columns = max(u.shape[-1], *ranks)
         _require("thresholds", self.thresholds, (len(sizes), k), torch.float32, device)
         _require("u", u, (n, columns), dtype, device, packed=False)

@@ -23,7 +23,6 @@ from vllm_rsparse.formats.fp8 import FP8, store_fp8
 from vllm_rsparse.formats.fp8_block import (
     BLOCK,
     FP8_BLOCK,
-    require_whole_blocks,
     store_fp8_block,
 )
 
@@ -41,6 +40,11 @@ class _Fp8(Layout):
     def _check(self, tensors: Mapping[str, Tensor], scale: str) -> None:
         require_dtype(tensors, "weight", torch.float8_e4m3fn)
         require_scales(tensors, scale)
+        # The kernels' conversion reads the two NaNs as 480.
+        if bool(((tensors["weight"].view(torch.uint8) & 0x7F) == 0x7F).any()):
+            raise WeightFormatError(
+                "weight holds NaN; the checkpoint is damaged: download it again"
+            )
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class Fp8Block(_Fp8):
     ) -> StoredWeight:
         """See the base class."""
         if sizes is not None:
-            require_whole_blocks(sizes)
+            FP8_BLOCK.check_shards(sizes)
         self.shape(shapes_of(tensors))
         self._check(tensors, self.scale)
         return store_fp8_block(tensors["weight"], tensors[self.scale])
