@@ -7,6 +7,7 @@ vLLM builds and loads a small model of each format twice, with rsparse and witho
 import gc
 import json
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,7 @@ from vllm.model_executor.model_loader.weight_utils import (
 )
 
 from vllm_rsparse.errors import CheckpointError
+from vllm_rsparse.op import backends
 from vllm_rsparse.plugin import register
 from vllm_rsparse.serving.base import BaseQuantization
 from vllm_rsparse.serving.config import RSparseConfig
@@ -185,6 +187,18 @@ def test_linears_of_the_artifact_alone_are_sparse(quantized, artifact, build):
         mine, theirs = module(x)[0].float(), model.get_submodule(name)(x)[0].float()
         tolerance = 0.05 if "fp8" in quantized.name else 0.01
         assert (mine - theirs).norm() < tolerance * theirs.norm(), name
+
+
+def test_a_backend_that_cannot_read_the_weights_fails_at_start(
+    quantized, artifact, build, monkeypatch
+):
+    one = backends.BACKENDS[backends.Backend.REFERENCE]
+    only_float = replace(one, routes={"float": one.routes["float"]})
+    table = {**backends.BACKENDS, backends.Backend.REFERENCE: only_float}
+    monkeypatch.setattr(backends, "BACKENDS", table)
+    settings = {"artifact": str(artifact), "backend": "reference"}
+    with pytest.raises(backends.BackendError, match="reference cannot read weights of"):
+        build(quantized, quantization="rsparse", hf_overrides={"rsparse": settings})
 
 
 def test_what_is_written_is_read_again_and_sent_to_workers(quantized, artifact):

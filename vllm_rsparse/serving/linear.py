@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import (
 
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.op import layers, ops
-from vllm_rsparse.op.backends import load_backend
+from vllm_rsparse.op.backends import load_backend, routes_of
 from vllm_rsparse.op.operands import SparseOperands
 from vllm_rsparse.serving.served import ServedModel
 from vllm_rsparse.serving.weights.base import (
@@ -110,6 +110,8 @@ class RSparseLinearMethod(LinearMethodBase):
         self.served.check_coverage()
         layers.forget_layer(self.layer_number)
         stored = self.weights.stored(layer, self.partition)
+        # A backend that cannot read the format fails here, and not at a request.
+        routes_of(self.backend, stored.format)
         replace_parameters(layer, self.weights, stored)
         slices: list[ShardSlice] = layer.rsparse_slices
         artifact = self.served.artifact
