@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-# Channels of a listing program that lie together: 16 bytes of x. The splits of a column
-# tile take turns on such groups, so that all of them sweep memory from front to back.
+# Adjacent channels of a listing program: 16 bytes of x. The splits of a column tile
+# interleave such groups, so that together they sweep memory from front to back.
 GROUP = tl.constexpr(8)
 
 
 @triton.jit
 def wanted_channels(x, threshold, DROPPED: tl.constexpr):
-    """Kept is strictly above the threshold, or NaN; DROPPED asks for the rest."""
+    """Kept is strictly above the threshold, or NaN; DROPPED selects the rest."""
     dropped = tl.abs(x.to(tl.float32)) <= threshold
     return dropped if DROPPED else ~dropped
 
@@ -42,7 +42,7 @@ def list_channels(
         list_ptr: int32 [CHANNELS + PADDING], the wanted channels in ascending order.
         value_ptr: x's dtype [BLOCK_M, CHANNELS + PADDING], each token's x of these
             channels, zero where the token does not want it.
-    What lies beyond the count is not written.
+    Entries beyond the count are not written.
     """
     place = tl.arange(0, CHANNELS)
     offs_k = (place // GROUP * splits + split) * GROUP + place % GROUP

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // y = W x + bias on CPUs for a few tokens, W stored [K, N] as the sparse route needs it;
-// called by vllm_rsparse/op/cpu.py. torch's product turns such a weight over at every call,
+// called by vllm_rsparse/op/cpu.py. torch's product transposes such a weight at every call,
 // which costs as much as reading it twice; measured in docs/cpu.md.
 //
 // W is read as the sparse route reads it, a few rows at a time along their columns, and
-// never laid out anew: what a strip of columns needs is widened or interleaved in
+// never rearranged in memory: a strip of columns is widened or interleaved in
 // registers, and multiplied there for up to TOKENS tokens, while the next rows are
 // fetched into the second-level cache. Where there are more tokens, the first ones leave
 // their registers in the first-level cache for the others.
@@ -122,7 +122,7 @@ template <typename T, int M, From FROM>
                                 float *sums, int64_t stride, Kept<T> *kept,
                                 uintptr_t ahead) {
   for (int64_t strip = 0; strip < strips; ++strip, w += STRIP, sums += STRIP, ++kept) {
-    // Else GCC fills registers and stack with x before the loop: 1.2 times as long.
+    // Otherwise GCC fills registers and stack with x before the loop: 1.2 times as long.
     asm volatile("" : "+r"(x));
     Vector total[M][2];
     for (int m = 0; m < M; ++m)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the kernels for CPUs share: element types, and how sums of parts become outputs.
-// Like them it includes nothing of torch (vllm_rsparse/op/cpu_build.py).
+// Shared by the kernels for CPUs: element types, and how sums of parts become outputs.
+// Like them it does not include torch (vllm_rsparse/op/cpu_build.py).
 
 #pragma once
 
@@ -14,7 +14,7 @@
 namespace rsparse {
 
 // Bytes of a row below which K is cut, into parts that make up for it. 4 KiB rows read 6 to
-// 17% faster whole than in halves (Zen 4, 2 threads); 32 KiB ones do not care.
+// 17% faster whole than in halves (Zen 4, 2 threads); for 32 KiB rows it makes no difference.
 constexpr int64_t PART_BYTES = 16 << 10;
 // Bytes of weight below which waking other threads costs more than they save.
 constexpr int64_t MIN_BYTES_PER_THREAD = 64 << 10;
@@ -101,8 +101,8 @@ inline int64_t part_count(int64_t row_bytes, int64_t blocks) {
   return std::clamp<int64_t>(PART_BYTES / row_bytes, 1, blocks);
 }
 
-// out [tokens, n] from the sums [parts, tokens, stride], shared out over the threads of
-// the parallel region that calls it.
+// out [tokens, n] from the sums [parts, tokens, stride], divided among the threads of the
+// parallel region that calls it.
 template <typename T>
 void finish(int64_t tokens, int64_t n, const float *sums, int64_t parts, int64_t stride,
             const float *correction, const T *bias, T *out) {

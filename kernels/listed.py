@@ -38,10 +38,10 @@ def sum_listed(
 ):
     """Column sums of BLOCK_M tokens on the vector units: float32 [BLOCK_M, BLOCK_N].
 
-    Every load and every multiplication is of a wanted row. Masking in place issues
-    both for dropped rows too, 80 instructions for each 16 bytes wanted against 27, and
-    issuing them, not memory, was the limit (gate_up with all channels dropped took 25
-    of 32 us; listed 3.7).
+    Only wanted rows are loaded and multiplied. Masking in place issues both for dropped
+    rows too, 80 instructions per 16 wanted bytes against 27, and instruction issue, not
+    memory, was the limit (gate_up with all channels dropped took 25 of 32 us; listed
+    3.7).
     """
     step: tl.constexpr = ROWS * PASSES
     count = list_channels(
@@ -80,7 +80,7 @@ def sum_listed(
             None if EVEN_N else mask_n,
             WIDE,
         )
-        # The next ones arrive along with these; the lists are padded by one step.
+        # The next ones are loaded along with these; the lists are padded by one step.
         offs_k = tl.load(list_ptr + start + step + rows)
         next_x = tl.load(value_row_ptr + start + step + rows[None, :, :])
         acc += tl.sum(x[:, :, :, None] * tile.to(tl.float32), axis=2)

@@ -35,13 +35,13 @@ def sum_masked(
 ):
     """Column sums of BLOCK_M tokens on the vector units: float32 [BLOCK_M, BLOCK_N].
 
-    Saves the wait for a list, which pays where there is little to read. An iteration
-    reads ROWS x PASSES channels. ROWS is what all threads read with one 16-byte load
-    each, so the sum over PASSES stays inside a thread; threads meet once, after the
-    loop. Splits take turns, so that at any time all programs read one stretch of
+    Does not wait for a list, which pays if there is little to read. An iteration reads
+    ROWS x PASSES channels. All threads together read ROWS with one 16-byte load each,
+    so the sum over PASSES stays inside a thread; threads synchronise once, after the
+    loop. Splits interleave, so that at any time all programs read one stretch of
     memory.
     """
-    # [ROWS, PASSES]: a thread's channels follow one another, to read x in one piece.
+    # [ROWS, PASSES]: a thread's channels are adjacent, to read x in one piece.
     # PASSES comes after ROWS because Triton spreads warps over the leading dimensions.
     rows = tl.arange(0, ROWS)[:, None] * PASSES + tl.arange(0, PASSES)[None, :]
     mask_m = (offs_m < end_m)[:, None, None]
@@ -76,7 +76,7 @@ def sum_masked(
         )
         # An unwanted x may be infinite, and infinity times the tile's zero is NaN.
         factor = tl.where(wanted, x_wide, 0.0)
-        # What the next iteration needs to choose its rows arrives along with these.
+        # x and thresholds of the next iteration are loaded along with these rows.
         offs_k += splits * step
         mask_k = offs_k < k
         x = tl.load(x_row_ptr + offs_k[None, :, :], mask=mask_m & mask_k, other=0.0)

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Sparse-plus-low-rank linear layer on CPUs; what it computes: vllm_rsparse/op/reference.py,
-// how fast and why so: docs/cpu.md. Compiled on the machine that runs it, for its
-// instruction set (vllm_rsparse/op/cpu_build.py); called by vllm_rsparse/op/cpu.py. It includes
-// nothing of torch: a few seconds to compile, and a new torch needs no new build.
+// Sparse-plus-low-rank linear layer on CPUs, as defined in vllm_rsparse/op/reference.py;
+// speed and design: docs/cpu.md. Compiled on the machine that runs it, for its instruction
+// set (vllm_rsparse/op/cpu_build.py); called by vllm_rsparse/op/cpu.py. It does not include
+// torch, so it compiles in seconds, and a new torch needs no new build.
 //
 // Decoding is bound by memory, so the code is about reading weights. W is stored [K, N]:
 // an input channel is one contiguous row. Three steps in one parallel region:
 //
-//   select   Blocks of channels are shared out over the threads. A block lists the
+//   select   Blocks of channels are divided among the threads. A block lists the
 //            channels that any token keeps, shard by shard, with each token's x (0 where
 //            that token drops the channel), and sums x V over the dropped ones.
 //   stream   The rows of W (rows_*.h has a reader per format), and then those of U with
 //            z = V x as coefficients, are added to float32 sums, ROWS at a time, while the
-//            segments of the next ROWS are prefetched. Narrow layers are cut into parts
+//            segments of the next ROWS are prefetched. Narrow layers are split into parts
 //            along K, so that threads read long pieces of rows instead of sharing every
 //            short row.
 //   finish   Sums of the parts, correction and bias are added up and rounded.

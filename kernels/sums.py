@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""Device code of the kernels: sums over the channels that somebody wants.
+"""Device code of the kernels: sums over the channels that any token wants.
 
-Matrices are stored one input channel a contiguous row, so that a channel nobody needs
-is a row that nobody reads. The same sums serve the weight (over kept channels) and the
-factor V (over dropped ones, ``DROPPED``). Three ways, README.md says which is for what:
-``sum_listed`` lists the wanted channels first, ``sum_masked`` and ``dot_masked`` skip
-the others in place.
+Matrices are stored with one input channel per contiguous row, so that an unwanted
+channel is a row that is not read. The same sums serve the weight (over kept channels)
+and the factor V (over dropped ones, ``DROPPED``). There are three ways, and README.md
+describes when each is used: ``sum_listed`` lists the wanted channels first,
+``sum_masked`` and ``dot_masked`` skip the others in place.
 """
 
 import triton

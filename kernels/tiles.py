@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""Device code of the kernels: where a tile of a stored matrix lies, and reading it."""
+"""Device code of the kernels: where a tile of a stored matrix is, and reading it."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ def load_tile(tile_ptr, offs_k, offs_n, stride_k, stride_n, mask, WIDE: tl.const
 
     The one place that knows how weights are stored. A narrower type with a scale per
     output channel is widened here and scaled where the column sums are finished.
-    ``WIDE`` asks for 64-bit offsets, which cost three instructions more a row.
+    ``WIDE`` selects 64-bit offsets, which cost three more instructions per row.
     """
     if WIDE:
         offsets = offs_k.to(tl.int64) * stride_k + offs_n.to(tl.int64) * stride_n
