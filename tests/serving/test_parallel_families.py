@@ -6,7 +6,10 @@ checkpoint; put together, the ranks must compute what the definition gives on th
 linears. Eight ranks share two key-value heads, and 515 tokens divide by none of them.
 """
 
+import importlib.util
 import json
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +17,6 @@ import torch
 
 pytest.importorskip("vllm")
 
-import transformers
 from vllm.config import (
     ModelConfig,
     VllmConfig,
@@ -34,6 +36,7 @@ from vllm.model_executor.model_loader.utils import (
 from vllm_rsparse.plugin import register
 from vllm_rsparse.serving.linear import RSparseLinearMethod
 from vllm_rsparse.testing.cases import one_linear
+from vllm_rsparse.testing.families import FAMILIES, separate
 
 VOCABULARY, LAYERS = 515, 2
 SIZES = {
@@ -46,17 +49,6 @@ SIZES = {
     "head_dim": 32,
     "max_position_embeddings": 64,
     "initializer_range": 0.3,
-}
-TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
-GEMMA = {"sliding_window": 32, "query_pre_attn_scalar": 32}
-FAMILIES = {
-    "Llama": ("Llama", "Llama", UNTIED),
-    "Llama tied": ("Llama", "Llama", TIED),
-    "Mistral": ("Mistral", "Mistral", {**UNTIED, "sliding_window": 32}),
-    "Qwen2": ("Qwen2", "Qwen2", TIED),
-    "Qwen3": ("Qwen3", "Qwen3", UNTIED),
-    "Gemma2": ("Gemma2", "Gemma2", {**TIED, **GEMMA}),
-    "Gemma3": ("Gemma3", "Gemma3Text", {**TIED, **GEMMA}),
 }
 
 
@@ -75,31 +67,52 @@ class FakeGroup(SimpleNamespace):
         return self.rank_in_group == self.world_size - 1
 
 
+@dataclass(frozen=True)
+class Base:
+    """A random checkpoint with an artifact.
+
+    Attributes:
+        directory: of both.
+        tensors: the checkpoint's.
+        linears: weights and biases, every linear on its own.
+        artifact: tensors by linear.
+    """
+
+    directory: Path
+    tensors: dict[str, torch.Tensor]
+    linears: dict[str, torch.Tensor]
+    artifact: dict[str, dict[str, torch.Tensor]]
+
+    def tensor(self, ending):
+        """The language model's tensor of this name."""
+        found = [t for name, t in self.tensors.items() if name.endswith(ending)]
+        return found[0] if found else None
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def checkpoint(request, tmp_path_factory, write_artifact):
-    """A random model of the family with an artifact: directory, weights, tensors."""
-    family, config_class, options = FAMILIES[request.param]
+    """A random model of the family with an artifact."""
+    family = FAMILIES[request.param]
+    if family.wraps and not importlib.util.find_spec("torchvision"):
+        pytest.skip("vLLM's classes of models with vision import torchvision")
     torch.manual_seed(0)
-    config = getattr(transformers, f"{config_class}Config")(**SIZES, **options)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    weights = model.state_dict()
-    for name, tensor in weights.items():
-        if name.endswith(".bias"):
-            tensor.normal_(std=0.5)  # zeros would hide its absence
     directory = tmp_path_factory.mktemp("family")
-    linears = {
-        name: (*module.weight.shape, (index % 3) * 2, index % 2 == 1)
-        for index, (name, module) in enumerate(
-            item
-            for item in model.named_modules()
-            if isinstance(item[1], torch.nn.Linear) and ".layers." in item[0]
-        )
-    }
-    assert len(linears) == 7 * LAYERS
-    tensors = write_artifact(directory / "rsparse", linears)
-    config.architectures = [f"{family}ForCausalLM"]
-    config.dtype = torch.float32
-    values = config.to_dict()
+    tensors = family.save(directory, SIZES)
+    linears = separate(tensors, SIZES)
+    shapes = [
+        (name.removesuffix(".weight"), weight.shape)
+        for name, weight in linears.items()
+        if name.endswith(".weight")
+    ]
+    assert len(shapes) == 7 * LAYERS
+    artifact = write_artifact(
+        directory / "rsparse",
+        {
+            name: (*shape, (index % 3) * 2, index % 2 == 1)
+            for index, (name, shape) in enumerate(shapes)
+        },
+    )
+    values = json.loads((directory / "config.json").read_text())
     values["quantization_config"] = {
         "quant_method": "rsparse",
         "artifact": "rsparse",
@@ -107,16 +120,14 @@ def checkpoint(request, tmp_path_factory, write_artifact):
         "max_sparse_tokens": 8,
     }
     (directory / "config.json").write_text(json.dumps(values))
-    return directory, weights, tensors
+    return Base(directory, tensors, linears, artifact)
 
 
 @pytest.fixture
 def build(checkpoint, monkeypatch):
     """Call with tensor rank and size, pipeline rank and size: that rank's model."""
-    directory, weights, _ = checkpoint
-
     register()
-    model_config = ModelConfig(str(directory), skip_tokenizer_init=True)
+    model_config = ModelConfig(str(checkpoint.directory), skip_tokenizer_init=True)
 
     def make(rank, size, stage=0, stages=1):
         for name, group in (
@@ -130,13 +141,7 @@ def build(checkpoint, monkeypatch):
         config.parallel_config.pipeline_parallel_size = stages
         with set_current_vllm_config(config), torch.no_grad():
             model = initialize_model(vllm_config=config)
-            # A tied head is not in a checkpoint.
-            tied = model_config.hf_config.tie_word_embeddings
-            model.load_weights(
-                (name, weight)
-                for name, weight in weights.items()
-                if not (tied and name == "lm_head.weight")
-            )
+            model.load_weights(checkpoint.tensors.items())
             process_weights_after_loading(model, model_config, torch.device("cpu"))
         return model
 
@@ -153,14 +158,13 @@ def sparse_linears(model):
 
 def whole(name, x, checkpoint):
     """The definition on one whole linear of the checkpoint."""
-    _, weights, tensors = checkpoint
-    weight, mine = weights[f"{name}.weight"], tensors[name]
-    return one_linear(x, weight, mine, weights.get(f"{name}.bias"))
+    linears, mine = checkpoint.linears, checkpoint.artifact[name]
+    weight, bias = linears[f"{name}.weight"], linears.get(f"{name}.bias")
+    return one_linear(x, weight, mine, bias)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_tensor_parallel_ranks_give_the_whole(checkpoint, build, size):
-    _, weights, _ = checkpoint
     models = [build(rank, size) for rank in range(size)]
     layers = [sparse_linears(model) for model in models]
     assert len(layers[0]) == 4 * LAYERS
@@ -185,7 +189,8 @@ def test_tensor_parallel_ranks_give_the_whole(checkpoint, build, size):
                 # Where ranks outnumber key-value heads, neighbours hold the same one.
                 parts = [output[shard] for output in outputs]
                 copies = sum(p.shape[1] for p in parts) // expected.shape[1]
-                assert copies == (max(1, size // 2) if kind[-6:-5] in "kv" else 1)
+                replicated = kind.endswith(("k_proj", "v_proj"))
+                assert copies == (max(1, size // 2) if replicated else 1)
                 joined = torch.cat(parts[::copies], dim=-1)
                 torch.testing.assert_close(joined, expected)
                 for index, part in enumerate(parts):
@@ -193,14 +198,15 @@ def test_tensor_parallel_ranks_give_the_whole(checkpoint, build, size):
 
         tokens = torch.tensor([0, 1, 257, 258, VOCABULARY - 1])
         embeddings = [find(model, VocabParallelEmbedding) for model in models]
-        table = weights["model.embed_tokens.weight"]
+        table = checkpoint.tensor("embed_tokens.weight")
         embedded = sum(embedding(tokens) for embedding in embeddings)
         assert torch.equal(embedded, table[tokens])
         heads = [find(model, ParallelLMHead) or find_tied(model) for model in models]
         x = torch.randn(3, table.shape[1])
         logits = [head.quant_method.apply(head, x) for head in heads]
         logits = torch.cat(logits, dim=-1)[:, :VOCABULARY]
-        expected = x @ weights["lm_head.weight"].T
+        head = checkpoint.tensor("lm_head.weight")
+        expected = x @ (table if head is None else head).T
         torch.testing.assert_close(logits, expected)
 
 
@@ -217,4 +223,4 @@ def test_pipeline_stages_share_the_layers(checkpoint, build):
     names = [{n for m in s.values() for n in m.quant_method.names} for s in stages]
     assert all(".layers.0." in name for name in names[0])
     assert all(".layers.1." in name for name in names[1])
-    assert names[0] | names[1] == set(checkpoint[2])
+    assert names[0] | names[1] == set(checkpoint.artifact)

@@ -132,9 +132,10 @@ def _weights(directory: Path, opened: Artifact, names: list[str]) -> dict[str, T
         dtype = getattr(torch, opened.info.dtype)
         shapes = {name: opened.entry(name).shape for name in names}
         return {n: (torch.randn(s) / s[1] ** 0.5).to(dtype) for n, s in shapes.items()}
+    from vllm_rsparse.model.language_model import LanguageModel
+
     checkpoint = PreparedDirectory.open(directory).checkpoint
-    read = checkpoint.read(f"{name}.weight" for name in names)
-    weights = {name.removesuffix(".weight"): tensor for name, tensor in read.items()}
+    weights = LanguageModel(checkpoint).read_weights(names)
     for name, weight in weights.items():
         shape = opened.entry(name).shape
         if tuple(weight.shape) != shape or weight.dtype not in TOLERANCE:

@@ -12,6 +12,8 @@ from vllm_rsparse.artifact.schema import LinearEntry
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.model.attention import attention_implementation
+from vllm_rsparse.model.language_model import LanguageModel
+from vllm_rsparse.model.modules import linear_modules
 from vllm_rsparse.op.reference import kept_mask
 
 
@@ -67,7 +69,7 @@ class SwitchableModel:
     ) -> None:
         self.device = device
         self.dtype = dtype
-        self.model = _load_base(prepared, dtype).to(device)
+        self.model, self._modules = _load_base(prepared, dtype, device)
         self.linears: dict[str, SwitchableLinear] = {}
 
     def use(self, artifact: Artifact) -> None:
@@ -89,7 +91,8 @@ class SwitchableModel:
 
     def check_window(self, window: int) -> None:
         """Refuse windows longer than the model's positions (ValueError)."""
-        longest = getattr(self.model.config, "max_position_embeddings", None)
+        config = self.model.config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", None)
         if longest and window > longest:
             raise ValueError(
                 f"--window {window} is more than the model's length of {longest}"
@@ -121,8 +124,9 @@ class SwitchableModel:
     ) -> SwitchableLinear:
         if name not in self.linears:
             try:
-                linear = self.model.get_submodule(name)
-            except AttributeError:
+                layer, kind = self._modules[name]
+                linear = layer.get_submodule(kind)
+            except (AttributeError, KeyError):
                 linear = None
             if not isinstance(linear, nn.Linear):
                 raise ArtifactError(
@@ -130,7 +134,7 @@ class SwitchableModel:
                     " have; the artifact belongs to another model"
                 )
             self.linears[name] = SwitchableLinear(linear)
-            self.model.set_submodule(name, self.linears[name])
+            layer.set_submodule(kind, self.linears[name])
         shape = tuple(self.linears[name].linear.weight.shape)
         if shape != entry.shape:
             raise ArtifactError(
@@ -143,12 +147,19 @@ class SwitchableModel:
         return None if tensor is None else tensor.to(self.device, self.dtype)
 
 
-def _load_base(prepared: PreparedDirectory, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _load_base(
+    prepared: PreparedDirectory, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, dict[str, tuple[nn.Module, str]]]:
+    """The base model, and where its linears are."""
+    import transformers
 
     directory, checkpoint = prepared.path, prepared.checkpoint
     try:
-        config = AutoConfig.from_pretrained(directory)
+        language_model = LanguageModel(checkpoint)
+        auto = transformers.AutoModelForCausalLM
+        if language_model.family.text_config is not None:
+            auto = transformers.AutoModelForImageTextToText
+        config = transformers.AutoConfig.from_pretrained(directory)
         # transformers would look for a quantizer of this name.
         del config.quantization_config
         settings = {
@@ -157,15 +168,17 @@ def _load_base(prepared: PreparedDirectory, dtype: torch.dtype) -> Any:
             "attn_implementation": attention_implementation(config),
         }
         if not checkpoint.quantized:
-            model = AutoModelForCausalLM.from_pretrained(directory, **settings)
+            model = auto.from_pretrained(directory, **settings)
         else:
             with torch.device("meta"):
-                architecture = type(AutoModelForCausalLM.from_config(config))
+                architecture = type(auto.from_config(config))
             weights = checkpoint.read(checkpoint.plain_names(), dequantised=dtype)
             model = architecture.from_pretrained(None, state_dict=weights, **settings)
+        model.to(device)
+        modules = linear_modules(model, language_model)
     # Unknown architectures, remote code, broken weights: each its own exception.
     except Exception as error:
         raise ArtifactError(
             f"{directory}: transformers cannot load the base model ({error})"
         ) from error
-    return model.eval()
+    return model.eval(), modules

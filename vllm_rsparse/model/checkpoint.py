@@ -40,6 +40,7 @@ COMPANIONS = (
     "*.tiktoken",
     "*.jinja",
     "chat_template*",
+    "*processor_config.json",
     "LICENSE*",
     "NOTICE*",
 )

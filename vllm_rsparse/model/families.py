@@ -7,7 +7,7 @@ of its layers, and where the layers are in the checkpoint. Nothing else in the p
 contains model structure.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,10 +82,72 @@ _GATED_MLP = (
 
 
 @dataclass(frozen=True)
+class FusedTensor:
+    """A module of the checkpoint that holds several linears, one below the other.
+
+    Attributes:
+        module: its name within the layer, "self_attn.qkv_proj".
+        parts: the kinds in the order of its rows, all of the same parent as it is.
+        shares: of a config, the rows of each part relative to the others'.
+    """
+
+    module: str
+    parts: tuple[str, ...]
+    shares: Callable[[Mapping[str, Any]], tuple[int, ...]]
+
+    def rows(self, part: str, config: Mapping[str, Any], total: int) -> slice:
+        """The rows of one part.
+
+        Args:
+            part: a kind.
+            config: of the language model.
+            total: rows of the whole.
+
+        Raises:
+            ValueError: the rows cannot be divided so.
+        """
+        shares = self.shares(config)
+        unit, rest = divmod(total, sum(shares))
+        if rest:
+            raise ValueError(
+                f"{self.module} has {total} rows, which config.json cannot divide into"
+                f" {', '.join(map(label_of, self.parts))} as {shares}"
+            )
+        position = self.parts.index(part)
+        start = unit * sum(shares[:position])
+        return slice(start, start + unit * shares[position])
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    heads = config["num_attention_heads"]
+    kv = config.get("num_key_value_heads") or heads
+    return heads, kv, kv
+
+
+def _halves(config: Mapping[str, Any]) -> tuple[int, int]:
+    return 1, 1
+
+
+_QKV = FusedTensor(
+    "self_attn.qkv_proj",
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    _heads,
+)
+_GATE_UP = FusedTensor("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), _halves)
+
+
+@dataclass(frozen=True)
 class LayerSpec:
-    """The linears of one decoder layer, in the order in which they run."""
+    """The linears of one decoder layer.
+
+    Attributes:
+        kinds: in the order in which they run.
+        fused: modules that hold several of them in the checkpoint; all others have a
+            module of their own.
+    """
 
     kinds: tuple[LinearKind, ...]
+    fused: tuple[FusedTensor, ...] = ()
 
     def __iter__(self) -> Iterator[LinearKind]:
         return iter(self.kinds)
@@ -93,8 +155,12 @@ class LayerSpec:
     def __len__(self) -> int:
         return len(self.kinds)
 
+    def fused_tensor(self, kind: str) -> FusedTensor | None:
+        """The module that holds a kind together with others; None for its own."""
+        return next((fused for fused in self.fused if kind in fused.parts), None)
 
-_DENSE_LAYER = LayerSpec((*_ATTENTION, *_GATED_MLP))
+
+_SEVEN = (*_ATTENTION, *_GATED_MLP)
 
 
 @dataclass(frozen=True)
@@ -102,26 +168,57 @@ class Family:
     """Architectures whose decoder layers have the same linears.
 
     Attributes:
-        layer_path: of the list of decoder layers in a checkpoint.
+        architectures: as ``config.json`` names them.
         spec: the linears of a layer.
+        text_config: key of the part of ``config.json`` that describes the language
+            model; None where it is all of it.
+        paths: where a checkpoint may hold what transformers' class of the language
+            model alone calls "model".
+        heads: and what it calls "lm_head".
     """
 
-    layer_path: str = "model.layers"
-    spec: LayerSpec = _DENSE_LAYER
+    architectures: tuple[str, ...] = ()
+    spec: LayerSpec = LayerSpec(_SEVEN)
+    text_config: str | None = None
+    paths: tuple[str, ...] = ("model",)
+    heads: tuple[str, ...] = ("lm_head",)
 
     def layer(self, index: int) -> LayerSpec:
         """The linears of a decoder layer."""
         return self.spec
 
+    def language_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The part of ``config.json`` that describes the language model."""
+        if self.text_config is None:
+            return config
+        part = config.get(self.text_config)
+        return part if isinstance(part, Mapping) else {}
 
-# Llama, Mistral, Qwen2, Qwen3, Gemma and others with the same seven linears.
+
+# Llama, Mistral, Qwen2, Qwen3, Gemma and others with the same seven linears: every
+# architecture that no other family lists.
 DENSE = Family()
+FAMILIES = (
+    Family(
+        ("Mistral3ForConditionalGeneration", "Gemma3ForConditionalGeneration"),
+        text_config="text_config",
+        # The second is what transformers 4.52 and later may write.
+        paths=("language_model.model", "model.language_model"),
+        heads=("language_model.lm_head", "lm_head"),
+    ),
+    Family(("Phi3ForCausalLM",), LayerSpec(_SEVEN, (_QKV, _GATE_UP))),
+    Family(("Glm4ForCausalLM",), LayerSpec(_SEVEN, (_GATE_UP,))),
+)
 
-_KINDS = {kind.name: kind for kind in _DENSE_LAYER}
+_KINDS = {kind.name: kind for kind in _SEVEN}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a model, by its ``config.json``."""
+    architectures = config.get("architectures") or []
+    for family in FAMILIES:
+        if set(architectures) & set(family.architectures):
+            return family
     return DENSE
 
 

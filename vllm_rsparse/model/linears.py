@@ -6,7 +6,8 @@ from typing import Any
 
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.checkpoint import Checkpoint
-from vllm_rsparse.model.families import Family, family_of, kind_of
+from vllm_rsparse.model.families import family_of, kind_of
+from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.names import LinearName
 from vllm_rsparse.model.quantized import OUR_METHOD
 
@@ -14,8 +15,9 @@ from vllm_rsparse.model.quantized import OUR_METHOD
 FLOAT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 _SUPPORTED = (
-    "supported are dense decoders whose layers have separate q, k, v, o, gate, up and"
-    " down projections (Llama, Mistral, Qwen2, Qwen3 and the like)"
+    "supported are dense decoders whose layers have q, k, v, o, gate, up and down"
+    " projections (Llama, Mistral, Qwen2, Qwen3 and the like), also fused in Phi-3 and"
+    " GLM-4, and in the language model of Mistral 3 and Gemma 3 with vision"
 )
 # Tensor names (within a layer) that mark an architecture which is out of scope.
 _FOREIGN_TENSORS = {
@@ -35,7 +37,8 @@ class Linear:
     """One linear that takes part.
 
     Attributes:
-        name: its name in the checkpoint, "model.layers.0.self_attn.q_proj".
+        name: its name in the checkpoint, "model.layers.0.self_attn.q_proj"; that of
+            its part where the checkpoint fuses it with others.
         layer: index of its decoder layer.
         kind: its name within the layer, "self_attn.q_proj" (see ``families``).
         shape: (N, K).
@@ -45,11 +48,6 @@ class Linear:
     layer: int
     kind: str
     shape: tuple[int, int]
-
-    @property
-    def weight(self) -> str:
-        """Name of the weight tensor in the checkpoint."""
-        return f"{self.name}.weight"
 
     @property
     def input_group(self) -> str:
@@ -76,44 +74,78 @@ def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
         CheckpointError: the model is not supported; the message says why.
     """
     _refuse_config(checkpoint.config, str(checkpoint.directory / "config.json"))
-    family = family_of(checkpoint.config)
-    for name in checkpoint.tensors:
-        for part, what in _FOREIGN_TENSORS.items():
-            if name.startswith(f"{family.layer_path}.") and part in name:
-                raise CheckpointError(
-                    f"{checkpoint.directory}: is {what} ({name}), which is not"
-                    f" supported; {_SUPPORTED}"
-                )
-    layers = checkpoint.config["num_hidden_layers"]
-    linears = []
+    model = LanguageModel(checkpoint)
+    _refuse_tensors(model)
+    _refuse_quantized(model)
+    layers = model.config["num_hidden_layers"]
+    linears, dtypes = [], set()
     for layer in range(layers):
-        for kind in family.layer(layer):
-            name = str(LinearName(family.layer_path, layer, kind.name))
-            shape = checkpoint.linear_shape(name)
+        for kind in model.layer(layer):
+            name = str(LinearName(model.layer_path, layer, kind.name))
+            stored, fused = model.stored_linear(layer, kind.name)
+            shape = checkpoint.linear_shape(stored)
             if shape is None:
-                _refuse_missing_layer(checkpoint, family, layer)
+                _refuse_missing_layer(model, layer)
                 raise CheckpointError(
                     f"{checkpoint.directory}: {_model_name(checkpoint.config)} has no"
-                    f" linear {name} (layer {layer} of {layers}) and is not supported;"
-                    f" {_SUPPORTED}"
+                    f" linear {stored} (layer {layer} of {layers}) and is not"
+                    f" supported; {_SUPPORTED}"
                 )
-            linears.append(Linear(name, layer, kind.name, shape))
-    dtypes = sorted({checkpoint.linear_dtype(linear.name) for linear in linears})
-    if len(dtypes) != 1 or dtypes[0] not in FLOAT_DTYPES:
+            n, k = shape
+            if fused is not None:
+                rows = model.rows(fused, kind.name, n)
+                n = rows.stop - rows.start
+            linears.append(Linear(name, layer, kind.name, (n, k)))
+            dtypes.add(checkpoint.linear_dtype(stored))
+    if len(dtypes) != 1 or not dtypes <= FLOAT_DTYPES.keys():
         raise CheckpointError(
-            f"{checkpoint.directory}: the linears' weights are {', '.join(dtypes)};"
-            f" prepare needs all in one of {', '.join(FLOAT_DTYPES)}"
+            f"{checkpoint.directory}: the linears' weights are"
+            f" {', '.join(sorted(dtypes))}; prepare needs all in one of"
+            f" {', '.join(FLOAT_DTYPES)}"
         )
-    return linears, FLOAT_DTYPES[dtypes[0]]
+    return linears, FLOAT_DTYPES[dtypes.pop()]
 
 
-def _refuse_missing_layer(checkpoint: Checkpoint, family: Family, layer: int) -> None:
+def _refuse_tensors(model: LanguageModel) -> None:
+    known = {fused.module for fused in model.layer(0).fused}
+    for name in model.checkpoint.tensors:
+        parsed = LinearName.parse(name)
+        if parsed.path != model.layer_path:
+            continue
+        for part, what in _FOREIGN_TENSORS.items():
+            if (
+                part in f".{parsed.kind}"
+                and parsed.kind.rpartition(".")[0] not in known
+            ):
+                raise CheckpointError(
+                    f"{model.checkpoint.directory}: is {what} ({name}), which is not"
+                    f" supported; {_SUPPORTED}"
+                )
+
+
+def _refuse_quantized(model: LanguageModel) -> None:
+    """Formats are described by the names in a checkpoint, which the engine changes."""
+    if not model.checkpoint.quantized:
+        return
+    for changed, what in (
+        (model.family.text_config is not None, "wraps a language model"),
+        (bool(model.layer(0).fused), "has fused linears"),
+    ):
+        if changed:
+            raise CheckpointError(
+                f"{model.checkpoint.directory}: {_model_name(model.checkpoint.config)}"
+                f" {what}, and the checkpoint is quantized; this combination is not"
+                " supported: prepare the unquantized model"
+            )
+
+
+def _refuse_missing_layer(model: LanguageModel, layer: int) -> None:
     """Refuse a config.json that has more layers than the weights."""
-    prefix = f"{family.layer_path}.{layer}."
+    checkpoint, prefix = model.checkpoint, f"{model.layer_path}.{layer}."
     if layer > 0 and not any(name.startswith(prefix) for name in checkpoint.tensors):
         raise CheckpointError(
             f"{checkpoint.directory}: config.json has num_hidden_layers ="
-            f" {checkpoint.config['num_hidden_layers']}, but the weights have no layer"
+            f" {model.config['num_hidden_layers']}, but the weights have no layer"
             f" {layer} ({prefix}*); config and weights belong to different models, or"
             " a shard is missing: download the model again"
         )
@@ -126,6 +158,8 @@ def _refuse_config(config: dict[str, Any], where: str) -> None:
             f"{where}: the directory was written by `vllm-rsparse prepare`; prepare the"
             " base model that it was made from"
         )
+    family = family_of(config)
+    language = family.language_config(config)
     for key, what in (
         ("kv_lora_rank", "multi-head latent attention (MLA)"),
         ("num_local_experts", "a mixture of experts"),
@@ -134,17 +168,20 @@ def _refuse_config(config: dict[str, Any], where: str) -> None:
         ("vision_config", "a vision-language model"),
         ("audio_config", "an audio model"),
     ):
-        if config.get(key):
+        if key == "vision_config" and family.text_config is not None:
+            continue
+        value = config.get(key) or language.get(key)
+        if value:
             raise CheckpointError(
                 f"{where}: {_model_name(config)} is {what} ({key} ="
-                f" {str(config[key])[:40]}), which is not supported; {_SUPPORTED}"
+                f" {str(value)[:40]}), which is not supported; {_SUPPORTED}"
             )
     if config.get("is_encoder_decoder"):
         raise CheckpointError(
             f"{where}: {_model_name(config)} is an encoder-decoder model, which is not"
             f" supported; {_SUPPORTED}"
         )
-    layers = config.get("num_hidden_layers")
+    layers = language.get("num_hidden_layers")
     if layers is None and isinstance(config.get("text_config"), dict):
         raise CheckpointError(
             f"{where}: {_model_name(config)} keeps its decoder's settings in"

@@ -9,7 +9,7 @@ each layer. After that one layer at a time is loaded, run and freed, so peak mem
 not depend on the number of layers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +20,14 @@ from torch.nn import functional
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.attention import attention_implementation
 from vllm_rsparse.model.checkpoint import Checkpoint
-from vllm_rsparse.model.families import family_of
 from vllm_rsparse.model.finite import check_weight
+from vllm_rsparse.model.language_model import LanguageModel
+from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.memory import release_freed_memory
+from vllm_rsparse.model.modules import split_fused
+
+# In transformers' class of the language model alone.
+_LAYERS = "model.layers"
 
 
 class StreamedModel:
@@ -44,18 +49,26 @@ class StreamedModel:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
-        self._model = _skeleton(checkpoint, dtype)
+        self._tensors = LanguageModel(checkpoint)
+        self._model = _skeleton(self._tensors, dtype)
         self._base: nn.Module = self._model.base_model
-        self._layer_path = family_of(checkpoint.config).layer_path
         layers = getattr(self._base, "layers", None)
         prefix = self._model.base_model_prefix
         if not isinstance(layers, nn.ModuleList) or prefix != "model":
             raise CheckpointError(
                 f"{checkpoint.directory}: {type(self._model).__name__} does not have"
-                f" its decoder layers at {self._layer_path}; it is not supported"
+                f" its decoder layers at {_LAYERS}; it is not supported"
             )
         self._layers = layers
+        for index, layer in enumerate(layers):
+            spec = self._tensors.layer(index)
+            split_fused(layer, spec, self._tensors.config)
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The part of the checkpoint's config.json that describes this model."""
+        return self._tensors.config
 
     @property
     def vocab_size(self) -> int:
@@ -88,12 +101,16 @@ class StreamedModel:
     def layer(self, index: int) -> Iterator[nn.Module]:
         """The decoder layer with its weights, which the end of the block frees."""
         module = self._layers[index]
-        self._materialise(module, f"{self._layer_path}.{index}")
+        self._materialise(module, f"{_LAYERS}.{index}")
         try:
             yield module
         finally:
             module.to("meta")
             release_freed_memory()
+
+    def weight(self, linear: Linear) -> Tensor:
+        """A linear's weight [N, K], on the CPU, in the checkpoint's dtype."""
+        return self._tensors.read_weights([linear.name])[linear.name]
 
     @torch.no_grad()
     def run_layer(self, index: int, hidden: Tensor) -> None:
@@ -130,9 +147,9 @@ class StreamedModel:
                 " model.norm and lm_head, which this recipe needs; use --recipe greedy"
             )
         name = "lm_head.weight"
-        if not self.checkpoint.has(name):  # tied to the embedding
+        if not self._tensors.has(name):  # tied to the embedding
             name = "model.embed_tokens.weight"
-        weight = self._converted(name, self.checkpoint.read([name])[name], self.dtype)
+        weight = self._converted(name, self._tensors.read([name])[name], self.dtype)
         self._materialise(norm, "model.norm")
         try:
             yield lambda hidden: functional.linear(norm(hidden), weight)
@@ -141,7 +158,7 @@ class StreamedModel:
 
     def _materialise(self, module: nn.Module, prefix: str) -> None:
         expected = module.state_dict()
-        stored = self.checkpoint.read(f"{prefix}.{name}" for name in expected)
+        stored = self._tensors.read(f"{prefix}.{name}" for name in expected)
         state = {}
         for name, meta in expected.items():
             tensor = stored.pop(f"{prefix}.{name}")
@@ -217,11 +234,14 @@ class StreamedModel:
         return first[0]
 
 
-def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def _skeleton(tensors: LanguageModel, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    directory = tensors.checkpoint.directory
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory)
+        config = AutoConfig.from_pretrained(directory)
+        if tensors.family.text_config is not None:
+            config = config.get_text_config()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config,
@@ -231,7 +251,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     # Unknown architectures, remote code, broken configs: each its own exception.
     except Exception as error:
         raise CheckpointError(
-            f"{checkpoint.directory / 'config.json'}: transformers cannot build this"
+            f"{directory / 'config.json'}: transformers cannot build this"
             f" model ({error}); models that need remote code are not supported"
         ) from error
     return model.eval()

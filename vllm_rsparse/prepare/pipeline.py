@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``prepare`` from end to end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -75,7 +75,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
         load_tokenizer(checkpoint.directory),
         texts,
         options.samples,
-        _window_tokens(options.tokens, checkpoint.config),
+        _window_tokens(options.tokens, model.config),
         options.seed,
         model.vocab_size,
     )
@@ -177,7 +177,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _window_tokens(tokens: int | None, config: dict[str, Any]) -> int:
+def _window_tokens(tokens: int | None, config: Mapping[str, Any]) -> int:
     longest = config.get("max_position_embeddings")
     if tokens is None:
         return min(DEFAULT_TOKENS, longest) if longest else DEFAULT_TOKENS

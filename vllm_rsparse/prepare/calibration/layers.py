@@ -167,7 +167,7 @@ class _LayerCalibration:
 
     def _calibrate(self, linear: Linear, x: Tensor) -> CalibratedLinear:
         model = self._run.model
-        weight = model.checkpoint.read([linear.weight])[linear.weight]
+        weight = model.weight(linear)
         scale = self._planned.scales.get(linear.name)
         metric = self._planned.metrics.get(linear.name)
         device = model.device

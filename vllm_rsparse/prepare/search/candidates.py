@@ -53,7 +53,7 @@ class Candidates:
                 with model.layer(layer.index) as module, inputs.observe(module):
                     model.run_layer(layer.index, hidden)
                 for linear in layer:
-                    weight = model.checkpoint.read([linear.weight])[linear.weight]
+                    weight = model.weight(linear)
                     self._tables[linear.name] = _Table(
                         weight.to(model.device),
                         inputs.of(linear),

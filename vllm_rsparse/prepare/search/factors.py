@@ -108,7 +108,7 @@ class _Buyer:
                 continue
             x = stage_input(model, stage[0], module, hidden, self.run.dense_prefix)
             for linear in wanted:
-                weight = model.checkpoint.read([linear.weight])[linear.weight]
+                weight = model.weight(linear)
                 ranks[linear.name] = self._rank(linear, weight.to(x.device), x)
         return ranks
 

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language model in a checkpoint, by transformers' names and linear by linear.
+
+A wrapper holds it among other models and under other names than transformers' class of
+the language model alone, and some families hold several linears in one tensor. Here
+tensors go by the names of that class ("model.layers.0.input_layernorm.weight"), with
+every linear on its own ("model.layers.0.self_attn.q_proj.weight").
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from vllm_rsparse.errors import CheckpointError
+from vllm_rsparse.model.checkpoint import Checkpoint
+from vllm_rsparse.model.families import FusedTensor, LayerSpec, family_of
+from vllm_rsparse.model.names import LinearName
+
+_BODY, _HEAD = "model.", "lm_head."
+_LAYERS = "model.layers"
+
+
+class LanguageModel:
+    """A checkpoint's language model.
+
+    Args:
+        checkpoint: the opened checkpoint.
+
+    Attributes:
+        family: of the model.
+        config: the part of config.json that describes the language model.
+        layer_path: of the list of decoder layers in the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.family = family_of(checkpoint.config)
+        self.config: Mapping[str, Any] = self.family.language_config(checkpoint.config)
+        names = checkpoint.plain_names()
+        self._body = _first_present(self.family.paths, names)
+        self._head = _first_present(self.family.heads, names)
+        self.layer_path = f"{self._body}.layers"
+
+    def layer(self, index: int) -> LayerSpec:
+        """The linears of a decoder layer."""
+        return self.family.layer(index)
+
+    def stored_linear(self, index: int, kind: str) -> tuple[str, FusedTensor | None]:
+        """The checkpoint's module that holds a linear, and how it is fused, if it is.
+
+        Args:
+            index: of the decoder layer.
+            kind: of the linear.
+        """
+        fused = self.layer(index).fused_tensor(kind)
+        module = kind if fused is None else fused.module
+        return str(LinearName(self.layer_path, index, module)), fused
+
+    def has(self, name: str) -> bool:
+        """Whether ``read`` knows a name."""
+        return self.checkpoint.has(self._stored(name)[0])
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors on the CPU, in the checkpoint's dtype.
+
+        Raises:
+            CheckpointError: a name is unknown, or its file cannot be read any more.
+        """
+        stored = {name: self._stored(name) for name in names}
+        tensors = self.checkpoint.read({source for source, _, _ in stored.values()})
+        result = {}
+        for name, (source, kind, fused) in stored.items():
+            tensor = tensors[source]
+            if fused is not None:
+                tensor = tensor[self.rows(fused, kind, tensor.shape[0])]
+            result[name] = tensor
+        return result
+
+    def read_weights(self, linears: Iterable[str]) -> dict[str, Tensor]:
+        """Read the weights of linears, by the names that they have in an artifact.
+
+        Raises:
+            CheckpointError: as ``read``.
+        """
+        names = {}
+        for linear in linears:
+            parsed = LinearName.parse(linear)
+            if parsed.path == self.layer_path:
+                parsed = replace(parsed, path=_LAYERS)
+            names[linear] = f"{parsed}.weight"
+        tensors = self.read(names.values())
+        return {linear: tensors[name] for linear, name in names.items()}
+
+    def rows(self, fused: FusedTensor, kind: str, total: int) -> slice:
+        """The rows of a part of a fused tensor.
+
+        Raises:
+            CheckpointError: config.json does not fit the tensor.
+        """
+        try:
+            return fused.rows(kind, self.config, total)
+        except (ValueError, LookupError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.checkpoint.directory}: {error}; config and weights belong to"
+                " different models"
+            ) from error
+
+    def _stored(self, name: str) -> tuple[str, str, FusedTensor | None]:
+        """The checkpoint's tensor, and the kind that is part of it."""
+        module, _, suffix = name.rpartition(".")
+        parsed = LinearName.parse(module)
+        if parsed.path == _LAYERS and parsed.layer is not None:
+            source, fused = self.stored_linear(parsed.layer, parsed.kind)
+            return f"{source}.{suffix}", parsed.kind, fused
+        if name.startswith(_BODY):
+            name = f"{self._body}.{name.removeprefix(_BODY)}"
+        elif name.startswith(_HEAD):
+            name = f"{self._head}.{name.removeprefix(_HEAD)}"
+        return name, "", None
+
+
+def _first_present(paths: Iterable[str], names: Iterable[str]) -> str:
+    """The first path under which there are tensors; the first of all where none has."""
+    paths, names = list(paths), list(names)
+    for path in paths:
+        if any(name.startswith(f"{path}.") for name in names):
+            return path
+    return paths[0]

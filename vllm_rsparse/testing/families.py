@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small random checkpoints of every family that is tested, by transformers' classes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_GEMMA = {"sliding_window": 32}
+_VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "image_size": 28,
+    "vision_use_head": False,
+    "patch_size": 14,
+}
+
+
+@dataclass(frozen=True)
+class RandomFamily:
+    """How to make a random model of an architecture.
+
+    Attributes:
+        architecture: transformers' class, without "ForCausalLM" and the like.
+        config: transformers' config class, without "Config"; the architecture's if
+            empty.
+        options: of the config, besides the sizes; these include ``head_dim`` unless it
+            is None here.
+        wraps: model type of the language model that this architecture wraps.
+        vision_tower: path of its tensors in published checkpoints, where transformers
+            writes another.
+    """
+
+    architecture: str
+    config: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    wraps: str = ""
+    vision_tower: str = "vision_tower"
+
+    def save(self, directory: Path, sizes: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Write a random checkpoint; returns its tensors.
+
+        Args:
+            directory: to create.
+            sizes: of the language model, by the names that Llama's config has.
+        """
+        self.build(sizes).save_pretrained(directory)
+        file = directory / "model.safetensors"
+        tensors = {
+            name.replace("vision_tower", self.vision_tower, 1): tensor
+            for name, tensor in load_file(file).items()
+        }
+        save_file(tensors, file, {"format": "pt"})
+        return tensors
+
+    def build(self, sizes: Mapping[str, Any]) -> Any:
+        """A random model in float32, biases and norms included.
+
+        Args:
+            sizes: of the language model, by the names that Llama's config has.
+        """
+        import transformers
+
+        values = {**sizes, **self.options}
+        values = {name: value for name, value in values.items() if value is not None}
+        config_class = getattr(
+            transformers, f"{self.config or self.architecture}Config"
+        )
+        if self.wraps:
+            tied = values.pop("tie_word_embeddings")
+            text = {"model_type": self.wraps, "tie_word_embeddings": tied, **values}
+            config = config_class(
+                text_config=text,
+                vision_config=_VISION,
+                tie_word_embeddings=tied,
+            )
+        else:
+            config = config_class(**values)
+        ending = "ForConditionalGeneration" if self.wraps else "ForCausalLM"
+        architecture = getattr(transformers, f"{self.architecture}{ending}")
+        model = architecture(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(".bias"):
+                    parameter.normal_(std=0.5)  # zeros would hide its absence
+        config.architectures = [f"{self.architecture}{ending}"]
+        return model.eval()
+
+
+def separate(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Weights and biases of the decoder layers' linears, one linear at a time.
+
+    The splitting is written out here and not taken from ``model``, which the tests
+    compare with it.
+
+    Args:
+        tensors: of a checkpoint.
+        config: of the language model: its numbers of heads.
+    """
+    heads = config["num_attention_heads"]
+    kv_heads = config["num_key_value_heads"]
+    result = {}
+    for name, tensor in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if "vision" in name or not module.endswith("_proj"):
+            continue
+        parent, _, label = module.rpartition(".")
+        if label == "qkv_proj":
+            head = len(tensor) // (heads + 2 * kv_heads)
+            parts = tensor.split([heads * head, kv_heads * head, kv_heads * head])
+            labels = ["q_proj", "k_proj", "v_proj"]
+        elif label == "gate_up_proj":
+            parts, labels = tensor.chunk(2), ["gate_proj", "up_proj"]
+        else:
+            parts, labels = (tensor,), [label]
+        for part, part_label in zip(parts, labels, strict=True):
+            result[f"{parent}.{part_label}.{suffix}"] = part
+    return result
+
+
+_TIED, _UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+
+# What each is here for: sliding windows (Mistral), biases on q, k, v (Qwen2), norms on
+# q and k (Qwen3), capped logits and windows in every other layer (Gemma).
+FAMILIES = {
+    "Llama": RandomFamily("Llama", options=_UNTIED),
+    "Llama tied": RandomFamily("Llama", options=_TIED),
+    "Mistral": RandomFamily("Mistral", options={**_UNTIED, "sliding_window": 32}),
+    "Qwen2": RandomFamily("Qwen2", options=_TIED),
+    "Qwen3": RandomFamily("Qwen3", options=_UNTIED),
+    "Gemma2": RandomFamily("Gemma2", options={**_TIED, **_GEMMA}),
+    "Gemma3": RandomFamily("Gemma3", "Gemma3Text", {**_TIED, **_GEMMA}),
+    # A language model among others.
+    "Mistral3": RandomFamily("Mistral3", options=_UNTIED, wraps="mistral"),
+    "Gemma3 vision": RandomFamily(
+        "Gemma3",
+        options={**_TIED, **_GEMMA},
+        wraps="gemma3_text",
+        vision_tower="vision_tower.vision_model",
+    ),
+    # Several linears in one tensor.
+    "Phi3": RandomFamily(
+        "Phi3", options={**_UNTIED, "head_dim": None, "pad_token_id": 0}
+    ),
+    "Glm4": RandomFamily("Glm4", options={**_UNTIED, "pad_token_id": 0}),
+    # The engine fuses and declares no mapping.
+    "StableLm": RandomFamily("StableLm", options={**_UNTIED, "head_dim": None}),
+}
