@@ -136,7 +136,7 @@ def print_soak(engine: str, result: dict[str, Any]) -> None:
 
 
 def running(server: ServerProcess) -> float:
-    """Requests that the engine still holds, after a moment to let cancelled ones go."""
+    """Requests still in the engine, after a moment for cancelled ones to end."""
     value = 0.0
     for _ in range(20):
         text = httpx.get(f"{server.base_url}/metrics").text

@@ -60,7 +60,7 @@ def seconds(llm: LLM, inputs: list[Any], new_tokens: int) -> float:
     elapsed = time.perf_counter() - start
     made = {len(o.outputs[0].token_ids) for o in outputs}
     if made != {new_tokens}:
-        raise RuntimeError(f"asked for {new_tokens} tokens per prompt, got {made}")
+        raise RuntimeError(f"requested {new_tokens} tokens per prompt, got {made}")
     return elapsed
 
 

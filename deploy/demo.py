@@ -179,7 +179,7 @@ def decode_ms(base_url: str, model: Path) -> float:
     """Milliseconds per token between the first and the last of one streamed reply.
 
     Raises:
-        ServerError: the reply has another number of tokens than was asked for.
+        ServerError: the reply does not have the requested number of tokens.
     """
     reply = post(
         base_url,
@@ -196,7 +196,7 @@ def decode_ms(base_url: str, model: Path) -> float:
         if event.get("usage"):
             tokens = event["usage"]["completion_tokens"]
     if tokens != TIMED_TOKENS or len(arrivals) < 2:
-        raise ServerError(f"asked for {TIMED_TOKENS} streamed tokens, got {tokens}")
+        raise ServerError(f"requested {TIMED_TOKENS} streamed tokens, got {tokens}")
     return 1000 * (arrivals[-1] - arrivals[0]) / (tokens - 1)
 
 

@@ -243,7 +243,7 @@ MALFORMED: dict[str, tuple[Layout, dict[str, Tensor], str]] = {
             "weight": torch.full((8, 4), float("nan")).to(torch.float8_e4m3fn),
             "weight_scale": torch.ones(8, 1),
         },
-        "weight holds NaN",
+        "weight contains NaN",
     ),
     "tensor scales": (
         Fp8Tensor(),

@@ -18,7 +18,9 @@ def test_one_bad_element(dtype: torch.dtype, bad: float) -> None:
     check_weight(weight, weight.float(), "x")
     weight[3, 5] = bad
     assert not is_finite(weight)
-    with pytest.raises(NotFiniteError, match=rf"^x holds {bad} at \[3, 5\]; .*again"):
+    with pytest.raises(
+        NotFiniteError, match=rf"^x contains {bad} at \[3, 5\]; .*again"
+    ):
         check_weight(weight, weight.float(), "x")
     with pytest.raises(NotFiniteError, match=r"^y: NaN or infinity .* --dtype bfl"):
         check_activations(weight, "y")

@@ -57,7 +57,9 @@ def test_weights(
     pyllama: Path, tmp_path: Path, recipe: str, tensor: str, value: float
 ) -> None:
     model = damaged(pyllama, tmp_path / "model", tensor, value)
-    with pytest.raises(NotFiniteError, match=rf"/model: {tensor} holds {value} at \["):
+    with pytest.raises(
+        NotFiniteError, match=rf"/model: {tensor} contains {value} at \["
+    ):
         prepare(options(model, tmp_path / "out", recipe=recipe))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

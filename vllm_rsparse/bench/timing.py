@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of a call, inside a CUDA graph where there is one."""
+"""Time of a call, inside a CUDA graph on a GPU."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -74,7 +74,7 @@ class StoredWeight:
         return self.data.device
 
     def dequantise(self) -> Tensor:
-        """The weight that the stored one stands for: float32 [N, K]."""
+        """The dequantised weight: float32 [N, K]."""
         return self.format.dequantise(self)
 
 
@@ -125,7 +125,7 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def row_bytes(self, weight: StoredWeight, columns: int) -> float:
-        """Bytes that reading one input channel costs, for so many output features.
+        """Bytes that reading one input channel costs, for ``columns`` output features.
 
         Scales and zeros that a group of channels shares are counted in equal parts.
         """

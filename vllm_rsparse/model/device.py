@@ -7,7 +7,7 @@ from vllm_rsparse.errors import DeviceError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that ``--device`` names; "auto" is CUDA where there is one.
+    """The device that ``--device`` names; "auto" is CUDA if available.
 
     Raises:
         DeviceError: there is no such device here.

@@ -34,9 +34,9 @@ def check_weight(stored: Tensor, converted: Tensor, where: str) -> None:
         )
     place = (~torch.isfinite(stored)).nonzero()[0].tolist()
     raise NotFiniteError(
-        f"{where} holds {stored[tuple(place)].item()} at {place}; the file is damaged,"
-        " or the model was saved after training had diverged: download it again, or"
-        " choose another checkpoint"
+        f"{where} contains {stored[tuple(place)].item()} at {place}; the file is"
+        " damaged, or the model was saved after training had diverged: download it"
+        " again, or choose another checkpoint"
     )
 
 

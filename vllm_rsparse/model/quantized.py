@@ -24,7 +24,7 @@ def base_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Args:
         config: content of config.json, of a base model or of a prepared directory,
-            whose ``quantization_config`` holds the base's own under ``base``.
+            whose ``quantization_config`` has the base's own under ``base``.
 
     Returns:
         The dictionary as the base checkpoint has it; None for a plain one.

@@ -230,7 +230,7 @@ def _best_on_cpu() -> Backend:
         load_backend(Backend.CPU)
     except BuildError as error:
         logger.warning(
-            "rsparse: backend cpu-torch, half as fast as cpu or less, because the"
+            "rsparse: using backend cpu-torch, at most half as fast as cpu, because the"
             " kernel of cpu cannot be built: %s",
             error,
         )

@@ -26,7 +26,7 @@ class PrepareOptions:
             1 means no low-rank factors. None takes the recipe's.
         samples: number of calibration windows.
         tokens: tokens per window; None takes 4096 or the model's length if shorter.
-        device: where calibration runs ("auto": CUDA where there is one).
+        device: where calibration runs ("auto": CUDA if available).
         dtype: compute dtype of calibration ("auto": float32 on CPU, the checkpoint's
             on CUDA).
         copy_weights: copy the base's files instead of linking to them.

@@ -159,7 +159,7 @@ def _vllm_config(dictionary: dict[str, Any]) -> QuantizationConfig:
     method = dictionary["quant_method"]
     for name in QUANTIZATION_METHODS:
         # Releases differ in which implementations of a format they have: 0.26 serves
-        # gptq by gptq_marlin, 0.32 by auto_gptq. The implementations say so themselves.
+        # gptq by gptq_marlin, 0.32 by auto_gptq. The implementations report this.
         if name != "rsparse":
             other = get_quantization_config(name).override_quantization_method(
                 dictionary, None

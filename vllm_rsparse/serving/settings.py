@@ -58,7 +58,7 @@ class Settings:
 
     @classmethod
     def of_overrides(cls, hf_config: Any) -> "Settings":
-        """Read the key ``rsparse`` of a model's config; empty where there is none.
+        """Read the key ``rsparse`` of a model's config; empty if there is none.
 
         Raises:
             ArtifactError: unknown key, wrong type or value.

@@ -43,7 +43,7 @@ class _Fp8(Layout):
         # The kernels' conversion reads the two NaNs as 480.
         if bool(((tensors["weight"].view(torch.uint8) & 0x7F) == 0x7F).any()):
             raise WeightFormatError(
-                "weight holds NaN; the checkpoint is damaged: download it again"
+                "weight contains NaN; the checkpoint is damaged: download it again"
             )
 
 

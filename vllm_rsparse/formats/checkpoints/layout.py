@@ -12,7 +12,7 @@ from vllm_rsparse.formats.base import StoredWeight, WeightFormat, WeightFormatEr
 
 
 class Layout(ABC):
-    """How a checkpoint holds a quantized linear. Subclasses are frozen dataclasses.
+    """How a checkpoint stores a quantized linear. Subclasses are frozen dataclasses.
 
     Attributes:
         required: suffixes of the tensors that the linear must have; ``store`` reads
@@ -57,7 +57,7 @@ class Layout(ABC):
             tensors: the required tensors by suffix, and maybe checked ones. Of fused
                 linears, each is the concatenation along the output channels, of a
                 tensor-parallel rank its slice.
-            sizes: output features of each fused linear; None stands for one linear.
+            sizes: output features of each fused linear; None means a single linear.
 
         Raises:
             WeightFormatError: names the tensor and what is wrong with it.

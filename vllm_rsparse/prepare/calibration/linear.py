@@ -29,7 +29,7 @@ class CalibratedLinear:
 
     Attributes:
         tensors: "thresholds", "u" and "v" where the rank is positive, "correction"
-            where there is one.
+            if there is one.
         entry: its entry in ``rsparse.json``.
         factors: how the factors were found, or None.
     """

@@ -48,7 +48,7 @@ def checkpoint_weights(layout: Layout | None, names: list[str]) -> CheckpointWei
     """How a layer's weight is loaded and turned into what the kernels read.
 
     Args:
-        layout: how the checkpoint holds it; None for a floating-point type.
+        layout: how the checkpoint stores it; None for a floating-point type.
         names: checkpoint names of the fused shards, for messages.
     """
     match layout:
