@@ -8,6 +8,7 @@ files, including the servers' logs and `summary.json`, to `.demo/`.
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -163,7 +164,7 @@ def vllm_rsparse(*arguments: object) -> None:
 def serve(model: Path, log: Path, *flags: str) -> tuple[str, float]:
     """Serve a model; returns its completion of PROMPT and its ms per output token."""
     argv = [str(BIN / "vllm"), "serve", str(model), *flags, *SERVE_FLAGS]
-    print("$", *argv, flush=True)
+    print("$", shlex.join(argv), flush=True)
     with ServerProcess(argv, log, env=SERVE_ENV) as server:
         try:
             reply = post(server.base_url, model, max_tokens=COMPLETION_TOKENS)

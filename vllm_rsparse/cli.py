@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``vllm-rsparse`` command: a table of subcommands, argparse only.
 
-Each subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int``,
-imported only if it is requested: ``--help`` needs neither torch nor vLLM.
+Each subcommand is the module ``command`` of its package, with ``add_arguments(parser)``
+and ``run(args) -> int``, imported only if it is requested: ``--help`` needs neither
+torch nor vLLM.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from vllm_rsparse import __version__
+from vllm_rsparse.errors import RSparseError
 
 # Subcommand -> module, one line of help.
 COMMANDS = {
@@ -22,7 +24,7 @@ COMMANDS = {
         "make a sparse model from a base model",
     ),
     "evaluate": (
-        "vllm_rsparse.evaluate",
+        "vllm_rsparse.evaluate.command",
         "measure how much accuracy a prepared model loses",
     ),
     "bench": (
@@ -30,10 +32,13 @@ COMMANDS = {
         "measure the speed of the kernels on this device",
     ),
     "inspect": (
-        "vllm_rsparse.artifact.inspect",
+        "vllm_rsparse.artifact.command",
         "show the contents of a prepared model",
     ),
-    "doctor": ("vllm_rsparse.doctor", "check the installation and a prepared model"),
+    "doctor": (
+        "vllm_rsparse.doctor.command",
+        "check the installation and a prepared model",
+    ),
 }
 
 
@@ -76,9 +81,11 @@ def _run(args: argparse.Namespace) -> int:
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         return command.run(args)
-    # What the user can put right: our own errors are ValueErrors.
-    except (ValueError, OSError) as error:
-        if args.debug:
+    # What the user can put right; everything else is a bug and shows its traceback.
+    except (RSparseError, OSError) as error:
+        # Without a number it is no failed system call, but raised by some library.
+        ours = isinstance(error, RSparseError) or error.errno is not None
+        if args.debug or not ours:
             raise
         print(f"vllm-rsparse {args.command}: error: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from vllm_rsparse.errors import SettingError
+
 BACKEND = "VLLM_RSPARSE_BACKEND"
 MAX_SPARSE_TOKENS = "VLLM_RSPARSE_MAX_SPARSE_TOKENS"
 METRICS_INTERVAL = "VLLM_RSPARSE_METRICS_INTERVAL"
@@ -26,7 +28,7 @@ def max_sparse_tokens() -> int | None:
     of the device.
 
     Raises:
-        ValueError: not an integer, or negative.
+        SettingError: not an integer, or negative.
     """
     return _count(MAX_SPARSE_TOKENS, "0 serves dense")
 
@@ -35,7 +37,7 @@ def metrics_interval() -> int:
     """One sparse step out of this many is sampled (250); 0 turns metrics off.
 
     Raises:
-        ValueError: not an integer, or negative.
+        SettingError: not an integer, or negative.
     """
     interval = _count(METRICS_INTERVAL, "0 turns metrics off")
     return 250 if interval is None else interval
@@ -50,7 +52,7 @@ def _count(name: str, zero: str) -> int | None:
     except ValueError:
         value = -1
     if value < 0:
-        raise ValueError(f"{name} must be an integer >= 0 ({zero}), got {raw!r}")
+        raise SettingError(f"{name} must be an integer >= 0 ({zero}), got {raw!r}")
     return value
 
 

@@ -10,6 +10,10 @@ class RSparseError(ValueError):
     """Base class of every error that this project raises for its users."""
 
 
+class SettingError(RSparseError):
+    """An option, variable or key of a config whose value cannot be used."""
+
+
 class ArtifactError(RSparseError):
     """An artifact that cannot be used."""
 

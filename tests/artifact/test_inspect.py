@@ -101,7 +101,7 @@ def test_heat_map_without_matplotlib(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_artifact(tmp_path, LINEARS)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
     picture = tmp_path / "map.png"
     assert main(["inspect", str(tmp_path), "--plot", str(picture)]) == 1
     assert "pip install matplotlib" in capsys.readouterr().err

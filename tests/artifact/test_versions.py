@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_rsparse.artifact.quantization import QuantizationSettings, read_quantization
-from vllm_rsparse.artifact.schema import BaseWeights
+from vllm_rsparse.artifact.schema import WEIGHT_FORMATS, BaseWeights
 from vllm_rsparse.artifact.tensors import Artifact, file_sha256
 from vllm_rsparse.artifact.versions import read_info, write_info
 from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.formats.registry import FORMATS
 
 # As release 0.1.0 wrote it (shapes and figures shortened). Not to be changed.
 VERSION_1 = """{
@@ -113,6 +114,10 @@ def test_weights_of_the_base(base, message):
     raw = json.loads(write_info(read_info(VERSION_1, "here"))) | {"base": base}
     with pytest.raises(ArtifactError, match=message):
         read_info(json.dumps(raw), "here")
+
+
+def test_formats_of_the_base_are_those_of_the_package():
+    assert tuple(one.name for one in FORMATS) == WEIGHT_FORMATS
 
 
 def test_group_of_the_base_survives():

@@ -2,6 +2,7 @@
 """The command line of ``prepare``, in processes of its own."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def _command(model: Path, output: Path, *more: str) -> list[str]:
 def test_a_user_sees_the_table_and_the_next_command(
     pyllama: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "out"
+    output = tmp_path / "my model"
     done = subprocess.run(
         _command(
             pyllama, output, "--calibration-samples", "2", "--calibration-tokens", "128"
@@ -68,7 +69,9 @@ def test_a_user_sees_the_table_and_the_next_command(
     assert (name, target, rank) == ("q_proj", "0.500", "4.0")
     assert 0.49 < float(achieved) < 0.51
     assert 0 < float(error) < 1
-    assert serve == f"serve it with: vllm serve {output} --quantization rsparse"
+    quoted = shlex.quote(str(output))
+    assert quoted != str(output)
+    assert serve == f"serve it with: vllm serve {quoted} --quantization rsparse"
     assert "achieved sparsity 0.5" in done.stderr
     assert "28/28" in done.stderr
 

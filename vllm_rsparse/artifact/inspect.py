@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-rsparse inspect``: show the contents of a prepared directory's artifact."""
+"""An artifact for people: tables of its figures, and a heat map of its sparsity."""
 
-import argparse
 import json
 import math
 from collections.abc import Callable
@@ -9,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_rsparse.artifact.prepared import open_artifact
 from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry
 from vllm_rsparse.model.names import LinearName, label_of
 from vllm_rsparse.text_table import align
@@ -33,36 +31,6 @@ _FIGURES = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument(
-        "directory",
-        metavar="DIR",
-        type=Path,
-        help="directory written by `prepare`, or the artifact inside it",
-    )
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="OUT.png",
-        help="draw sparsity by layer and kind as a heat map (needs matplotlib)",
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the tables, and draw the heat map if requested.
-
-    Raises:
-        ArtifactError: there is no artifact, or it is damaged.
-        ValueError: --plot without matplotlib, or an image format that it cannot write.
-    """
-    artifact = open_artifact(args.directory)
-    if args.plot is not None:
-        draw(artifact.info, args.plot)
-    print(describe(artifact.info))
-    return 0
-
-
 def describe(info: ArtifactInfo) -> str:
     """Figures by layer and kind, bytes per token, provenance.
 
@@ -83,13 +51,8 @@ def describe(info: ArtifactInfo) -> str:
 
 def draw(info: ArtifactInfo, path: Path) -> None:
     """Write a heat map of the sparsity, one row per layer, one column per kind."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            f"--plot {path}: needs matplotlib, which is not installed; install it with"
-            " `pip install matplotlib`, or leave --plot out"
-        ) from error
+    from matplotlib.figure import Figure
+
     grid = _grid(info)
     values = [
         [_sparsity(row[kind]) if kind in row else math.nan for kind in grid.kinds]

@@ -17,13 +17,14 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from vllm_rsparse.formats.registry import FORMATS
 from vllm_rsparse.validation import CONFIG, must, one_of, sha256
 
 FORMAT_VERSION = 2
 # Beyond any model: features of a linear.
 _MAX_SIZE = 1 << 24
 
+# Names of ``formats.registry``, which imports torch: --help does without.
+WEIGHT_FORMATS = ("float", "fp8", "fp8-block", "int4")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -110,7 +111,7 @@ class BaseWeights:
         group: input channels that share a scale; 0 if none do.
     """
 
-    format: StrictStr = one_of(*(one.name for one in FORMATS))
+    format: StrictStr = one_of(*WEIGHT_FORMATS)
     dtype: StrictStr = one_of(*DTYPES)
     group: StrictInt = must("be an integer >= 0", default=0, ge=0)
 

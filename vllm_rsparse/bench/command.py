@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from vllm_rsparse import __version__
+from vllm_rsparse.arguments import output_file
 from vllm_rsparse.artifact.prepared import open_artifact
 from vllm_rsparse.bench.bandwidth import read_bandwidth
 from vllm_rsparse.bench.layers import SHAPES, Layer, layers_of
 from vllm_rsparse.bench.measure import measure_layer
+from vllm_rsparse.errors import SettingError
 from vllm_rsparse.op import tuning
 from vllm_rsparse.op.backends import resolve_backend
 from vllm_rsparse.text_table import align
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel-size", "-tp", type=int, default=1, help="of DIRECTORY"
     )
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--output", type=Path, help="write the rows as JSON")
+    parser.add_argument("--output", type=output_file, help="write the rows as JSON")
     parser.add_argument(
         "--tune",
         action="store_true",
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     backend = resolve_backend("auto", device)
     if args.tune:
         if device == "cpu":
-            raise ValueError("--tune needs a CUDA device, and there is none")
+            raise SettingError("--tune needs a CUDA device, and there is none")
         from vllm_rsparse.bench.tuner import tune
 
         path = tune(layers, args.tokens, dtype, provenance())
@@ -88,12 +90,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _layers(args: argparse.Namespace) -> list[Layer]:
     if min(args.tokens) < 1:
-        raise ValueError(f"--tokens must be at least 1, got {min(args.tokens)}")
+        raise SettingError(f"--tokens must be at least 1, got {min(args.tokens)}")
     if args.directory is not None:
         artifact = open_artifact(args.directory)
         return layers_of(artifact.info, args.tensor_parallel_size)
     if not 0.0 <= args.sparsity < 1.0 or not 0.0 < args.rho <= 1.0:
-        raise ValueError(
+        raise SettingError(
             "--sparsity must lie in [0, 1) and --rho in (0, 1], got"
             f" {args.sparsity} and {args.rho}"
         )

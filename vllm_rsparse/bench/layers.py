@@ -4,6 +4,7 @@
 from dataclasses import dataclass, replace
 
 from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry, factor_rank
+from vllm_rsparse.errors import SettingError
 from vllm_rsparse.model.families import by_engine_layer, kind_of
 from vllm_rsparse.model.names import LinearName, label_of
 
@@ -80,7 +81,7 @@ def layers_of(info: ArtifactInfo, tensor_parallel: int) -> list[Layer]:
     of ``count`` times each layer's time represents the model.
 
     Raises:
-        ValueError: a shape does not divide by the tensor-parallel size.
+        SettingError: a shape does not divide by the tensor-parallel size.
     """
     alike: dict[tuple[str, tuple[int, ...], int], list[list[LinearEntry]]] = {}
     for names in by_engine_layer(info.linears):
@@ -91,7 +92,7 @@ def layers_of(info: ArtifactInfo, tensor_parallel: int) -> list[Layer]:
         columns = tensor_parallel if row_parallel else 1
         for kind, entry in zip(kinds, entries, strict=True):
             if entry.shape[0] % rows or entry.shape[1] % columns:
-                raise ValueError(
+                raise SettingError(
                     f"--tensor-parallel-size {tensor_parallel} does not divide"
                     f" {kind.label}, which is {list(entry.shape)}"
                 )

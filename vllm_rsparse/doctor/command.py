@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vllm_rsparse.doctor import installation, model
 from vllm_rsparse.doctor.finding import Finding, Level
+from vllm_rsparse.errors import RSparseError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +69,7 @@ def check(directory: Path | None) -> Iterator[Finding]:
             yield from function()
         # Whatever is wrong with the installation must become a line, not a traceback.
         except Exception as error:
-            # Ours are ValueErrors and say what to do.
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            # Ours say themselves what is wrong and what to do.
+            ours = isinstance(error, RSparseError)
+            kind = "" if ours else f"{type(error).__name__}: "
             yield Finding(Level.FAIL, name, f"{kind}{error}")

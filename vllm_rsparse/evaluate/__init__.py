@@ -5,7 +5,3 @@ directory -> loading (model with switchable linears) -> measure (one pass over h
 windows, dense and every sparse variant on the same tokens) -> report (table, JSON).
 With ``--engine vllm``, engine replaces measure: vLLM and the kernels do the arithmetic.
 """
-
-from vllm_rsparse.evaluate.command import add_arguments, run
-
-__all__ = ["add_arguments", "run"]

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_rsparse import __version__
-from vllm_rsparse.evaluate.plot import check_plot, draw
+from vllm_rsparse.arguments import check_picture, output_file
+from vllm_rsparse.errors import SettingError
+from vllm_rsparse.evaluate.plot import draw
 from vllm_rsparse.text_table import align
 
 if TYPE_CHECKING:
@@ -88,11 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute dtype (default: float32 on CPU, bfloat16 on CUDA)",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="OUT", help="write the figures as JSON"
+        "--json", type=output_file, metavar="OUT", help="write the figures as JSON"
     )
     parser.add_argument(
         "--plot",
-        type=Path,
+        type=output_file,
         metavar="OUT.png",
         help="plot perplexity against bytes read, a line per recipe (needs matplotlib)",
     )
@@ -102,15 +104,15 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print a table, and write JSON and a plot if requested.
 
     Raises:
-        ValueError: bad arguments, directories or text; the message says what to do.
+        RSparseError: bad arguments, directories or text; the message says what to do.
     """
     for name, value in (("--window", args.window), ("--max-windows", args.max_windows)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise SettingError(f"{name} must be at least 1, got {value}")
     if args.plot is not None:
-        check_plot(args.plot)
+        check_picture(args.plot)
     if args.engine == "vllm" and args.device != "auto":
-        raise ValueError(
+        raise SettingError(
             f"--device {args.device} goes with --engine torch; vLLM runs on the device"
             " that it was built for"
         )
@@ -129,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     # The first too: a base that is gone is found here, before the tokenizer misses it.
     for other in prepared:
         if not prepared[0].same_base(other):
-            raise ValueError(
+            raise SettingError(
                 f"--compare {other.path}: its weights are not those of"
                 f" {args.directory}; compare preparations of one base model"
             )

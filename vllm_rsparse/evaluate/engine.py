@@ -24,7 +24,7 @@ from torch import Tensor
 from vllm_rsparse import envs
 from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.artifact.schema import model_sparsity
-from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.errors import ArtifactError, SettingError
 from vllm_rsparse.evaluate.measure import Loss, sparsity_by_kind
 
 WORKER = "vllm_rsparse.evaluate.engine_worker"
@@ -67,16 +67,16 @@ def check_engine(prepared: PreparedDirectory, window: int) -> None:
     """Refuse what vLLM could not run, before starting anything.
 
     Raises:
-        ValueError: vLLM is not installed, or the window leaves no room.
+        SettingError: vLLM is not installed, or the window leaves no room.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise ValueError(
+        raise SettingError(
             "--engine vllm: vLLM is not installed in this environment; install it, or"
             " use --engine torch"
         )
     longest = prepared.config.get("max_position_embeddings")
     if longest and window >= longest:
-        raise ValueError(
+        raise SettingError(
             f"--window {window}: vLLM generates one token after each window, which"
             f" leaves {longest - 1} of the model's {longest} positions"
             " (max_position_embeddings)"

@@ -10,7 +10,7 @@ from torch.nn import functional
 from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.artifact.schema import LinearEntry
 from vllm_rsparse.artifact.tensors import Artifact
-from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.errors import ArtifactError, SettingError
 from vllm_rsparse.model.attention import attention_implementation
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.modules import linear_modules
@@ -90,11 +90,11 @@ class SwitchableModel:
             self.linears[name].thresholds = None
 
     def check_window(self, window: int) -> None:
-        """Refuse windows longer than the model's positions (ValueError)."""
+        """Refuse windows longer than the model's positions (SettingError)."""
         config = self.model.config.get_text_config()
         longest = getattr(config, "max_position_embeddings", None)
         if longest and window > longest:
-            raise ValueError(
+            raise SettingError(
                 f"--window {window} is more than the model's length of {longest}"
                 " (max_position_embeddings)"
             )

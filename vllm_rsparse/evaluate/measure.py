@@ -19,6 +19,7 @@ from tqdm import tqdm
 from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.artifact.schema import LinearEntry, model_sparsity
 from vllm_rsparse.artifact.tensors import Artifact
+from vllm_rsparse.errors import SettingError
 from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.model.names import LinearName
 
@@ -83,13 +84,13 @@ def dense_positions(window: int, dense_fraction: float) -> int:
     """Number of leading positions of a window that run dense.
 
     Raises:
-        ValueError: no sparse position would be left to predict from.
+        SettingError: no sparse position would be left to predict from.
     """
     if not 0.0 <= dense_fraction < 1.0:
-        raise ValueError(f"--dense-fraction must lie in [0, 1), got {dense_fraction}")
+        raise SettingError(f"--dense-fraction must lie in [0, 1), got {dense_fraction}")
     first = int(dense_fraction * window)
     if window - first < 2:
-        raise ValueError(
+        raise SettingError(
             f"--window {window} with --dense-fraction {dense_fraction} leaves no"
             " sparse position that predicts a token; use longer windows"
         )

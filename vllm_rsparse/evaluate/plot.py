@@ -11,27 +11,6 @@ if TYPE_CHECKING:
 MARKERS = "osD^vPX*"
 
 
-def check_plot(path: Path) -> None:
-    """Refuse a plot that could not be drawn, before any work is done.
-
-    Raises:
-        ValueError: no matplotlib, or a format that it cannot write.
-    """
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise ValueError(
-            f"--plot {path}: needs matplotlib, which is not installed; install it with"
-            " `pip install matplotlib`, or leave --plot out"
-        ) from error
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in formats:
-        raise ValueError(
-            f"--plot {path}: the name must end in one of"
-            f" {', '.join('.' + name for name in sorted(formats))}"
-        )
-
-
 def draw(losses: Sequence["Loss"], recipes: Sequence[str], path: Path) -> None:
     """Write the picture.
 

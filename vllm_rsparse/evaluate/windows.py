@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_rsparse.errors import CheckpointError
+
 
 @dataclass(frozen=True)
 class HeldOutText:
@@ -43,7 +45,7 @@ def read_windows(
         limit: at most this many windows, spread evenly over the text; None takes all.
 
     Raises:
-        ValueError: a file is not text, or the text is shorter than one window.
+        CheckpointError: a file is not text, or the text is shorter than one window.
     """
     sources = []
     parts = []
@@ -52,7 +54,7 @@ def read_windows(
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise CheckpointError(
                 f"--data {file}: not UTF-8 text (byte {error.start}); convert it, or"
                 " leave it out"
             ) from error
@@ -66,7 +68,7 @@ def read_windows(
     body = window - len(prefix)
     available = len(stream) // body if body > 0 else 0
     if available == 0:
-        raise ValueError(
+        raise CheckpointError(
             f"--data has {len(stream)} tokens, fewer than one window of {window};"
             " give more text or a smaller --window"
         )

@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+import shlex
 from pathlib import Path
 
 from vllm_rsparse.prepare.options import DEFAULT_TOKENS, DEVICES, DTYPES, PrepareOptions
@@ -137,5 +138,6 @@ def run(args: argparse.Namespace) -> int:
         info.sparsity,
         options.output,
     )
-    print(f"serve it with: vllm serve {options.output} --quantization rsparse")
+    serve = ["vllm", "serve", str(options.output), "--quantization", "rsparse"]
+    print(f"serve it with: {shlex.join(serve)}")
     return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from vllm_rsparse.arguments import output_problem
 from vllm_rsparse.artifact.tensors import ARTIFACT_DIR, JSON_NAME
 from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.model.checkpoint import COMPANIONS, INDEX_NAME, Checkpoint
@@ -127,18 +128,10 @@ def check_recipe_file(path: Path, output: Path) -> None:
     Raises:
         PrepareError: its folder does not exist or is not writable, or it is a folder.
     """
-    folder = path.absolute().parent
-    if path.is_dir():
-        problem = "is a folder; give the name of a file in it"
-    elif folder == output.absolute():
-        return
-    elif not folder.is_dir():
-        problem = f"there is no folder {folder}; make it, or choose another"
-    elif not os.access(path if path.exists() else folder, os.W_OK):
-        problem = "is not writable; choose another file"
-    else:
-        return
-    raise PrepareError(f"--save-recipe {path}: {problem}")
+    problem = output_problem(path)
+    made = path.absolute().parent == output.absolute() and not path.is_dir()
+    if problem is not None and not made:
+        raise PrepareError(f"--save-recipe {path}: {problem}")
 
 
 def check_output(output: Path, overwrite: bool) -> None:

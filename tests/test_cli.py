@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: which errors are one line, and what is refused before any work."""
+
+import errno
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_rsparse import cli
+from vllm_rsparse.errors import ArtifactError
+
+MISSING = FileNotFoundError(errno.ENOENT, "No such file or directory", "/no/file")
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Call with an exception: the subcommand ``inspect`` then raises it."""
+
+    def fail(error):
+        def run(args):
+            raise error
+
+        module = SimpleNamespace(add_arguments=lambda parser: None, run=run)
+        monkeypatch.setattr("importlib.import_module", lambda name: module)
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ArtifactError("DIR: damaged"), "DIR: damaged"),
+        (MISSING, "[Errno 2] No such file or directory: '/no/file'"),
+        (FULL, "[Errno 28] No space left on device"),
+    ],
+)
+def test_what_the_user_can_put_right_is_one_line(failing, capsys, error, message):
+    failing(error)
+    assert cli.main(["inspect"]) == 1
+    assert capsys.readouterr().err == f"vllm-rsparse inspect: error: {message}\n"
+    with pytest.raises(type(error)):
+        cli.main(["--debug", "inspect"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("not enough values to unpack"),
+        KeyError("q_proj"),
+        # Libraries raise OSError for what is no failed system call.
+        OSError("cannot load the tokenizer"),
+    ],
+)
+def test_a_bug_shows_its_traceback(failing, error):
+    failing(error)
+    with pytest.raises(type(error)) as caught:
+        cli.main(["inspect"])
+    assert caught.value is error
+
+
+def test_an_interrupt_is_one_line(failing, capsys):
+    failing(KeyboardInterrupt())
+    assert cli.main(["inspect"]) == 130
+    assert capsys.readouterr().err == "vllm-rsparse inspect: interrupted\n"
+
+
+def test_every_subcommand_is_the_command_of_its_package():
+    for module, _ in cli.COMMANDS.values():
+        assert module.startswith("vllm_rsparse.")
+        assert module.endswith(".command")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["evaluate", "DIR", "--data", "FILE"], "--json"),
+        (["evaluate", "DIR", "--data", "FILE"], "--plot"),
+        (["inspect", "DIR"], "--plot"),
+        (["bench", "DIR"], "--output"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_at_once(
+    arguments, option, tmp_path, capsys
+):
+    folder = tmp_path / "none"
+    for path, problem in (
+        (folder / "out.png", f"there is no folder {folder}; make it, or"),
+        (tmp_path, "is a folder; give the name of a file in it"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([*arguments, option, str(path)])
+        assert exit_.value.code == 2
+        error = capsys.readouterr().err
+        assert f"error: argument {option}: {path}: {problem}" in error

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the subcommands' arguments share: files that are written at the end of a run."""
+
+import argparse
+import os
+from pathlib import Path
+
+from vllm_rsparse.errors import SettingError
+
+
+def output_file(text: str) -> Path:
+    """An argument's ``type``: a file to write, checked before any work is done.
+
+    Raises:
+        argparse.ArgumentTypeError: it could not be written.
+    """
+    path = Path(text)
+    problem = output_problem(path)
+    if problem is not None:
+        raise argparse.ArgumentTypeError(f"{text}: {problem}")
+    return path
+
+
+def output_problem(path: Path) -> str | None:
+    """Why a file could not be written, and what to do; None if it could be."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        return "is a folder; give the name of a file in it"
+    if not folder.is_dir():
+        return f"there is no folder {folder}; make it, or choose another"
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        return "is not writable; choose another file"
+    return None
+
+
+def check_picture(path: Path) -> None:
+    """Refuse, before any work is done, an image that ``--plot`` could not draw.
+
+    Raises:
+        SettingError: matplotlib is not installed, or does not write this format.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise SettingError(
+            f"--plot {path}: needs matplotlib, which is not installed; install it with"
+            " `pip install matplotlib`, or leave --plot out"
+        ) from error
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise SettingError(
+            f"--plot {path}: the name must end in one of"
+            f" {', '.join('.' + name for name in sorted(formats))}"
+        )
