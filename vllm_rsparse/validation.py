@@ -94,6 +94,7 @@ def _explain(fault: ValidationError, schema: type, raw: Any, where: str) -> str:
     kind, location = first["type"], first["loc"]
     path, hint, found, allowed = "", schema, raw, None
     for depth, step in enumerate(location):
+        hint = _given(hint)
         fields = _fields(hint)
         if fields is not None and step not in fields:
             if kind == "unexpected_keyword_argument":
@@ -120,13 +121,17 @@ def _explain(fault: ValidationError, schema: type, raw: Any, where: str) -> str:
     return f"{where}{path} must {allowed}, got {shown(found)}"
 
 
+def _given(hint: Any) -> Any:
+    """``T`` of ``T | None``: what a value that was given should have been."""
+    if get_origin(hint) in (Union, UnionType):
+        types = [one for one in get_args(hint) if one is not type(None)]
+        return types[0] if len(types) == 1 else hint
+    return hint
+
+
 def _fields(hint: Any) -> Mapping[str, Any] | None:
-    """Fields of a schema, or of the one in ``Schema | None``; None for other types."""
-    union = get_origin(hint) in (Union, UnionType)
-    for candidate in get_args(hint) if union else (hint,):
-        if hasattr(candidate, "__pydantic_fields__"):
-            return candidate.__pydantic_fields__
-    return None
+    """Fields of a schema; None for other types."""
+    return getattr(hint, "__pydantic_fields__", None)
 
 
 def _element(hint: Any) -> Any:

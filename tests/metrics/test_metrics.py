@@ -227,8 +227,11 @@ def test_facts(write_artifact: Any, tmp_path: Path) -> None:
     collector.facts = exporter.facts(Artifact(tmp_path).info, "cpu", 4)
     samples = scrape(collector)
     assert samples["calibrated_kept_fraction", "q_proj"] == 0.5
-    (info,) = [key for key in samples if key[0] == "info"]
-    assert {"cpu", "4"} < set(info)
+    exported = [sample for family in collector.collect() for sample in family.samples]
+    (info,) = [sample for sample in exported if sample.name == "vllm_rsparse_info"]
+    assert info.labels["backend"] == "cpu"
+    assert info.labels["max_sparse_tokens"] == "4"
+    assert info.labels["artifact_sha256"] == Artifact(tmp_path).sha256
 
 
 @pytest.mark.gpu

@@ -14,19 +14,52 @@ their ``correction`` is true or false, and they have no ``rho``.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pydantic import StrictBool, StrictFloat, StrictStr
+from pydantic.dataclasses import dataclass
 
 from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
-from vllm_rsparse.prepare.recipe.recipes import ALWAYS, NEVER, RECIPES, TRY, Recipe
+from vllm_rsparse.prepare.recipe.recipes import (
+    ACTIVATIONS,
+    ALWAYS,
+    CORRECTIONS,
+    FACTORS,
+    NEVER,
+    RECIPES,
+    SCORES,
+    TRY,
+    Recipe,
+)
+from vllm_rsparse.validation import CONFIG, must, one_of, parse_json, validate
 
 if TYPE_CHECKING:
     from vllm_rsparse.model.linears import Linear
 
 # How far the linears of a file may add up to another sparsity than --sparsity.
 BUDGET_TOLERANCE = 0.002
+
+
+@dataclass(frozen=True, config=CONFIG)
+class _PlanFile:
+    sparsity: StrictFloat = must("lie in [0, 1]", ge=0, le=1)
+    rho: StrictFloat = must("lie in (0, 1]", gt=0, le=1)
+
+
+@dataclass(frozen=True, config=CONFIG)
+class _RecipeFile:
+    name: StrictStr = must("be a string")
+    score: StrictStr = one_of(*SCORES)
+    # Which allocations there are is known to the search, which is above.
+    allocation: StrictStr = must("be the name of an allocation")
+    activations: StrictStr = one_of(*ACTIVATIONS)
+    correction: StrictBool | StrictStr = must(f"be one of {', '.join(CORRECTIONS)}")
+    factors: StrictStr = one_of(*FACTORS, default="svd")
+    rho: StrictFloat | None = must("lie in (0, 1]", gt=0, le=1, default=None)
+    linears: dict[str, _PlanFile] | None = must("be an object", default=None)
 
 
 def load_recipe(source: str) -> Recipe:
@@ -39,28 +72,17 @@ def load_recipe(source: str) -> Recipe:
         return RECIPES[source]
     where = f"--recipe {source}"
     try:
-        raw = json.loads(Path(source).read_text(encoding="utf-8"))
+        text = Path(source).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise PrepareError(
             f"{where}: neither one of {', '.join(RECIPES)} nor a file"
         ) from None
-    except (OSError, ValueError) as error:
-        raise PrepareError(f"{where}: cannot be read as JSON ({error})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrepareError(f"{where}: cannot be read ({error})") from error
+    raw = parse_json(text, where, PrepareError)
     if not isinstance(raw, dict):
         raise PrepareError(f"{where}: expected a JSON object")
-    _check_keys(raw, Recipe, {"factors", "rho", "linears"}, where)
-    _upgrade(raw)
-    if not _is_share(raw["rho"]) or raw["rho"] == 0:
-        raise PrepareError(f"{where}: rho is out of range, got {raw['rho']!r}")
-    linears = raw.get("linears")
-    if linears is not None:
-        if not isinstance(linears, dict):
-            raise PrepareError(f"{where}: `linears` must be an object")
-        linears = {
-            name: _plan(plan, f"{where}: linears[{name!r}]")
-            for name, plan in linears.items()
-        }
-    return Recipe(**{**raw, "linears": linears})
+    return _recipe(validate(_RecipeFile, raw, where, PrepareError))
 
 
 def recipe_json(recipe: Recipe) -> str:
@@ -94,40 +116,29 @@ def check_plans(recipe: Recipe, linears: Iterable["Linear"], sparsity: float) ->
         )
 
 
-def _upgrade(raw: dict[str, Any]) -> None:
-    """Version 0.1: a correction of true or false, and rho by the recipe's name."""
-    if raw["correction"] is False:
-        raw["correction"] = NEVER
-    elif raw["correction"] is True:
-        searched = raw["allocation"] == "mixed" and raw.get("linears") is None
-        raw["correction"] = TRY if searched else ALWAYS
-    if "rho" not in raw:
-        known = RECIPES.get(raw["name"]) if isinstance(raw["name"], str) else None
-        raw["rho"] = 1.0 if known is None else known.rho
-
-
-def _plan(raw: Any, where: str) -> LinearPlan:
-    if not isinstance(raw, dict):
-        raise PrepareError(f"{where}: expected an object")
-    _check_keys(raw, LinearPlan, set(), where)
-    for key, zero_allowed in (("sparsity", True), ("rho", False)):
-        if not _is_share(raw[key]) or (raw[key] == 0 and not zero_allowed):
-            raise PrepareError(f"{where}: {key} is out of range, got {raw[key]!r}")
-    return LinearPlan(float(raw["sparsity"]), float(raw["rho"]))
-
-
-def _is_share(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 <= value <= 1
-
-
-def _check_keys(raw: dict[str, Any], cls: type, optional: set[str], where: str) -> None:
-    known = [field.name for field in fields(cls)]
-    for key in raw:
-        if key not in known:
-            raise PrepareError(
-                f"{where}: unknown key {key!r}; known are {', '.join(known)}"
-            )
-    for key in known:
-        if key not in raw and key not in optional:
-            raise PrepareError(f"{where}: key {key!r} is missing")
+def _recipe(file: _RecipeFile) -> Recipe:
+    """The recipe of a file; of version 0.1, correction and rho are worked out."""
+    correction, rho, linears = file.correction, file.rho, None
+    if correction is False:
+        correction = NEVER
+    elif correction is True:
+        searched = file.allocation == "mixed" and file.linears is None
+        correction = TRY if searched else ALWAYS
+    if rho is None:
+        known = RECIPES.get(file.name)
+        rho = 1.0 if known is None else known.rho
+    if file.linears is not None:
+        linears = {
+            name: LinearPlan(plan.sparsity, plan.rho)
+            for name, plan in file.linears.items()
+        }
+    return Recipe(
+        name=file.name,
+        score=file.score,
+        allocation=file.allocation,
+        activations=file.activations,
+        correction=str(correction),
+        factors=file.factors,
+        rho=rho,
+        linears=linears,
+    )
