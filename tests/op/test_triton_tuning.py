@@ -4,8 +4,9 @@
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,10 @@ def config_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 def entry(tokens: int, split_k: int) -> TunedEntry:
     config = replace(CONFIG, split_k=split_k, use_dot=tokens > 2)
     return TunedEntry(64, 256, "bfloat16", tokens, config, 5.0, 9.0)
+
+
+def entry_with(**values: Any) -> str:
+    return json.dumps({"entries": [asdict(entry(1, 4)) | values]})
 
 
 def test_written_tables_read_back(config_dir: Path) -> None:
@@ -76,10 +81,17 @@ def test_default_is_valid_for_any_shape(n: int, k: int, tokens: int) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not a table"),
-        ("[]", "is not a table"),
-        ('{"entries": [{"n": 1}]}', "config"),
-        ('{"entries": [{"config": {"block_n": 1}}]}', "missing or unknown"),
+        ("{", "not valid JSON"),
+        ("[]", "expected an object, got list; write the table again with"),
+        ('{"device": "GPU"}', "key 'entries' is missing"),
+        ('{"entries": [{"n": 1}]}', r"entries\[0\]: key 'k' is missing"),
+        (entry_with(n=True), r"entries\[0\].n must be an integer >= 1, got True"),
+        (entry_with(fast=1), r"entries\[0\]: unknown key 'fast'; known are n, k"),
+        (entry_with(config={}), r"entries\[0\].config: key 'block_n' is missing"),
+        (
+            entry_with(config=asdict(CONFIG) | {"block_n": 48}),
+            r"entries\[0\].config: block_n must be a power of two, got 48; write",
+        ),
     ],
 )
 def test_broken_tables_are_named(config_dir: Path, text: str, message: str) -> None:

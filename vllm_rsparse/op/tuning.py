@@ -10,15 +10,21 @@
 Nothing is tuned while serving: a lookup is a dictionary access.
 """
 
+import dataclasses
 import json
 import logging
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic.dataclasses import dataclass
+
+from vllm_rsparse.errors import RSparseError
 from vllm_rsparse.kernels.launch_config import LaunchConfig
+from vllm_rsparse.validation import CONFIG, must, parse_json, validate
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +37,7 @@ VECTOR_TOKENS = 2
 _LISTED_ELEMENTS = 80 * 2**20
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TunedEntry:
     """One entry of a device's table: the fastest configuration and its measurement.
 
@@ -48,6 +54,38 @@ class TunedEntry:
     dense_us: float
 
 
+class TableError(RSparseError):
+    """A table of launch configurations that cannot be used."""
+
+
+@dataclass(frozen=True, config=CONFIG)
+class _ConfigFile:
+    block_n: StrictInt = must("be an integer")
+    block_k: StrictInt = must("be an integer")
+    split_k: StrictInt = must("be an integer")
+    num_warps: StrictInt = must("be an integer")
+    num_stages: StrictInt = must("be an integer")
+    use_dot: StrictBool = must("be true or false")
+    listed: StrictBool = must("be true or false")
+
+
+@dataclass(frozen=True, config=CONFIG)
+class _EntryFile:
+    n: StrictInt = must("be an integer >= 1", ge=1)
+    k: StrictInt = must("be an integer >= 1", ge=1)
+    dtype: StrictStr = must("be a string")
+    tokens: StrictInt = must("be an integer >= 1", ge=1)
+    config: _ConfigFile = must("be an object")
+    sparse_us: StrictFloat = must("be a number")
+    dense_us: StrictFloat = must("be a number")
+
+
+# Besides the entries a table has what it was measured on, for people.
+@dataclass(frozen=True, config=ConfigDict(extra="ignore"))
+class _TableFile:
+    entries: list[_EntryFile] = must("be a list")
+
+
 def config_path(device_name: str) -> Path:
     """Path of a device's table: ``NVIDIA H200`` -> ``NVIDIA_H200.json``."""
     return CONFIG_DIR / (re.sub(r"[^A-Za-z0-9.-]+", "_", device_name) + ".json")
@@ -57,24 +95,24 @@ def read_table(path: Path) -> list[TunedEntry]:
     """Read a device's table.
 
     Raises:
-        ValueError: the file is not such a table; names the file and the fault.
+        TableError: the file is not such a table; names the file and the fault.
     """
+    remedy = "; write the table again with `vllm-rsparse bench --tune`"
     try:
-        document = json.loads(path.read_text())
-        config_keys = {field.name for field in fields(LaunchConfig)}
-        entries = []
-        for raw in document["entries"]:
-            unknown = set(raw["config"]) ^ config_keys
-            if unknown:
-                raise ValueError(f"config keys missing or unknown: {sorted(unknown)}")
-            entries.append(
-                TunedEntry(**{**raw, "config": LaunchConfig(**raw["config"])})
-            )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a table of launch configurations: {error}. Write it again"
-            " with `vllm-rsparse bench --tune`"
-        ) from error
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TableError(f"{path}: cannot be read ({error}){remedy}") from error
+    raw = parse_json(text, str(path), TableError)
+    table = validate(_TableFile, raw, str(path), TableError, remedy)
+    entries = []
+    for index, entry in enumerate(table.entries):
+        values = asdict(entry)
+        try:
+            config = LaunchConfig(**values.pop("config"))
+        except ValueError as error:
+            where = f"{path}: entries[{index}].config"
+            raise TableError(f"{where}: {error}{remedy}") from error
+        entries.append(TunedEntry(config=config, **values))
     return entries
 
 
