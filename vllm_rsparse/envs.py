@@ -13,6 +13,7 @@ from vllm_rsparse.errors import SettingError
 
 BACKEND = "VLLM_RSPARSE_BACKEND"
 MAX_SPARSE_TOKENS = "VLLM_RSPARSE_MAX_SPARSE_TOKENS"
+DENSE_WEIGHTS = "VLLM_RSPARSE_DENSE_WEIGHTS"
 METRICS_INTERVAL = "VLLM_RSPARSE_METRICS_INTERVAL"
 
 
@@ -31,6 +32,16 @@ def max_sparse_tokens() -> int | None:
         SettingError: not an integer, or negative.
     """
     return _count(MAX_SPARSE_TOKENS, "0 serves dense")
+
+
+def dense_weights() -> str | None:
+    """``shared`` or ``separate``, see ``serving.route.DenseWeights``.
+
+    None (default, also ``auto``) leaves the choice to the model's config, then to the
+    default, ``shared``.
+    """
+    value = os.environ.get(DENSE_WEIGHTS, "").strip().lower()
+    return None if value in ("", "auto") else value
 
 
 def metrics_interval() -> int:
@@ -60,5 +71,6 @@ def _count(name: str, zero: str) -> int | None:
 VLLM_ENVIRONMENT: dict[str, Callable[[], Any]] = {
     BACKEND: backend,
     MAX_SPARSE_TOKENS: max_sparse_tokens,
+    DENSE_WEIGHTS: dense_weights,
     METRICS_INTERVAL: metrics_interval,
 }

@@ -201,6 +201,27 @@ def test_a_backend_that_cannot_read_the_weights_fails_at_start(
         build(quantized, quantization="rsparse", hf_overrides={"rsparse": settings})
 
 
+def test_separate_dense_weights_are_the_bases_own_layers(quantized, artifact, build):
+    """Dense steps are the base model's, bit for bit; sparse ones are not."""
+    settings = {"artifact": str(artifact), "max_sparse_tokens": 2}
+    settings |= {"backend": "reference", "dense_weights": "separate"}
+    ours = build(quantized, quantization="rsparse", hf_overrides={"rsparse": settings})
+    base = build(quantized)
+    sparse = 0
+    for name, module in base.named_modules():
+        if not isinstance(module, LinearBase):
+            continue
+        mine = ours.get_submodule(name)
+        x = torch.randn(3, module.input_size, dtype=torch.bfloat16)
+        expected = module(x)[0]
+        assert torch.equal(mine(x)[0], expected), name
+        if isinstance(mine.quant_method, RSparseLinearMethod):
+            sparse += 1
+            one_token = mine(x[:1])[0]
+            assert not torch.equal(one_token, expected[:1]), name
+    assert sparse == 2 * LAYERS
+
+
 def test_what_is_written_is_read_again_and_sent_to_workers(quantized, artifact):
     own = json.loads((quantized / "config.json").read_text())["quantization_config"]
     config = RSparseConfig.from_config(own)

@@ -20,7 +20,7 @@ from vllm_rsparse.op.backends import Backend
 from vllm_rsparse.plugin import register
 from vllm_rsparse.serving import served as served_module
 from vllm_rsparse.serving.config import RSparseConfig
-from vllm_rsparse.serving.route import Policy, Route
+from vllm_rsparse.serving.route import DenseWeights, Policy, Route
 
 KINDS = ["q_proj", "k_proj", "v_proj"]
 
@@ -95,6 +95,7 @@ def test_environment_overrides_config(model_dir, monkeypatch):
     assert config.served.route == Route(
         Backend.REFERENCE,
         Policy(7),
+        DenseWeights.SHARED,
         "VLLM_RSPARSE_BACKEND",
         "VLLM_RSPARSE_MAX_SPARSE_TOKENS",
     )
@@ -116,6 +117,7 @@ def test_the_key_rsparse_overrides_one_setting(model_dir):
     assert config.served.route == Route(
         Backend.REFERENCE,
         Policy(5),
+        DenseWeights.SHARED,
         "quantization_config.backend",
         "rsparse.max_sparse_tokens",
     )

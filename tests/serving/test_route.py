@@ -3,8 +3,15 @@
 
 import pytest
 
+from vllm_rsparse import envs
+from vllm_rsparse.errors import RSparseError
 from vllm_rsparse.op.backends import Backend
-from vllm_rsparse.serving.route import default_max_sparse_tokens
+from vllm_rsparse.serving.route import (
+    DenseWeights,
+    RouteRequest,
+    choose_route,
+    default_max_sparse_tokens,
+)
 
 
 @pytest.mark.parametrize(
@@ -18,3 +25,25 @@ def test_triton_reads_no_more_than_pays(read_fraction: float, expected: int) -> 
 
 def test_what_covers_the_definition_does_not_depend_on_the_masks() -> None:
     assert default_max_sparse_tokens(Backend.REFERENCE, 1.0) == 16
+
+
+def requested(dense_weights: str | None) -> RouteRequest:
+    return RouteRequest.of_config("rsparse", "reference", 2, dense_weights)
+
+
+def test_dense_weights_by_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_route([requested(None)], "cpu").dense_weights is DenseWeights.SHARED
+    requests = [requested("auto"), requested("separate")]
+    assert choose_route(requests, "cpu").dense_weights is DenseWeights.SEPARATE
+    monkeypatch.setenv(envs.DENSE_WEIGHTS, "shared")
+    assert choose_route(requests, "cpu").dense_weights is DenseWeights.SHARED
+
+
+def test_unknown_dense_weights_name_their_parameter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(RSparseError, match=r"rsparse\.dense_weights is 'both'.*shared"):
+        choose_route([requested("both")], "cpu")
+    monkeypatch.setenv(envs.DENSE_WEIGHTS, "both")
+    with pytest.raises(RSparseError, match="VLLM_RSPARSE_DENSE_WEIGHTS is 'both'"):
+        choose_route([requested(None)], "cpu")

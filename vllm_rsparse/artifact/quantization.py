@@ -73,6 +73,8 @@ class QuantizationSettings:
         sparsity: target that it was made for; informative only.
         max_sparse_tokens: largest step that takes the sparse route.
         backend: a backend by name, or "auto".
+        dense_weights: "shared", "separate" or "auto": whether steps that are not
+            sparse use the same copy of the weights or the base's own layers.
         base: the base checkpoint's own ``quantization_config``, None for floats.
     """
 
@@ -83,6 +85,7 @@ class QuantizationSettings:
     sparsity: StrictFloat | None = must("be a number", default=None)
     max_sparse_tokens: StrictInt | None = _count("be an integer >= 0 (0 serves dense)")
     backend: StrictStr | None = _text()
+    dense_weights: StrictStr | None = _text()
     base: Base | None = must(
         "be the quantization_config of the base checkpoint", default=None
     )

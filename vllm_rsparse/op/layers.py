@@ -8,6 +8,7 @@ keep their tensors, and with them the number.
 """
 
 import itertools
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -19,6 +20,9 @@ _ATTRIBUTE = "rsparse_layer"
 _numbers = itertools.count()
 # The operands of the last call by number, so that they are built and checked once.
 _operands: dict[int, SparseOperands] = {}
+# x [M, K], bias -> [M, N]: the base model's own layer, where dense steps use it.
+DenseLayer = Callable[[Tensor, Tensor | None], Tensor]
+_dense: dict[int, DenseLayer] = {}
 
 
 def next_layer() -> int:
@@ -36,9 +40,21 @@ def layer_of(thresholds: Tensor) -> int | None:
     return getattr(thresholds, _ATTRIBUTE, None)
 
 
+def set_dense_layer(layer: int, dense: DenseLayer) -> None:
+    """Let the dense steps of a layer run on weights of their own."""
+    _dense[layer] = dense
+
+
+def dense_layer_of(thresholds: Tensor) -> DenseLayer | None:
+    """What the dense steps of a layer run on; None: on the weights of the op."""
+    layer = layer_of(thresholds)
+    return None if layer is None else _dense.get(layer)
+
+
 def forget_layer(layer: int) -> None:
     """Release a layer's tensors, when it is unloaded or they are replaced."""
     _operands.pop(layer, None)
+    _dense.pop(layer, None)
 
 
 def operands_of_call(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.op.backends import routes_of
-from vllm_rsparse.op.layers import operands_of_call
+from vllm_rsparse.op.layers import dense_layer_of, operands_of_call
 from vllm_rsparse.op.observers import notify
 
 
@@ -46,6 +46,10 @@ def _linear(
     )
     dense = x.shape[0] > max_sparse_tokens
     notify(x, operands, dense)
+    if dense:
+        base_layer = dense_layer_of(thresholds)
+        if base_layer is not None:
+            return base_layer(x, bias)
     routes = routes_of(backend, operands.weight.format)
     if dense:
         return routes.dense(x, operands.weight, bias)

@@ -28,8 +28,9 @@ from vllm_rsparse.metrics import exporter
 from vllm_rsparse.model.links import refuse_broken_links
 from vllm_rsparse.serving.agreement import local_report
 from vllm_rsparse.serving.base import BaseQuantization, base_method, checked_first
+from vllm_rsparse.serving.dense import BaseLayer
 from vllm_rsparse.serving.linear import RSparseLinearMethod
-from vllm_rsparse.serving.route import choose_route
+from vllm_rsparse.serving.route import DenseWeights, choose_route
 from vllm_rsparse.serving.served import ArtifactSource, Decision, ServedModel
 from vllm_rsparse.serving.settings import (
     IN_QUANTIZATION_CONFIG,
@@ -234,6 +235,7 @@ class RSparseConfig(QuantizationConfig):
             sparsity=artifact.info.sparsity,
             max_sparse_tokens=decision.route.policy.max_sparse_tokens,
             backend=decision.route.backend.label,
+            dense_weights=str(decision.route.dense_weights),
             base=None if self.base is None else self.base.dictionary,
         ).to_dict()
 
@@ -271,7 +273,10 @@ class RSparseConfig(QuantizationConfig):
         if names is None or served.route.policy.always_dense:
             return checked_first(served, method)
         layout = None if self.base is None else self.base.layout(names, method)
-        return RSparseLinearMethod(served, names, checkpoint_weights(layout, names))
+        weights = checkpoint_weights(layout, names)
+        separate = served.route.dense_weights is DenseWeights.SEPARATE
+        dense = BaseLayer(method, names) if separate else None
+        return RSparseLinearMethod(served, names, weights, dense)
 
     # vLLM's class has the next two as static methods and calls them on an instance.
     def get_cache_scale_mapper(self) -> "WeightsMapper":

@@ -19,10 +19,14 @@ from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.op import layers, ops
 from vllm_rsparse.op.backends import load_backend, routes_of
 from vllm_rsparse.op.operands import SparseOperands
+from vllm_rsparse.serving.dense import BaseLayer
 from vllm_rsparse.serving.served import ServedModel
 from vllm_rsparse.serving.weights.base import (
+    DATA,
+    DATA_BESIDE_BASE,
     CheckpointWeights,
     Partition,
+    register_stored,
     replace_parameters,
 )
 
@@ -54,14 +58,22 @@ class RSparseLinearMethod(LinearMethodBase):
         served: the model, shared by the methods of all its layers.
         names: checkpoint names of the fused shards, in the order of the output.
         weights: how the checkpoint stores the layer's weight.
+        dense: the base model's own layer for the dense steps; None: they use the same
+            weights as the sparse ones.
     """
 
     def __init__(
-        self, served: ServedModel, names: list[str], weights: CheckpointWeights
+        self,
+        served: ServedModel,
+        names: list[str],
+        weights: CheckpointWeights,
+        dense: BaseLayer | None = None,
     ) -> None:
         self.served = served
         self.names = names
         self.weights = weights
+        self.dense = dense
+        self.data_name = DATA if dense is None else DATA_BESIDE_BASE
         # Plain ints: they become constants of the traced graph.
         self.backend = int(served.route.backend)
         self.max_sparse_tokens = served.route.policy.max_sparse_tokens
@@ -100,7 +112,19 @@ class RSparseLinearMethod(LinearMethodBase):
             dtype=params_dtype,
             weight_loader=extra_weight_attrs["weight_loader"],
         )
-        self.weights.create(layer, self.partition)
+        if self.dense is None:
+            self.weights.create(layer, self.partition)
+            return
+        self.dense.create(
+            layer,
+            self.weights,
+            input_size_per_partition=input_size_per_partition,
+            output_partition_sizes=output_partition_sizes,
+            input_size=input_size,
+            output_size=output_size,
+            params_dtype=params_dtype,
+            **extra_weight_attrs,
+        )
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Store the weight for the kernels and read this rank's part of the artifact.
@@ -112,7 +136,13 @@ class RSparseLinearMethod(LinearMethodBase):
         stored = self.weights.stored(layer, self.partition)
         # A backend that cannot read the format fails here, and not at a request.
         routes_of(self.backend, stored.format)
-        replace_parameters(layer, self.weights, stored)
+        dense_bytes = 0
+        if self.dense is None:
+            replace_parameters(layer, self.weights, stored)
+        else:
+            register_stored(layer, stored, DATA_BESIDE_BASE)
+            dense_bytes = self.dense.process(layer)
+            layers.set_dense_layer(self.layer_number, self.dense.bound_to(layer))
         slices: list[ShardSlice] = layer.rsparse_slices
         artifact = self.served.artifact
         # The all-reduce after a row-parallel layer adds up the ranks' outputs.
@@ -134,7 +164,9 @@ class RSparseLinearMethod(LinearMethodBase):
         self.shard_sizes = list(operands.shard_sizes)
         self.ranks = list(operands.ranks)
         self.weight_format, self.group = stored.format.code, stored.group
-        self.served.note_loaded(self.names, stored.nbytes, operands.artifact_nbytes)
+        self.served.note_loaded(
+            self.names, stored.nbytes + dense_bytes, operands.artifact_nbytes
+        )
         counters = self.served.open_counters()
         if counters is not None:
             counters.register(self.layer_number, self.names, operands)
@@ -143,7 +175,7 @@ class RSparseLinearMethod(LinearMethodBase):
         """[..., K] to [..., N]; the op decides between the sparse and dense route."""
         out = ops.linear(
             x.reshape(-1, x.shape[-1]),
-            layer.weight,
+            getattr(layer, self.data_name),
             layer.rsparse_scales,
             layer.rsparse_zeros,
             layer.rsparse_thresholds,

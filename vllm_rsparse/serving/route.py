@@ -7,8 +7,10 @@ the model's config, then the measured default of the device.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from vllm_rsparse import envs
+from vllm_rsparse.errors import RSparseError
 from vllm_rsparse.op.backends import Backend, resolve_backend
 
 # Where a value came from if no setting names it.
@@ -28,6 +30,18 @@ _DEFAULTS = {
 # The four linears of Llama-3-8B on the H200 at two tokens: 96.5 us where 75% of the
 # channels are read, 8 of them whatever is read; cuBLAS takes 117.4. They meet at 92%.
 _BREAK_EVEN = 0.9
+
+
+class DenseWeights(StrEnum):
+    """Which copy of a linear's weight the steps that are not sparse multiply with.
+
+    ``SHARED`` is the copy that the sparse route reads, an input channel per row.
+    ``SEPARATE`` is a second one, the base model's own layer: dense steps are the base
+    model's, bit for bit and at its speed, for twice the memory of the weights.
+    """
+
+    SHARED = "shared"
+    SEPARATE = "separate"
 
 
 @dataclass(frozen=True)
@@ -53,12 +67,14 @@ class Route:
     Attributes:
         backend: the implementation of the sparse route.
         policy: which steps take it.
+        dense_weights: what the other steps multiply with.
         backend_source: the parameter that named the backend, or ``default``.
         policy_source: the parameter that set the policy, or ``default``.
     """
 
     backend: Backend
     policy: Policy
+    dense_weights: DenseWeights = DenseWeights.SHARED
     backend_source: str = DEFAULT
     policy_source: str = DEFAULT
 
@@ -67,6 +83,7 @@ class Route:
         return {
             "backend": self.backend.label,
             "max_sparse_tokens": str(self.policy.max_sparse_tokens),
+            "dense_weights": str(self.dense_weights),
         }
 
     def describe(self) -> str:
@@ -79,7 +96,7 @@ class Route:
         )
         return (
             f"{self.backend.label}, {steps} (backend: {self.backend_source},"
-            f" tokens: {self.policy_source})"
+            f" tokens: {self.policy_source}); {self.dense_weights} dense weights"
         )
 
 
@@ -90,14 +107,19 @@ class RouteRequest:
     Attributes:
         backend: a backend by name; None or ``auto`` leaves it to the next source.
         max_sparse_tokens: the switch point; None leaves it to the next source.
+        dense_weights: a ``DenseWeights`` by name; None or ``auto`` leaves it to the
+            next source.
         backend_name: the name of the backend's parameter in that source.
         policy_name: the name of the switch point's parameter.
+        dense_name: the name of the parameter of ``dense_weights``.
     """
 
     backend: str | None
     max_sparse_tokens: int | None
+    dense_weights: str | None
     backend_name: str
     policy_name: str
+    dense_name: str
 
     @classmethod
     def of_environment(cls) -> "RouteRequest":
@@ -109,20 +131,28 @@ class RouteRequest:
         return cls(
             envs.backend(),
             envs.max_sparse_tokens(),
+            envs.dense_weights(),
             envs.BACKEND,
             envs.MAX_SPARSE_TOKENS,
+            envs.DENSE_WEIGHTS,
         )
 
     @classmethod
     def of_config(
-        cls, where: str, backend: str | None, max_sparse_tokens: int | None
+        cls,
+        where: str,
+        backend: str | None,
+        max_sparse_tokens: int | None,
+        dense_weights: str | None,
     ) -> "RouteRequest":
         """What a dictionary of settings requests; ``where`` is its name in messages."""
         return cls(
             backend,
             max_sparse_tokens,
+            dense_weights,
             f"{where}.backend",
             f"{where}.max_sparse_tokens",
+            f"{where}.dense_weights",
         )
 
 
@@ -148,12 +178,30 @@ def choose_route(
             name, backend_source = request.backend, request.backend_name
             break
     backend = resolve_backend(name, device_type, backend_source)
+    dense_weights = _dense_weights(requests)
     for request in requests:
         limit = request.max_sparse_tokens
         if limit is not None:
-            return Route(backend, Policy(limit), backend_source, request.policy_name)
-    limit = default_max_sparse_tokens(backend, read_fraction)
-    return Route(backend, Policy(limit), backend_source)
+            policy_source = request.policy_name
+            break
+    else:
+        limit = default_max_sparse_tokens(backend, read_fraction)
+        policy_source = DEFAULT
+    return Route(backend, Policy(limit), dense_weights, backend_source, policy_source)
+
+
+def _dense_weights(requests: Sequence[RouteRequest]) -> DenseWeights:
+    for request in requests:
+        name = request.dense_weights
+        if name is None or name == "auto":
+            continue
+        if name not in list(DenseWeights):
+            allowed = ", ".join(DenseWeights)
+            raise RSparseError(
+                f"{request.dense_name} is {name!r}; allowed are auto, {allowed}"
+            )
+        return DenseWeights(name)
+    return DenseWeights.SHARED
 
 
 def default_max_sparse_tokens(backend: Backend, read_fraction: float = 0.5) -> int:

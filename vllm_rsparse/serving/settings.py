@@ -34,6 +34,7 @@ class Settings:
         artifact_sha256: digest that its tensor file must have.
         max_sparse_tokens: switch point of the route; 0 serves dense.
         backend: ``auto`` or a backend by name.
+        dense_weights: ``auto``, ``shared`` or ``separate``.
         base: the checkpoint's own ``quantization_config``.
     """
 
@@ -42,6 +43,7 @@ class Settings:
     artifact_sha256: str | None = None
     max_sparse_tokens: int | None = None
     backend: str | None = None
+    dense_weights: str | None = None
     base: Mapping[str, Any] | None = None
 
     @classmethod
@@ -87,13 +89,16 @@ class Settings:
             read.artifact_sha256,
             read.max_sparse_tokens,
             read.backend,
+            read.dense_weights,
             read.base,
         )
 
     @property
     def route(self) -> RouteRequest:
         """The route that it requests."""
-        return RouteRequest.of_config(self.where, self.backend, self.max_sparse_tokens)
+        return RouteRequest.of_config(
+            self.where, self.backend, self.max_sparse_tokens, self.dense_weights
+        )
 
 
 def claims(

@@ -20,6 +20,8 @@ from vllm_rsparse.formats.base import StoredWeight
 # Names of a layer's parameters for its stored weight. vLLM's LoRA layers also read
 # `weight`, for its device and dtype.
 DATA, SCALES, ZEROS = "weight", "rsparse_scales", "rsparse_zeros"
+# The name for the elements where `weight` belongs to the base model's own layer.
+DATA_BESIDE_BASE = "rsparse_weight"
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,12 @@ class CheckpointWeights(ABC):
 
     Attributes:
         parameters: names of the parameters that ``create`` registers.
+        required: those that ``stored`` reads; the others only accept a tensor that
+            some checkpoints have.
     """
 
     parameters: tuple[str, ...]
+    required: tuple[str, ...]
 
     @abstractmethod
     def create(self, layer: LinearBase, partition: Partition) -> None:
@@ -83,15 +88,24 @@ class CheckpointWeights(ABC):
 def replace_parameters(
     layer: LinearBase, weights: CheckpointWeights, stored: StoredWeight
 ) -> None:
-    """Drop the checkpoint's parameters and register the stored weight's instead.
-
-    They are registered under fixed names (``DATA``, ``SCALES``, ``ZEROS``; absent ones
-    as None), so that sleeping, moving and reloading the model include them.
-    """
+    """Drop the checkpoint's parameters and register the stored weight's instead."""
     for name in weights.parameters:
         delattr(layer, name)
+    register_stored(layer, stored, DATA)
+
+
+def register_stored(layer: LinearBase, stored: StoredWeight, data: str) -> None:
+    """Register the stored weight under fixed names; absent tensors as None.
+
+    Sleeping, moving and reloading the model then include them.
+
+    Args:
+        layer: the layer that gets the parameters.
+        stored: the weight.
+        data: name of the parameter for its elements, ``DATA`` or ``DATA_BESIDE_BASE``.
+    """
     for name, tensor in (
-        (DATA, stored.data),
+        (data, stored.data),
         (SCALES, stored.scales),
         (ZEROS, stored.zeros),
     ):

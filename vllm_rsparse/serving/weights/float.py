@@ -14,6 +14,7 @@ class FloatWeights(CheckpointWeights):
     """The weight as the base model's unquantized layer allocates and loads it."""
 
     parameters = ("weight",)
+    required = parameters
 
     def create(self, layer: LinearBase, partition: Partition) -> None:
         """See the base class."""

@@ -36,6 +36,7 @@ class LayoutWeights(CheckpointWeights, Generic[AnyLayout]):
         self.layout = layout
         self.names = names
         self.parameters = layout.suffixes
+        self.required = layout.required
 
     def create(self, layer: LinearBase, partition: Partition) -> None:
         """See the base class."""
