@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vllm_rsparse.artifact.schema import LinearEntry
+from vllm_rsparse.artifact.schema import FORMAT_VERSION, LinearEntry
 from vllm_rsparse.artifact.versions import CORRECTION_SUFFIX, read_info
 from vllm_rsparse.errors import ArtifactError
 
@@ -36,7 +36,7 @@ _MAX_JSON_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class LinearTensors:
-    """Tensors of one linear, or of one tensor-parallel slice of it, on the CPU.
+    """Tensors of one linear, or of one tensor-parallel slice of it.
 
     Attributes:
         thresholds: float32 [K].
@@ -46,9 +46,23 @@ class LinearTensors:
     """
 
     thresholds: Tensor
-    u: Tensor | None
-    v: Tensor | None
-    correction: Tensor | None
+    u: Tensor | None = None
+    v: Tensor | None = None
+    correction: Tensor | None = None
+
+    def named(self, name: str) -> dict[str, Tensor]:
+        """Those that there are, by their names in an artifact.
+
+        Args:
+            name: of the linear.
+        """
+        tensors = {
+            "thresholds": self.thresholds,
+            "u": self.u,
+            "v": self.v,
+            CORRECTION_SUFFIX[FORMAT_VERSION]: self.correction,
+        }
+        return {f"{name}.{key}": t for key, t in tensors.items() if t is not None}
 
 
 class Artifact:

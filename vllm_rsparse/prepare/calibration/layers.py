@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vllm_rsparse.artifact.schema import LinearEntry
+from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.prepare.calibration.linear import CalibratedLinear, calibrate_linear
 from vllm_rsparse.prepare.calibration.observers import LayerInputs, input_channels
@@ -180,8 +181,8 @@ class _LayerCalibration:
             self._planned.corrected,
             None if metric is None else metric.to(device),
         )
-        for suffix, tensor in result.tensors.items():
-            self.tensors[f"{linear.name}.{suffix}"] = tensor.cpu()
+        for name, tensor in result.tensors.named(linear.name).items():
+            self.tensors[name] = tensor.cpu()
         self.entries[linear.name] = result.entry
         if result.factors is not None:
             method, residual = result.factors.method, result.factors.residual
@@ -201,13 +202,16 @@ def _specs(
     specs = {}
     for linear in linears:
         n, k = linear.shape
-        specs[f"{linear.name}.thresholds"] = TensorSpec((k,), torch.float32)
         rank = planned.plans[linear.name].rank(linear.shape)
-        if rank > 0:
-            specs[f"{linear.name}.u"] = TensorSpec((n, rank), dtype)
-            specs[f"{linear.name}.v"] = TensorSpec((rank, k), dtype)
-        if planned.corrected:
-            specs[f"{linear.name}.correction"] = TensorSpec((n,), torch.float32)
+        with torch.device("meta"):
+            tensors = LinearTensors(
+                torch.empty(k),
+                torch.empty(n, rank, dtype=dtype) if rank > 0 else None,
+                torch.empty(rank, k, dtype=dtype) if rank > 0 else None,
+                torch.empty(n) if planned.corrected else None,
+            )
+        for name, tensor in tensors.named(linear.name).items():
+            specs[name] = TensorSpec(tuple(tensor.shape), tensor.dtype)
     return specs
 
 

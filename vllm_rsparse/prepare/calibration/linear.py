@@ -2,12 +2,13 @@
 """One linear: weight, calibration inputs and plan in, tensors and entry out."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vllm_rsparse.artifact.schema import LinearEntry
+from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.prepare.calibration.dropped import Dropped, count_dropped
 from vllm_rsparse.prepare.calibration.factors import Factors, truncated_svd
 from vllm_rsparse.prepare.calibration.regress import regressed
@@ -25,16 +26,15 @@ ERROR_TOKENS = 8192
 
 @dataclass(frozen=True)
 class CalibratedLinear:
-    """Tensors for the artifact, by suffix, and the JSON entry.
+    """What the artifact holds of one linear.
 
     Attributes:
-        tensors: "thresholds", "u" and "v" where the rank is positive, "correction"
-            if there is one.
+        tensors: on the device of the inputs.
         entry: its entry in ``rsparse.json``.
         factors: how the factors were found, or None.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: LinearTensors
     entry: LinearEntry
     factors: Factors | None
 
@@ -62,14 +62,13 @@ def calibrate_linear(
             regressed (see ``regress``), without it they are the weight's SVD.
 
     Returns:
-        Tensors as they are stored, and the entry with the kept fraction (counted as at
-        run time) on all of ``x``, and the relative error on its first ``ERROR_TOKENS``
-        tokens.
+        Tensors in the artifact's dtypes, and the entry with the kept fraction (counted
+        as at run time) on all of ``x``, and the relative error on its first
+        ``ERROR_TOKENS`` tokens.
     """
     n, k = weight.shape
     scale = column_norms(weight) if scale is None else scale
     thresholds = channel_thresholds(score_threshold(x, scale, plan.keep), scale)
-    tensors = {"thresholds": thresholds}
     rank = plan.rank((n, k))
     dropped = count_dropped(
         x,
@@ -78,6 +77,7 @@ def calibrate_linear(
         outer=rank > 0 and metric is not None,
         leading=ERROR_TOKENS,
     )
+    tensors = LinearTensors(thresholds)
     factors = None
     if rank > 0:
         if metric is None:
@@ -85,10 +85,11 @@ def calibrate_linear(
         else:
             covariance = dropped.covariance(centred=correction)
             factors = regressed(weight, covariance, metric, rank, seed)
-        tensors["u"] = factors.u.to(weight.dtype)
-        tensors["v"] = factors.v.to(weight.dtype)
+        u, v = factors.u.to(weight.dtype), factors.v.to(weight.dtype)
+        tensors = replace(tensors, u=u, v=v)
     if correction:
-        tensors["correction"] = mean_lost(weight, dropped, tensors)
+        lost = mean_lost(weight, dropped, tensors)
+        tensors = replace(tensors, correction=lost)
     entry = LinearEntry(
         shape=(n, k),
         sparsity=plan.sparsity,
@@ -101,18 +102,16 @@ def calibrate_linear(
     return CalibratedLinear(tensors, entry, factors)
 
 
-def mean_lost(weight: Tensor, dropped: Dropped, tensors: dict[str, Tensor]) -> Tensor:
+def mean_lost(weight: Tensor, dropped: Dropped, tensors: LinearTensors) -> Tensor:
     """E[W d - U V d] over the tokens, float32 [N]; d is the dropped part of x."""
     mean = dropped.mean.float()
     lost = weight.float() @ mean
-    if "u" in tensors:
-        lost -= tensors["u"].float() @ (tensors["v"].float() @ mean)
+    if tensors.u is not None and tensors.v is not None:
+        lost -= tensors.u.float() @ (tensors.v.float() @ mean)
     return lost
 
 
-def relative_error(
-    weight: Tensor, dropped: Dropped, tensors: dict[str, Tensor]
-) -> float:
+def relative_error(weight: Tensor, dropped: Dropped, tensors: LinearTensors) -> float:
     """||y_sparse - y|| / ||y|| with y = W x, without the layer's own bias.
 
     Over the leading tokens. Only the dropped part d of x differs:
@@ -120,15 +119,15 @@ def relative_error(
     """
     dtype = dropped.x.dtype
     w = weight.to(dtype)
-    factors = [tensors[key].to(dtype) for key in ("v", "u") if key in tensors]
+    u = None if tensors.u is None else tensors.u.to(dtype)
+    v = None if tensors.v is None else tensors.v.to(dtype)
     error = energy = 0.0
     for x, d in dropped.leading():
         difference = d @ w.mT
-        if factors:
-            v, u = factors
+        if u is not None and v is not None:
             difference -= (d @ v.mT) @ u.mT
-        if "correction" in tensors:
-            difference -= tensors["correction"].to(dtype)
+        if tensors.correction is not None:
+            difference -= tensors.correction.to(dtype)
         error += _energy(difference)
         energy += _energy(x @ w.mT)
     return math.sqrt(error / energy) if energy > 0 else 0.0

@@ -8,7 +8,7 @@ sparse from then on, which affects this layer and, through the hidden states, al
 ones.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import groupby
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.model.finite import check_activations
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
@@ -89,27 +90,23 @@ class SparseLayer:
         self._layer = layer
         self._changed: list[nn.Module] = []
 
-    def install(
-        self, kind: str, tensors: Mapping[str, Tensor], dense_prefix: int
-    ) -> None:
-        """Run this linear sparse, with tensors named as in the artifact."""
+    def install(self, kind: str, tensors: LinearTensors, dense_prefix: int) -> None:
+        """Run the linear of this kind sparse, with tensors on the layer's device."""
         module = self._layer.get_submodule(kind)
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{kind} is {type(module).__name__}, not a Linear")
         weight, bias = module.weight, module.bias
-        factors = [
-            tensors[key].to(weight.dtype) for key in ("v", "u") if key in tensors
-        ]
+        u = None if tensors.u is None else tensors.u.to(weight.dtype)
+        v = None if tensors.v is None else tensors.v.to(weight.dtype)
 
         def forward(x: Tensor) -> Tensor:
             exact, rest = x[:, :dense_prefix], x[:, dense_prefix:]
-            mask = kept_mask(rest.flatten(0, 1), tensors["thresholds"]).view(rest.shape)
+            mask = kept_mask(rest.flatten(0, 1), tensors.thresholds).view(rest.shape)
             y = functional.linear(rest.masked_fill(~mask, 0), weight, bias)
-            if factors:
-                v, u = factors
+            if u is not None and v is not None:
                 y = y + (rest.masked_fill(mask, 0) @ v.mT) @ u.mT
-            if "correction" in tensors:
-                y = y + tensors["correction"].to(y.dtype)
+            if tensors.correction is not None:
+                y = y + tensors.correction.to(y.dtype)
             return torch.cat([functional.linear(exact, weight, bias), y], dim=1)
 
         # An attribute of the instance: the layer keeps its modules and their names.

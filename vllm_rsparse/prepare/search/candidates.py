@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.prepare.calibration.factors import truncated_svd
 from vllm_rsparse.prepare.calibration.loss import text_losses
 from vllm_rsparse.prepare.calibration.observers import LayerInputs
@@ -107,14 +108,14 @@ class _Table:
 
     def tensors(
         self, plan: LinearPlan, shape: tuple[int, int], device: torch.device
-    ) -> dict[str, Tensor]:
-        """Named as in the artifact."""
-        thresholds = channel_thresholds(self._score(plan.keep), self._norms)
-        result = {"thresholds": thresholds}
+    ) -> LinearTensors:
+        """Those of a plan."""
+        thresholds = channel_thresholds(self._score(plan.keep), self._norms).to(device)
         rank = plan.rank(shape)
-        if rank > 0 and self._u is not None and self._v is not None:
-            result["u"], result["v"] = self._u[:, :rank], self._v[:rank]
-        return {name: tensor.to(device) for name, tensor in result.items()}
+        if rank == 0 or self._u is None or self._v is None:
+            return LinearTensors(thresholds)
+        u, v = self._u[:, :rank].to(device), self._v[:rank].to(device)
+        return LinearTensors(thresholds, u, v)
 
     def _score(self, keep: float) -> float:
         """The score that leaves a fraction of all scores above it."""

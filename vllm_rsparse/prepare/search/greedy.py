@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.prepare.calibration.propagate import (
     sparse_linears,
@@ -157,7 +158,7 @@ class _Probe:
         for level in LEVELS[1:]:
             thresholds = channel_thresholds(score_threshold(x, scale, 1 - level), scale)
             with sparse_linears(self.module) as sparse:
-                sparse.install(linear.kind, {"thresholds": thresholds}, prefix)
+                sparse.install(linear.kind, LinearTensors(thresholds), prefix)
                 out = self.hidden.clone()
                 model.run_layer(linear.layer, out)
             difference = (out - self.exact)[:, prefix:]
