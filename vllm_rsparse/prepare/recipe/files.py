@@ -16,12 +16,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import StrictBool, StrictFloat, StrictStr
 from pydantic.dataclasses import dataclass
 
 from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
 from vllm_rsparse.prepare.recipe.recipes import (
     ACTIVATIONS,
@@ -35,9 +35,6 @@ from vllm_rsparse.prepare.recipe.recipes import (
     Recipe,
 )
 from vllm_rsparse.validation import CONFIG, must, one_of, parse_json, validate
-
-if TYPE_CHECKING:
-    from vllm_rsparse.model.linears import Linear
 
 # How far the linears of a file may add up to another sparsity than --sparsity.
 BUDGET_TOLERANCE = 0.002
@@ -90,7 +87,7 @@ def recipe_json(recipe: Recipe) -> str:
     return json.dumps(asdict(recipe), indent=1) + "\n"
 
 
-def check_plans(recipe: Recipe, linears: Iterable["Linear"], sparsity: float) -> None:
+def check_plans(recipe: Recipe, linears: Iterable[Linear], sparsity: float) -> None:
     """Check that a file's plans match the model and add up to the target sparsity.
 
     Raises:

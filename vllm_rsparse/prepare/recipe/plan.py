@@ -3,12 +3,9 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from vllm_rsparse.artifact.schema import factor_rank
-
-if TYPE_CHECKING:
-    from vllm_rsparse.model.linears import Linear
+from vllm_rsparse.model.linears import Linear
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ Allocation = Callable[[float], Mapping[str, LinearPlan]]
 
 
 def uniform(
-    linears: Iterable["Linear"], sparsity: float, rho: float
+    linears: Iterable[Linear], sparsity: float, rho: float
 ) -> dict[str, LinearPlan]:
     """The paper's uniform recipe: the same s and rho everywhere."""
     plan = LinearPlan(sparsity, rho)

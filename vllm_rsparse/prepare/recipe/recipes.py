@@ -6,9 +6,12 @@ Nothing here imports torch: ``--help`` lists the names.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vllm_rsparse.errors import PrepareError
-from vllm_rsparse.prepare.recipe.plan import LinearPlan
+
+if TYPE_CHECKING:
+    from vllm_rsparse.prepare.recipe.plan import LinearPlan
 
 SCORES = ("magnitude", "norm", "sensitivity")
 ACTIVATIONS = ("dense", "sparse")
@@ -50,7 +53,7 @@ class Recipe:
     correction: str = NEVER
     factors: str = "svd"
     rho: float = 1.0
-    linears: Mapping[str, LinearPlan] | None = None
+    linears: "Mapping[str, LinearPlan] | None" = None
 
     def __post_init__(self) -> None:
         for key, allowed in (
