@@ -26,6 +26,13 @@ class DeviceError(RSparseError):
     """A requested device that is not available."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """Tensors of a base model that do not fit together.
+
+    The remedy changes the weights, so earlier results are useless.
+    """
+
+
 class NotFiniteError(RSparseError):
     """Weights or activations contain NaN or infinity.
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.artifact.schema import ArtifactInfo
+from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
@@ -121,6 +122,9 @@ def test_a_damaged_tensor_stops_the_run_and_is_named(
     tensors = load_file(tmp_path / "q" / "model.safetensors")
     tensors["model.layers.3.mlp.up_proj.weight_scale"][5] = float("inf")
     save_file(tensors, tmp_path / "q" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"layers.3.mlp.up_proj: weight_scale holds"):
-        _prepare(tmp_path / "q", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    message = r"layers.3.mlp.up_proj: weight_scale has values that are not finite"
+    for recipe, rho in (("uniform", 0.95), ("best", None)):
+        with pytest.raises(CheckpointError, match=message):
+            _prepare(tmp_path / "q", tmp_path / "out", recipe=recipe, rho=rho)
+        # Not even what could be resumed from.
+        assert [path.name for path in tmp_path.iterdir()] == ["q"]

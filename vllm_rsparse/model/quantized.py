@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_rsparse.errors import CheckpointError
+from vllm_rsparse.errors import CheckpointError, DamagedCheckpointError
 from vllm_rsparse.formats.base import WeightFormatError
 from vllm_rsparse.formats.checkpoints.layout import Layout
 from vllm_rsparse.formats.checkpoints.parse import parse_scheme
@@ -162,4 +162,4 @@ class QuantizedLinears:
         )
 
     def _error(self, name: str, error: WeightFormatError) -> CheckpointError:
-        return CheckpointError(f"{self._directory}: {name}: {error}")
+        return DamagedCheckpointError(f"{self._directory}: {name}: {error}")

@@ -29,13 +29,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_rsparse.errors import NotFiniteError, PrepareError
+from vllm_rsparse.errors import DamagedCheckpointError, NotFiniteError, PrepareError
 
 logger = logging.getLogger(__name__)
 
 IDENTITY = "search.json"
 RESULTS = "results.jsonl"
 STATE_SECONDS = 20.0
+# What mends these errors changes what the results depend on.
+_USELESS_AFTER = (DamagedCheckpointError, NotFiniteError)
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ class RunStore:
     ) -> None:
         if not self._opened:
             return
-        if error is None or isinstance(error, NotFiniteError):
+        if error is None or isinstance(error, _USELESS_AFTER):
             self.clear()
             with suppress(OSError):  # the user has added files there
                 self.directory.rmdir()
