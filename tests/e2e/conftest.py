@@ -64,13 +64,16 @@ class WithAdapter(torch.nn.Module):
 
 
 class PlainPyTorch:
-    """The model with the formula in its linears, one prompt at a time, greedy."""
+    """The model with the formula in its linears, one prompt at a time, greedy.
 
-    def __init__(self, model_dir, limit):
+    ``weights`` is a directory of the dequantised model where ``model_dir`` is not.
+    """
+
+    def __init__(self, model_dir, limit, weights=None):
         config = AutoConfig.from_pretrained(model_dir)
         del config.quantization_config
         self.model = AutoModelForCausalLM.from_pretrained(
-            model_dir,
+            weights or model_dir,
             config=config,
             dtype=torch.float32,
             # transformers' fused attention leaves out the soft cap of Gemma 2.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log probabilities of given tokens through vLLM, run by ``test_families.py``.
+"""Log probabilities of given tokens through vLLM, run by ``served.py``.
 
 Usage: score_offline.py MODEL TOKENS.json OUT.json; every token takes the sparse route.
 """

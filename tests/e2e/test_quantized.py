@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized checkpoints through ``prepare`` and ``vllm serve``, on the CPU's kernels.
+
+The plain PyTorch model has the dequantised weights; float32 keeps greedy choices from
+hanging on rounding, and of vLLM's own methods compressed-tensors allows it.
+"""
+
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from served import (
+    ALWAYS,
+    PROMPTS,
+    assert_same_scores,
+    assert_same_tokens,
+    complete,
+    score_offline,
+)
+from transformers import AutoTokenizer
+
+from vllm_rsparse.testing.quantized import write_plain, write_quantized
+
+pytestmark = pytest.mark.serve
+
+
+@pytest.fixture(scope="module")
+def quantized(pyllama, tmp_path_factory):
+    """Call with a layout: the prepared directory, and one of the dequantised model."""
+
+    def make(layout):
+        folder = tmp_path_factory.mktemp(layout)
+        meant = write_quantized(pyllama, folder / "base", layout)
+        exact = {name: tensor.to(torch.float32) for name, tensor in meant.items()}
+        write_plain(pyllama, folder / "plain", exact)
+        binary = Path(sys.executable).parent / "vllm-rsparse"
+        command = [binary, "prepare", folder / "base", folder / "prepared"]
+        command += ["--sparsity", "0.4", "--recipe", "uniform"]
+        command += ["--calibration-samples", "4", "--calibration-tokens", "256"]
+        texts = Path(sysconfig.get_path("stdlib")).glob("arg*.py")
+        subprocess.run([*command, "--calibration-data", *texts], check=True)
+        return folder / "prepared", folder / "plain"
+
+    return make
+
+
+def test_tokens_equal_plain_pytorch(quantized, serve, plain_pytorch):
+    prepared, plain = quantized("w4a16-asym-g32")
+    with serve(prepared, VLLM_RSPARSE_MAX_SPARSE_TOKENS=ALWAYS) as server:
+        tokens = [complete(server, prompt)[0] for prompt in PROMPTS]
+        log = server.log_path.read_text()
+    assert "rsparse: backend cpu" in log
+    reference = plain_pytorch(prepared, limit=int(ALWAYS), weights=plain)
+    assert_same_tokens(tokens, reference)
+    dense = plain_pytorch(prepared, limit=0, weights=plain)
+    assert tokens != [dense.generate(p, len(tokens[0]))[0] for p in PROMPTS]
+
+
+@pytest.mark.parametrize("layout", ["fp8-channel", "fp8-block"])
+def test_log_probabilities_equal_plain_pytorch(
+    layout, quantized, tmp_path, plain_pytorch
+):
+    prepared, plain = quantized(layout)
+    tokenizer = AutoTokenizer.from_pretrained(prepared)
+    tokens = tokenizer(Path(json.__file__).read_text()).input_ids[:192]
+    served = score_offline(prepared, tokens, tmp_path)
+    sparse, dense = (
+        plain_pytorch(prepared, limit, plain).log_probabilities(tokens)
+        for limit in (int(ALWAYS), 0)
+    )
+    assert_same_scores(served, sparse, dense)
+
+
+def test_two_ranks_with_prompts_on_the_dense_route(quantized, serve, plain_pytorch):
+    """Groups of 64 divide each rank's 192 of 384 input channels; compiled."""
+    prepared, plain = quantized("w4a16-g64")
+    options = ("--tensor-parallel-size", "2")
+    with serve(prepared, *options, eager=False, OMP_NUM_THREADS="1") as server:
+        tokens = [complete(server, prompt)[0] for prompt in PROMPTS]
+    assert_same_tokens(tokens, plain_pytorch(prepared, limit=1, weights=plain))
