@@ -126,8 +126,7 @@ def main() -> None:
     def run_sparse(weights: str, sparsity: float, rho: float) -> None:
         label = f"{weights}-s{sparsity:g}" + (f"-rho{rho:g}" if rho < 1 else "")
         model = args.out / label
-        base = WEIGHTS[weights]
-        write_sparse_model(model, shape, sparsity, rho, base=base)
+        write_sparse_model(model, shape, sparsity, rho, weights=weights)
         sparse = {**job, "model": str(model), "sparsity": sparsity, "rho": rho}
         sparse["weights"] = weights
         # Calibration decodes four prompts at a time, all of them sparse.

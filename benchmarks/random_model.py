@@ -143,7 +143,7 @@ def write_sparse_model(
     rho: float,
     thresholds: dict[str, float] | None = None,
     kept: dict[str, float] | None = None,
-    base: dict | None = None,
+    weights: str = "bf16",
 ) -> None:
     """Write a model directory whose artifact has one threshold per linear.
 
@@ -154,7 +154,7 @@ def write_sparse_model(
         rho: share of the budget for exact channels.
         thresholds: name -> threshold of all its channels; None keeps everything.
         kept: name -> fraction counted while decoding, for the artifact's JSON.
-        base: the base model's own ``quantization_config``; None where it has none.
+        weights: format of the base model's weights, a key of ``WEIGHTS``.
     """
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, LinearEntry] = {}
@@ -176,14 +176,14 @@ def write_sparse_model(
     artifact.mkdir(parents=True, exist_ok=True)
     save_file(tensors, artifact / TENSORS_NAME)
     digest = file_sha256(artifact / TENSORS_NAME)
-    weights = BaseWeights("float", "bfloat16")
-    info = ArtifactInfo(sparsity, entries, "bfloat16", digest, weights)
+    stored = BaseWeights("float" if weights == "bf16" else weights, "bfloat16")
+    info = ArtifactInfo(sparsity, entries, "bfloat16", digest, stored)
     (artifact / JSON_NAME).write_text(write_info(info))
     quantization = QuantizationSettings(
         quant_method=QUANT_METHOD,
         artifact=ARTIFACT_DIR,
         artifact_sha256=digest,
         sparsity=sparsity,
-        base=base,
+        base=WEIGHTS[weights],
     )
     write_config(directory, shape, quantization.to_dict())

@@ -20,7 +20,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
 import torch
-from random_model import SHAPES, WEIGHTS, write_sparse_model
+from random_model import SHAPES, write_sparse_model
 from vllm import LLM, SamplingParams
 
 VOCABULARY_MARGIN = 16  # keep clear of special tokens
@@ -187,7 +187,7 @@ def calibrate(job: dict[str, Any]) -> dict[str, Any]:
         job["rho"],
         thresholds,
         kept,
-        WEIGHTS[job["weights"]],
+        job["weights"],
     )
     shapes = SHAPES[job["shape"]].linears
     total = sum(n * k for n, k in shapes.values()) * SHAPES[job["shape"]].layers

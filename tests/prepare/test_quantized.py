@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.artifact.schema import ArtifactInfo
+from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.prepare.options import PrepareOptions
@@ -63,15 +64,24 @@ def test_the_artifact_is_that_of_the_dequantised_model(
     assert not torch.equal(tensors[name], _tensors(tmp_path / "base")[name])
 
 
-@pytest.mark.parametrize("layout", ["w4a16-g64", "gptq", "fp8-tensor-native"])
+@pytest.mark.parametrize(
+    ("layout", "weights"),
+    [
+        ("w4a16-g64", ("int4", 64)),
+        ("gptq", ("int4", 128)),
+        ("fp8-tensor-native", ("fp8", 0)),
+    ],
+)
 def test_the_config_carries_the_bases_own_dictionary(
-    layout: str, pyllama: Path, tmp_path: Path
+    layout: str, weights: tuple[str, int], pyllama: Path, tmp_path: Path
 ) -> None:
     write_quantized(pyllama, tmp_path / "q", layout)
     _prepare(tmp_path / "q", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "rsparse"
     assert config["quantization_config"]["base"] == LAYOUTS[layout][0]
+    base = Artifact(tmp_path / "out" / "rsparse").info.base
+    assert (base.format, base.group) == weights
 
 
 def test_the_older_name_of_the_key_does_not_stay(pyllama: Path, tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def artifact(tmp_path_factory, write_artifact):
             for kind, shape in shapes.items()
         },
         dtype=torch.bfloat16,
+        base={"format": "int4", "dtype": "bfloat16"},
     )
     return directory
 

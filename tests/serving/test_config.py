@@ -74,6 +74,10 @@ def test_artifact_of_another_weight_format_is_refused(tmp_path, write_artifact):
     write_artifact(tmp_path / "rsparse", linears, base=base)
     with pytest.raises(ArtifactError, match=r"weights in int4, but .*is not quantized"):
         make(tmp_path)
+    write_artifact(tmp_path / "rsparse", linears)
+    quantized = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    with pytest.raises(ArtifactError, match=r"in float, but .*is quantized; prepare"):
+        make(tmp_path, base=quantized)
 
 
 def test_route_and_digest_enter_the_hashed_config(model_dir):

@@ -106,9 +106,11 @@ class BaseWeights:
     """How the base model stores the weights that the artifact was made for.
 
     Attributes:
-        format: name of the weight format (``formats``).
+        format: name of the weight format (``formats``), of most quantized linears where
+            they differ.
         dtype: dtype of the weights; once dequantised, if they are quantized.
-        group: input channels that share a scale; 0 if none do.
+        group: input channels that share a scale in INT4; 0 if all do, and in the other
+            formats.
     """
 
     format: StrictStr = one_of(*WEIGHT_FORMATS)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``prepare`` from end to end."""
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -21,9 +22,10 @@ from vllm_rsparse.artifact.tensors import (
 )
 from vllm_rsparse.artifact.versions import write_info
 from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
 from vllm_rsparse.model.device import choose_device
-from vllm_rsparse.model.linears import find_linears
+from vllm_rsparse.model.linears import Linear, find_linears
 from vllm_rsparse.model.quantized import OLD_KEY, base_quantization
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.model.texts import choose_windows, load_tokenizer, read_texts
@@ -101,7 +103,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
             linears=calibrated.entries,
             dtype=stored_dtype,
             tensors_sha256=digest,
-            base=BaseWeights("float", stored_dtype),
+            base=_base_weights(checkpoint, linears, stored_dtype),
             provenance={
                 "vllm_rsparse": __version__,
                 "torch": torch.__version__,
@@ -154,6 +156,15 @@ def _recipe(options: PrepareOptions) -> Recipe:
         recipe = replace(recipe, rho=options.rho)
     allocator_of(recipe)
     return recipe
+
+
+def _base_weights(
+    checkpoint: Checkpoint, linears: Iterable[Linear], dtype: str
+) -> BaseWeights:
+    formats = Counter(checkpoint.linear_format(linear.name) for linear in linears)
+    quantized = {key: n for key, n in formats.items() if key[0] != FLOAT.name}
+    name, group = max(quantized, key=quantized.__getitem__, default=(FLOAT.name, 0))
+    return BaseWeights(name, dtype, group)
 
 
 @contextmanager

@@ -170,10 +170,11 @@ class RSparseConfig(QuantizationConfig):
         source = self._artifact_source(overrides, model_name, revision)
         artifact = source.open()
         base = artifact.info.base.format
-        if base != FLOAT.name and self.base is None:
+        if (base == FLOAT.name) != (self.base is None):
+            state = "is not quantized" if self.base is None else "is quantized"
             raise ArtifactError(
                 f"{artifact.json_path}: was prepared for weights in {base}, but"
-                f" {model_name} is not quantized; prepare this model"
+                f" {model_name} {state}; prepare this model"
             )
         route = choose_route(
             [overrides.route, self.settings.route],
