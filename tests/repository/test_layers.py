@@ -12,7 +12,9 @@ ALLOWED = ("torch", "triton", "vllm_rsparse.formats", "vllm_rsparse.errors")
 STANDARD = ("functools", "dataclasses", "collections", "typing", "math")
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("kernels/*.py")), ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("kernels/*.py")), ids=lambda file: file.name
+)
 def test_kernels_import_nothing_above_them(file: Path) -> None:
     """No vLLM, no owner of a launch: the op passes the launch configuration down."""
     outside = []
