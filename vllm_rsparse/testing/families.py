@@ -153,4 +153,14 @@ FAMILIES = {
     "Glm4": RandomFamily("Glm4", options={**_UNTIED, "pad_token_id": 0}),
     # The engine fuses and declares no mapping.
     "StableLm": RandomFamily("StableLm", options={**_UNTIED, "head_dim": None}),
+    # Scaled embeddings, residuals and logits; norms elsewhere, none at all, one for
+    # attention and MLP. vLLM builds some through its Transformers backend.
+    "Granite": RandomFamily("Granite", options=_UNTIED),
+    "SmolLM3": RandomFamily("SmolLM3", options={**_UNTIED, "pad_token_id": 0}),
+    "Olmo2": RandomFamily("Olmo2", options={**_UNTIED, "head_dim": None}),
+    "Olmo3": RandomFamily("Olmo3", options={**_UNTIED, "head_dim": None}),
+    "Seed-OSS": RandomFamily("SeedOss", options=_UNTIED),
+    "HunYuan dense": RandomFamily("HunYuanDenseV1", options=_UNTIED),
+    "Cohere": RandomFamily("Cohere", options={**_TIED, "head_dim": None}),
+    "Ernie 4.5": RandomFamily("Ernie4_5", options=_UNTIED),
 }
