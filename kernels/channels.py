@@ -20,16 +20,11 @@ def wanted_channels(x, threshold, DROPPED: tl.constexpr):
 
 @triton.jit
 def list_channels(
-    x_ptr,
+    x,
     threshold_ptr,
-    list_ptr,
-    value_ptr,
-    stride_xm,
-    offs_m,
-    end_m,
-    k,
+    lists,
+    tokens,
     split,
-    splits,
     DROPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -39,32 +34,30 @@ def list_channels(
     """List the channels of this split that any token wants; returns how many.
 
     Writes, in the program's own part of the workspace:
-        list_ptr: int32 [CHANNELS + PADDING], the wanted channels in ascending order.
-        value_ptr: x's dtype [BLOCK_M, CHANNELS + PADDING], each token's x of these
-            channels, zero where the token does not want it.
+        lists.channel_ptr: int32 [CHANNELS + PADDING], the wanted channels in ascending
+            order.
+        lists.value_ptr: x's dtype [BLOCK_M, CHANNELS + PADDING], each token's x of
+            these channels, zero where the token does not want it.
     Entries beyond the count are not written.
     """
     place = tl.arange(0, CHANNELS)
-    offs_k = (place // GROUP * splits + split) * GROUP + place % GROUP
-    mask_k = offs_k < k
+    offs_k = (place // GROUP * split.count + split.index) * GROUP + place % GROUP
+    mask_k = offs_k < x.k
     # Before the wait: no kernel writes thresholds.
     threshold = tl.load(threshold_ptr + offs_k, mask=mask_k, other=0.0)
     if PDL:
         gdc_wait()
-    mask = (offs_m < end_m)[:, None] & mask_k[None, :]
-    x = tl.load(
-        x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :],
-        mask=mask,
-        other=0.0,
-    )
-    wanted = wanted_channels(x, threshold[None, :], DROPPED) & mask
+    mask = (tokens.offsets < tokens.end)[:, None] & mask_k[None, :]
+    row = tokens.offsets.to(tl.int64)[:, None] * x.stride_m
+    values = tl.load(x.ptr + row + offs_k[None, :], mask=mask, other=0.0)
+    wanted = wanted_channels(values, threshold[None, :], DROPPED) & mask
     read = tl.max(wanted.to(tl.int32), axis=0)
     slot = tl.cumsum(read, axis=0) - 1
-    tl.store(list_ptr + slot, offs_k, mask=read > 0)
+    tl.store(lists.channel_ptr + slot, offs_k, mask=read > 0)
     row = tl.arange(0, BLOCK_M)[:, None] * (CHANNELS + PADDING)
     # An unwanted x may be infinite, and infinity times a weight of zero is NaN.
-    values = tl.where(wanted, x, 0.0)
-    tl.store(value_ptr + row + slot[None, :], values, mask=(read > 0)[None, :])
+    values = tl.where(wanted, values, 0.0)
+    tl.store(lists.value_ptr + row + slot[None, :], values, mask=(read > 0)[None, :])
     # Other threads of the program read what this one wrote.
     tl.debug_barrier()
     return tl.sum(read, axis=0)

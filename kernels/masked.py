@@ -12,26 +12,14 @@ from .tiles import load_tile
 
 @triton.jit
 def sum_masked(
-    x_ptr,
+    x,
     threshold_ptr,
-    tile_ptr,
-    stride_xm,
-    stride_k,
-    stride_n,
-    offs_m,
-    end_m,
-    offs_n,
-    end_n,
-    k,
+    matrix,
+    tokens,
+    columns,
     split,
-    splits,
     DROPPED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PASSES: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDE: tl.constexpr,
-    PDL: tl.constexpr,
+    TILING: tl.constexpr,
 ):
     """Column sums of BLOCK_M tokens on the vector units: float32 [BLOCK_M, BLOCK_N].
 
@@ -41,45 +29,47 @@ def sum_masked(
     loop. Splits interleave, so that at any time all programs read one stretch of
     memory.
     """
+    BLOCK_M: tl.constexpr = TILING.block_m
+    BLOCK_N: tl.constexpr = TILING.block_n
+    ROWS: tl.constexpr = TILING.rows
+    PASSES: tl.constexpr = TILING.block_k // TILING.rows
     # [ROWS, PASSES]: a thread's channels are adjacent, to read x in one piece.
     # PASSES comes after ROWS because Triton spreads warps over the leading dimensions.
     rows = tl.arange(0, ROWS)[:, None] * PASSES + tl.arange(0, PASSES)[None, :]
-    mask_m = (offs_m < end_m)[:, None, None]
-    mask_n = (offs_n < end_n)[None, None, None, :]
-    x_row_ptr = x_ptr + offs_m.to(tl.int64)[:, None, None] * stride_xm
+    mask_m = (tokens.offsets < tokens.end)[:, None, None]
+    mask_n = (columns.offsets < columns.end)[None, None, None, :]
+    x_row_ptr = x.ptr + tokens.offsets.to(tl.int64)[:, None, None] * x.stride_m
     step: tl.constexpr = ROWS * PASSES
-    offs_k = split * step + rows
-    mask_k = offs_k < k
-    if PDL:
+    offs_k = split.index * step + rows
+    mask_k = offs_k < x.k
+    if TILING.pdl:
         # Into L2 only, volatile to be issued at all: no value is used before the wait.
         tl.load(threshold_ptr + offs_k, mask=mask_k, volatile=True)
         gdc_wait()
-    x = tl.load(x_row_ptr + offs_k[None, :, :], mask=mask_m & mask_k, other=0.0)
+    value = tl.load(x_row_ptr + offs_k[None, :, :], mask=mask_m & mask_k, other=0.0)
     threshold = tl.load(threshold_ptr + offs_k, mask=mask_k, other=0.0)
     acc = tl.zeros([BLOCK_M, ROWS, BLOCK_N], dtype=tl.float32)
-    for _ in range(split * step, k, splits * step):
+    for _ in range(split.index * step, x.k, split.count * step):
         # [BLOCK_M, ROWS, PASSES]
-        x_wide = x.to(tl.float32)
-        wanted = wanted_channels(x_wide, threshold[None, :, :], DROPPED)
+        wide_value = value.to(tl.float32)
+        wanted = wanted_channels(wide_value, threshold[None, :, :], DROPPED)
         wanted &= mask_m & mask_k[None, :, :]
         read = tl.max(wanted.to(tl.int32), axis=0) > 0
         # [1, ROWS, PASSES, BLOCK_N]: of the product's rank, or Triton moves the tile
         # between layouts through shared memory.
         tile = load_tile(
-            tile_ptr,
+            matrix,
             offs_k[None, :, :, None],
-            offs_n[None, None, None, :],
-            stride_k,
-            stride_n,
+            columns.offsets[None, None, None, :],
             read[None, :, :, None] & mask_n,
-            WIDE,
+            TILING.wide,
         )
         # An unwanted x may be infinite, and infinity times the tile's zero is NaN.
-        factor = tl.where(wanted, x_wide, 0.0)
+        factor = tl.where(wanted, wide_value, 0.0)
         # x and thresholds of the next iteration are loaded along with these rows.
-        offs_k += splits * step
-        mask_k = offs_k < k
-        x = tl.load(x_row_ptr + offs_k[None, :, :], mask=mask_m & mask_k, other=0.0)
+        offs_k += split.count * step
+        mask_k = offs_k < x.k
+        value = tl.load(x_row_ptr + offs_k[None, :, :], mask=mask_m & mask_k, other=0.0)
         threshold = tl.load(threshold_ptr + offs_k, mask=mask_k, other=0.0)
         acc += tl.sum(factor[:, :, :, None] * tile.to(tl.float32), axis=2)
     return tl.sum(acc, axis=1)
@@ -87,56 +77,50 @@ def sum_masked(
 
 @triton.jit
 def dot_masked(
-    x_ptr,
+    x,
     threshold_ptr,
-    tile_ptr,
-    stride_xm,
-    stride_k,
-    stride_n,
-    offs_m,
-    end_m,
-    offs_n,
-    end_n,
-    k,
+    matrix,
+    tokens,
+    columns,
     split,
-    splits,
     DROPPED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    WIDE: tl.constexpr,
-    PDL: tl.constexpr,
+    TILING: tl.constexpr,
 ):
     """Column sums of up to BLOCK_M tokens on the matrix units: [BLOCK_M, BLOCK_N].
 
     Each token has its own mask; a channel is read when any of the tokens wants it.
     """
-    mask_m = (offs_m < end_m)[:, None]
-    mask_n = (offs_n < end_n)[None, :]
-    x_row_ptr = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    BLOCK_M: tl.constexpr = TILING.block_m
+    BLOCK_N: tl.constexpr = TILING.block_n
+    BLOCK_K: tl.constexpr = TILING.block_k
+    STAGES: tl.constexpr = TILING.stages
+    DOT_DTYPE: tl.constexpr = TILING.dot_dtype
+    mask_m = (tokens.offsets < tokens.end)[:, None]
+    mask_n = (columns.offsets < columns.end)[None, :]
+    x_row_ptr = x.ptr + tokens.offsets.to(tl.int64)[:, None] * x.stride_m
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    if PDL:
+    if TILING.pdl:
         gdc_wait()
-    for start_k in tl.range(split * BLOCK_K, k, splits * BLOCK_K, num_stages=STAGES):
+    for start_k in tl.range(
+        split.index * BLOCK_K, x.k, split.count * BLOCK_K, num_stages=STAGES
+    ):
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < k
+        mask_k = offs_k < x.k
         mask_x = mask_m & mask_k[None, :]
-        x = tl.load(x_row_ptr + offs_k[None, :], mask=mask_x, other=0.0)
+        value = tl.load(x_row_ptr + offs_k[None, :], mask=mask_x, other=0.0)
         threshold = tl.load(threshold_ptr + offs_k, mask=mask_k, other=0.0)
-        wanted = wanted_channels(x, threshold[None, :], DROPPED) & mask_x
+        wanted = wanted_channels(value, threshold[None, :], DROPPED) & mask_x
         read = tl.max(wanted.to(tl.int32), axis=0) > 0
         tile = load_tile(
-            tile_ptr,
+            matrix,
             offs_k[:, None],
-            offs_n[None, :],
-            stride_k,
-            stride_n,
+            columns.offsets[None, :],
             read[:, None] & mask_n,
-            WIDE,
+            TILING.wide,
         )
-        x = tl.where(wanted, x, 0.0)
+        value = tl.where(wanted, value, 0.0)
         # "ieee": float32 inputs would be rounded to tf32 otherwise.
-        acc = tl.dot(x.to(DOT_DTYPE), tile.to(DOT_DTYPE), acc, input_precision="ieee")
+        acc = tl.dot(
+            value.to(DOT_DTYPE), tile.to(DOT_DTYPE), acc, input_precision="ieee"
+        )
     return acc

@@ -7,6 +7,7 @@ it leaves float32 sums in a workspace, and a second launch adds them up and adds
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -19,6 +20,7 @@ from vllm_rsparse.formats.base import StoredWeight
 from .channels import GROUP
 from .launch_config import LaunchConfig
 from .programs import finish_kernel, sums_kernel
+from .tiles import Constants, Input, Lists, Matrix, Tiling
 
 # Tokens a program takes: the smallest tile of the matrix units.
 DOT_TOKENS = 16
@@ -70,110 +72,124 @@ def rsparse_linear(
     if k > 0 and x.stride(1) != 1:
         x = x.contiguous()
 
-    shards = len(shard_sizes)
     rank_columns = sum(ranks)
     factors = rank_columns > 0
     split_k = config.split_k
     if config.listed:
         split_k = max(split_k, triton.cdiv(k, MOST_LISTED))
-    direct = split_k == 1 and not factors
     partial = None
-    if not direct:
-        partial = torch.empty(
-            split_k,
-            tokens,
-            rank_columns + n,
-            dtype=torch.float32,
-            device=x.device,
+    if split_k > 1 or factors:
+        shape = (split_k, tokens, rank_columns + n)
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    tiling = Tiling(
+        block_m=DOT_TOKENS
+        if config.use_dot
+        else min(4, triton.next_power_of_2(tokens)),
+        block_n=config.block_n,
+        block_k=config.block_k,
+        rows=rows_at_once(config, config.block_n, matrix.element_size()),
+        channels=listed_channels(k, split_k) if config.listed else None,
+        even_n=all(size % config.block_n == 0 for size in shard_sizes),
+        stages=config.num_stages,
+        use_dot=config.use_dot,
+        dot_dtype=dot_dtype(x.dtype),
+        wide=max(_extent(matrix), _extent(v)) >= 2**31,
+        pdl=has_dependent_launch(x.device),
+    )
+    factor_tiling = None
+    tiles = tiles_of(shard_sizes, config.block_n)
+    if factors:
+        # A few ranks in a tile of the weight's width would leave most threads idle.
+        block_n = min(config.block_n, triton.next_power_of_2(max(16, *ranks)))
+        rows = rows_at_once(config, block_n, v.element_size())
+        factor_tiling = replace(tiling, block_n=block_n, rows=rows, even_n=False)
+        tiles += tiles_of(ranks, block_n)
+    groups_m = triton.cdiv(tokens, tiling.block_m)
+    lists = Lists(None, None)
+    if tiling.channels is not None:
+        length = tiles * split_k * groups_m * (tiling.channels + config.block_k)
+        lists = Lists(
+            torch.empty(length, dtype=torch.int32, device=x.device),
+            torch.empty(length * tiling.block_m, dtype=x.dtype, device=x.device),
         )
-    block_m = DOT_TOKENS if config.use_dot else min(4, triton.next_power_of_2(tokens))
-    groups_m = triton.cdiv(tokens, block_m)
-    # A few ranks in a tile of the weight's width would leave most threads idle.
-    rank_block_n = min(config.block_n, triton.next_power_of_2(max(16, *ranks)))
-    tiles = _tiles(shard_sizes, config.block_n) + _tiles(ranks, rank_block_n)
-    channels = channel_list = channel_values = None
-    if config.listed:
-        channels = listed_channels(k, split_k)
-        length = tiles * split_k * groups_m * (channels + config.block_k)
-        channel_list = torch.empty(length, dtype=torch.int32, device=x.device)
-        channel_values = torch.empty(length * block_m, dtype=x.dtype, device=x.device)
-    pdl = _has_dependent_launch(x.device)
-    options = {"launch_pdl": True} if pdl else {}
     sums_kernel[(tiles, split_k, groups_m)](
-        x,
-        matrix,
+        Input(x, x.stride(0), k),
+        Matrix(matrix, matrix.stride(1), matrix.stride(0)),
+        Matrix(v if factors else None, v.stride(1), v.stride(0)),
         thresholds,
-        v if factors else None,
-        correction,
-        bias,
+        Constants(weight.scales, correction, bias),
         out,
         partial,
-        channel_list,
-        channel_values,
+        lists,
         tokens,
         n,
-        k,
         rank_columns,
-        x.stride(0),
-        matrix.stride(1),
-        v.stride(1),
-        v.stride(0),
         tuple(shard_sizes),
         tuple(ranks),
-        SHARDS=shards,
-        FACTORS=factors,
-        DIRECT=direct,
-        USE_DOT=config.use_dot,
-        LISTED=config.listed,
-        BLOCK_M=block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        ROWS=_rows_at_once(config, config.block_n, matrix.element_size()),
-        RANK_BLOCK_N=rank_block_n,
-        RANK_ROWS=_rows_at_once(config, rank_block_n, v.element_size()),
-        CHANNELS=channels,
-        EVEN_N=all(size % config.block_n == 0 for size in shard_sizes),
-        STAGES=config.num_stages,
-        DOT_DTYPE=_dot_dtype(x.dtype),
-        WIDE=max(_extent(matrix), _extent(v)) >= 2**31,
-        PDL=pdl,
+        TILING=tiling,
+        FACTOR_TILING=factor_tiling,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **options,
+        **_launch_options(x.device),
     )
-    if direct:
-        return out
-    finish_kernel[(_tiles(shard_sizes, FINISH_BLOCK_N), tokens)](
-        partial,
-        u if factors else None,
-        correction,
-        bias,
-        out,
-        split_k,
-        tokens,
-        n,
-        rank_columns,
-        u.stride(0),
-        u.stride(1),
-        tuple(shard_sizes),
-        tuple(ranks),
-        SHARDS=shards,
-        FACTORS=factors,
-        SPLITS_BLOCK=triton.next_power_of_2(split_k),
-        BLOCK_N=FINISH_BLOCK_N,
-        BLOCK_R=min(FINISH_MAX_BLOCK_R, triton.next_power_of_2(max(1, *ranks))),
-        PDL=pdl,
-        num_warps=4,
-        **options,
-    )
+    if partial is not None:
+        finish(partial, u, weight.scales, correction, bias, out, shard_sizes, ranks)
     return out
 
 
-def _tiles(sizes: Sequence[int], block_n: int) -> int:
+def finish(
+    partial: Tensor,
+    u: Tensor | None,
+    scales: Tensor | None,
+    correction: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    shard_sizes: Sequence[int],
+    ranks: Sequence[int],
+) -> None:
+    """Second launch: add up the splits' partial sums and what belongs to a column.
+
+    Args:
+        partial: float32 [splits, M, R + N].
+        u: [N, >= max(ranks)]; unused where the sum R of the ranks is 0.
+        scales: float32 [N] that multiply the weight's sums, or None.
+        correction: float32 [N] or None.
+        bias: [N] or None.
+        out: [M, N], written.
+        shard_sizes: rows of each shard.
+        ranks: rank of each shard.
+    """
+    splits, tokens, columns = partial.shape
+    n = out.shape[1]
+    factors = Matrix(None, 0, 0)
+    if u is not None and columns > n:
+        factors = Matrix(u, u.stride(1), u.stride(0))
+    finish_kernel[(tiles_of(shard_sizes, FINISH_BLOCK_N), tokens)](
+        partial,
+        factors,
+        Constants(scales, correction, bias),
+        out,
+        splits,
+        tokens,
+        n,
+        columns - n,
+        tuple(shard_sizes),
+        tuple(ranks),
+        SPLITS_BLOCK=triton.next_power_of_2(splits),
+        BLOCK_N=FINISH_BLOCK_N,
+        BLOCK_R=min(FINISH_MAX_BLOCK_R, triton.next_power_of_2(max(1, *ranks))),
+        PDL=has_dependent_launch(out.device),
+        num_warps=4,
+        **_launch_options(out.device),
+    )
+
+
+def tiles_of(sizes: Sequence[int], block_n: int) -> int:
+    """Column tiles of all shards."""
     return sum(triton.cdiv(size, block_n) for size in sizes)
 
 
-def _rows_at_once(config: LaunchConfig, block_n: int, element_size: int) -> int:
+def rows_at_once(config: LaunchConfig, block_n: int, element_size: int) -> int:
     """Rows of a tile that a program's threads read with one 16-byte load each."""
     threads_of_row = max(1, block_n * element_size // 16)
     return min(config.block_k, max(1, config.num_warps * 32 // threads_of_row))
@@ -193,7 +209,7 @@ def _extent(matrix: Tensor) -> int:
     )
 
 
-def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """Operands of ``tl.dot``: as stored, widened only for the interpreter.
 
     Triton's interpreter multiplies bfloat16 operands as the integers that hold them.
@@ -204,7 +220,7 @@ def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 @cache
-def _has_dependent_launch(device: torch.device) -> bool:
+def has_dependent_launch(device: torch.device) -> bool:
     """Whether a launch may start while its predecessor drains (Hopper and later)."""
     return (
         device.type == "cuda"
@@ -212,3 +228,7 @@ def _has_dependent_launch(device: torch.device) -> bool:
         and torch.cuda.get_device_capability(device) >= (9, 0)
         and not triton.knobs.runtime.interpret
     )
+
+
+def _launch_options(device: torch.device) -> dict[str, bool]:
+    return {"launch_pdl": True} if has_dependent_launch(device) else {}

@@ -18,111 +18,38 @@ from .masked import dot_masked, sum_masked
 
 @triton.jit
 def sum_channels(
-    x_ptr,
+    x,
     threshold_ptr,
-    tile_ptr,
-    list_ptr,
-    value_ptr,
-    stride_xm,
-    stride_k,
-    stride_n,
-    offs_m,
-    end_m,
-    offs_n,
-    end_n,
-    k,
+    matrix,
+    lists,
+    tokens,
+    columns,
     split,
-    splits,
     DROPPED: tl.constexpr,
-    USE_DOT: tl.constexpr,
-    LISTED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    WIDE: tl.constexpr,
-    PDL: tl.constexpr,
+    TILING: tl.constexpr,
 ):
-    """Sums of one column tile over this split's channels: float32 [BLOCK_M, BLOCK_N].
+    """Sums of x over the wanted channels times a tile: float32 [BLOCK_M, BLOCK_N].
 
-    Columns beyond ``end_n`` and tokens beyond ``end_m`` are zero.
+    Args:
+        x: the ``Input``.
+        threshold_ptr: of the tile's shard.
+        matrix: the ``Matrix`` that the tile is of.
+        lists: this program's ``Lists``, pointers where ``TILING.channels`` is set.
+        tokens, columns: the ``Range`` of each.
+        split: the ``Split``.
+        DROPPED: sum the dropped channels instead of the kept ones.
+        TILING: the ``Tiling``.
     """
-    if USE_DOT:
+    if TILING.use_dot:
         sums = dot_masked(
-            x_ptr,
-            threshold_ptr,
-            tile_ptr,
-            stride_xm,
-            stride_k,
-            stride_n,
-            offs_m,
-            end_m,
-            offs_n,
-            end_n,
-            k,
-            split,
-            splits,
-            DROPPED=DROPPED,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            STAGES=STAGES,
-            DOT_DTYPE=DOT_DTYPE,
-            WIDE=WIDE,
-            PDL=PDL,
+            x, threshold_ptr, matrix, tokens, columns, split, DROPPED, TILING
         )
-    elif LISTED:
+    elif TILING.channels is not None:
         sums = sum_listed(
-            x_ptr,
-            threshold_ptr,
-            tile_ptr,
-            list_ptr,
-            value_ptr,
-            stride_xm,
-            stride_k,
-            stride_n,
-            offs_m,
-            end_m,
-            offs_n,
-            end_n,
-            k,
-            split,
-            splits,
-            DROPPED=DROPPED,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            PASSES=BLOCK_K // ROWS,
-            ROWS=ROWS,
-            CHANNELS=CHANNELS,
-            EVEN_N=EVEN_N,
-            WIDE=WIDE,
-            PDL=PDL,
+            x, threshold_ptr, matrix, lists, tokens, columns, split, DROPPED, TILING
         )
     else:
         sums = sum_masked(
-            x_ptr,
-            threshold_ptr,
-            tile_ptr,
-            stride_xm,
-            stride_k,
-            stride_n,
-            offs_m,
-            end_m,
-            offs_n,
-            end_n,
-            k,
-            split,
-            splits,
-            DROPPED=DROPPED,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            PASSES=BLOCK_K // ROWS,
-            ROWS=ROWS,
-            WIDE=WIDE,
-            PDL=PDL,
+            x, threshold_ptr, matrix, tokens, columns, split, DROPPED, TILING
         )
     return sums
