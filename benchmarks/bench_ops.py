@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkout import commit
 from peer import CONFIGS as PEER_CONFIGS
 from peer import peer_linear
 from torch.nn.functional import linear as dense_linear
 
 from vllm_rsparse.bench.bandwidth import read_bandwidth
-from vllm_rsparse.bench.command import provenance
 from vllm_rsparse.bench.inputs import Inputs, bytes_read, kept_fraction, rotation
 from vllm_rsparse.bench.layers import SHAPES, Layer
 from vllm_rsparse.bench.measure import check, row, time_dense, time_sparse
+from vllm_rsparse.bench.provenance import provenance
 from vllm_rsparse.bench.timing import Timing, time_calls
 from vllm_rsparse.op import tuning
 from vllm_rsparse.op.backends import Backend
@@ -78,7 +77,7 @@ def bench_layer(
             add("dense", time_dense(inputs), dense_bytes, rho=1.0, kept=1.0, ranks=[])
         kept = kept_fraction(inputs)
         config = tuning.launch_config(
-            torch.cuda.get_device_name(), layer.n, layer.k, name, tokens
+            tuning.device_of(inputs[0].x.device), layer.n, layer.k, name, tokens
         )
         ranks = list(inputs[0].operands.ranks)
         facts = {"rho": rho, "kept": round(kept, 4), "ranks": ranks}
@@ -133,7 +132,7 @@ def main() -> None:
         print_sums(of_model)
         rows += [{"model": model, "sparsity": args.sparsity, **r} for r in of_model]
     if args.output:
-        facts = {**provenance(), "commit": commit(), "read_gbps": round(read / 1e9)}
+        facts = {**provenance(), "read_gbps": round(read / 1e9)}
         args.output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
 

@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkout import commit
 from random_model import SHAPES, WEIGHTS, write_config, write_sparse_model
 
-from vllm_rsparse.bench.command import device_name
+from vllm_rsparse.bench.provenance import commit, device_name
 
 HERE = Path(__file__).resolve().parent
 

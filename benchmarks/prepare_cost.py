@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkout import commit
 from random_model import SHAPES, Shape
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from vllm_rsparse.bench.provenance import commit
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.prepare.recipe.recipes import RECIPES

@@ -125,13 +125,14 @@ extern "C" int vllm_rsparse_linear(int element, int format, int scale_element,
   Problem p{tokens, n, k, x_stride, shards, 0, sizes, ranks};
   for (int64_t s = 0; s < shards; ++s) p.rank_sum += ranks[s];
   const Stored stored{format, scale_element, group, data, scales, zeros};
-  int unknown = 0;
-  return with_element(element, [&](auto like) {
+  int unknown_format = 0;
+  const int unknown_element = with_element(element, [&](auto like) {
     using T = decltype(like);
-    unknown = with_weight<T>(stored, [&](const auto &weight) {
+    unknown_format = with_weight<T>(stored, [&](const auto &weight) {
       rsparse_linear(p, static_cast<const T *>(x), weight, thresholds,
                      static_cast<const T *>(u), static_cast<const T *>(v), correction,
                      static_cast<const T *>(bias), static_cast<T *>(out));
     });
-  }) | unknown;
+  });
+  return unknown_element | unknown_format;
 }

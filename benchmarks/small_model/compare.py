@@ -28,11 +28,11 @@ from typing import Any
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, here and in the workers
 
 import torch
-from checkout import commit
 from limits import time_limit
 from transformers import AutoTokenizer
 
 from vllm_rsparse.artifact.prepared import PreparedDirectory
+from vllm_rsparse.bench.provenance import commit
 from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.measure import dense_positions, measure
 from vllm_rsparse.evaluate.windows import read_windows

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vllm_rsparse.errors import BuildError
-from vllm_rsparse.formats.plain import store_float
+from vllm_rsparse.formats.plain import FLOAT, store_float
 from vllm_rsparse.op import cpu, cpu_build
 from vllm_rsparse.op.backends import Backend, resolve_backend
 from vllm_rsparse.testing.cases import make_case, relative_error, same_bits
@@ -142,6 +142,23 @@ def test_weight_of_more_than_2_31_elements():
         shard_sizes=(n,),
     )
     assert (cpu.rsparse_linear(*case.args()) == case.x[0, -1] * 2).all()
+
+
+def test_a_number_that_the_kernel_does_not_know_is_no_result(monkeypatch):
+    monkeypatch.setitem(cpu._ELEMENTS, torch.float32, 7)
+    case = make_case()
+    for call in (
+        lambda: cpu.rsparse_linear(*case.args()),
+        lambda: cpu.dense_linear(case.x, case.operands.weight, case.bias),
+    ):
+        with pytest.raises(BuildError, match=r"does not know torch\.float32 with"):
+            call()
+
+
+def test_a_format_that_the_kernel_does_not_know_is_no_result(monkeypatch):
+    monkeypatch.setattr(type(FLOAT), "code", 99)
+    with pytest.raises(BuildError, match="of the format float"):
+        cpu.rsparse_linear(*make_case().args())
 
 
 # How it is built.

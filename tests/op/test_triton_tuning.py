@@ -12,8 +12,9 @@ import pytest
 
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.op import tuning
-from vllm_rsparse.op.tuning import TunedEntry
+from vllm_rsparse.op.tuning import Device, TunedEntry
 
+GPU = Device("GPU", 132)
 CONFIG = LaunchConfig(128, 32, 4, 2, 1, use_dot=False)
 
 
@@ -51,13 +52,13 @@ def test_written_tables_read_back(config_dir: Path) -> None:
 @pytest.mark.parametrize(("tokens", "split_k"), [(1, 4), (2, 4), (3, 2), (16, 2)])
 def test_nearest_number_of_tokens(config_dir: Path, tokens: int, split_k: int) -> None:
     tuning.write_table(tuning.config_path("GPU"), [entry(1, 4), entry(8, 2)], {})
-    found = tuning.launch_config("GPU", 64, 256, "bfloat16", tokens)
+    found = tuning.launch_config(GPU, 64, 256, "bfloat16", tokens)
     assert found.split_k == split_k
 
 
 def test_many_tokens_go_to_the_matrix_units(config_dir: Path) -> None:
     tuning.write_table(tuning.config_path("GPU"), [entry(1, 4)], {})
-    assert tuning.launch_config("GPU", 64, 256, "bfloat16", 16).use_dot
+    assert tuning.launch_config(GPU, 64, 256, "bfloat16", 16).use_dot
 
 
 @pytest.mark.usefixtures("config_dir")
@@ -66,8 +67,8 @@ def test_untuned_shapes_get_the_default_and_one_line_of_advice(
 ) -> None:
     caplog.set_level(logging.INFO, logger=tuning.__name__)
     for n in (64, 128, 192):
-        found = tuning.launch_config("GPU", n, 256, "bfloat16", 1)
-        assert found == tuning.default_config(n, 256, 1)
+        found = tuning.launch_config(GPU, n, 256, "bfloat16", 1)
+        assert found == tuning.default_config(n, 256, 1, 132)
     assert len(caplog.records) == 1
     assert "--tune" in caplog.text
 
@@ -75,7 +76,16 @@ def test_untuned_shapes_get_the_default_and_one_line_of_advice(
 @pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (6144, 4096), (131072, 50000)])
 def test_default_is_valid_for_any_shape(n: int, k: int, tokens: int) -> None:
-    assert tuning.default_config(n, k, tokens).split_k >= 1
+    assert tuning.default_config(n, k, tokens, processors=20).split_k >= 1
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_default_fills_the_multiprocessors_that_there_are(tokens: int) -> None:
+    # Splits double until there are enough programs: four times the processors, two
+    # doublings more.
+    small = tuning.default_config(256, 2**20, tokens, processors=33)
+    large = tuning.default_config(256, 2**20, tokens, processors=132)
+    assert large.split_k == 4 * small.split_k
 
 
 @pytest.mark.parametrize(

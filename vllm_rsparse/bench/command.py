@@ -3,20 +3,18 @@
 
 import argparse
 import json
-import platform
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_rsparse import __version__
 from vllm_rsparse.arguments import output_file
 from vllm_rsparse.artifact.prepared import open_artifact
 from vllm_rsparse.bench.bandwidth import read_bandwidth
 from vllm_rsparse.bench.layers import SHAPES, Layer, layers_of
 from vllm_rsparse.bench.measure import measure_layer
+from vllm_rsparse.bench.provenance import device_name, provenance
 from vllm_rsparse.errors import SettingError
 from vllm_rsparse.op import tuning
 from vllm_rsparse.op.backends import resolve_backend
@@ -143,35 +141,3 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
         )
     return align(lines)
-
-
-def device_name() -> str:
-    """Name of the device that measurements run on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    processor = platform.processor() or platform.machine()
-    facts = Path("/proc/cpuinfo")
-    for line in facts.read_text().splitlines() if facts.exists() else ():
-        if line.startswith("model name"):
-            processor = line.split(":")[1].strip()
-            break
-    return f"{processor}, {torch.get_num_threads()} threads"
-
-
-def provenance() -> dict[str, Any]:
-    """Provenance of a measurement: device, versions, command."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    return {
-        "device": device_name(),
-        "vllm_rsparse": __version__,
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }

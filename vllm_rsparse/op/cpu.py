@@ -8,10 +8,12 @@ EPYC). The kernels keep their scratch memory: a call allocates only the output.
 import ctypes
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from vllm_rsparse.errors import BuildError
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.op import cpu_build
@@ -132,7 +134,7 @@ def _sparse_call(
         x = x.contiguous()
     scales, zeros = weight.scales, weight.zeros
     sparse, _ = _kernels()
-    sparse(
+    status = sparse(
         _ELEMENTS[x.dtype],
         weight.format.code,
         _ELEMENTS[x.dtype if scales is None else scales.dtype],
@@ -155,6 +157,8 @@ def _sparse_call(
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
     )
+    if status:
+        _refuse(x, weight)
     return out
 
 
@@ -182,7 +186,7 @@ def dense_linear(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor
     if x.stride(1) != 1:
         x = x.contiguous()
     _, dense = _kernels()
-    dense(
+    status = dense(
         _ELEMENTS[x.dtype],
         tokens,
         n,
@@ -193,7 +197,18 @@ def dense_linear(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
     )
+    if status:
+        _refuse(x, weight)
     return out
+
+
+def _refuse(x: Tensor, weight: StoredWeight) -> NoReturn:
+    """Report a number that the compiled kernel does not know; nothing was written."""
+    raise BuildError(
+        f"the compiled kernel of the backend cpu does not know {x.dtype} with weights"
+        f" of the format {weight.format.name}; remove the cached builds in"
+        f" {cpu_build.cache_directory()}"
+    )
 
 
 @lru_cache(maxsize=64)

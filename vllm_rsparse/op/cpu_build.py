@@ -60,7 +60,7 @@ def load() -> ctypes.CDLL:
     for part in (macros, " ".join([compiler, *flags]).encode(), *texts):
         key.update(part)
     name = f"rsparse_linear-{key.hexdigest()[:16]}.so"
-    cached = _cache_directory() / name
+    cached = cache_directory() / name
     try:
         if not cached.exists():
             _compile([compiler, *flags], cached)
@@ -88,7 +88,8 @@ def _native_flags() -> list[str]:
     return [_NATIVE[machine], *(_X86_FLAGS if machine == "x86_64" else [])]
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
+    """Where compiled kernels are kept."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "vllm_rsparse"
 

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backend ``triton``: looks up a launch configuration and calls ``kernels/``."""
 
-from functools import cache
-
-import torch
 from torch import Tensor
 
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.rsparse_linear import rsparse_linear as launch
 from vllm_rsparse.op.operands import SparseOperands
-from vllm_rsparse.op.tuning import launch_config
+from vllm_rsparse.op.tuning import device_of, launch_config
 
 
 def rsparse_linear(
@@ -33,7 +30,7 @@ def rsparse_linear(
     weight = operands.weight
     if config is None:
         config = launch_config(
-            _device_name(x.device), weight.n, weight.k, weight.kind, x.shape[0]
+            device_of(x.device), weight.n, weight.k, weight.kind, x.shape[0]
         )
     return launch(
         x,
@@ -46,11 +43,4 @@ def rsparse_linear(
         operands.shard_sizes,
         operands.ranks,
         config,
-    )
-
-
-@cache
-def _device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     )

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ConfigDict, StrictBool, StrictFloat, StrictInt, StrictStr
 from pydantic.dataclasses import dataclass
 
@@ -35,6 +36,7 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 VECTOR_TOKENS = 2
 # Layers of this many elements are listed by default, as most of them were on the H200.
 _LISTED_ELEMENTS = 80 * 2**20
+_H200_PROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,19 @@ class TunedEntry:
     config: LaunchConfig
     sparse_us: float
     dense_us: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a launch configuration depends on.
+
+    Attributes:
+        name: as ``torch.cuda.get_device_name`` reports it.
+        processors: multiprocessors.
+    """
+
+    name: str
+    processors: int
 
 
 class TableError(RSparseError):
@@ -138,45 +153,62 @@ def device_table(device_name: str) -> tuple[TunedEntry, ...]:
 
 
 @cache
+def device_of(device: torch.device) -> Device:
+    """The device that kernels run on; an H200 stands for Triton's interpreter."""
+    if device.type != "cuda":
+        return Device("interpreter", _H200_PROCESSORS)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(torch.cuda.get_device_name(device), properties.multi_processor_count)
+
+
+@cache
 def launch_config(
-    device_name: str, n: int, k: int, dtype: str, tokens: int
+    device: Device, n: int, k: int, kind: str, tokens: int
 ) -> LaunchConfig:
     """The configuration for a shape: the tuned one of the nearest number of tokens.
 
     Args:
-        device_name: as ``torch.cuda.get_device_name`` reports it.
+        device: where the kernels run.
         n: output features of the (fused) layer on this rank.
         k: input features.
-        dtype: of the weight, ``bfloat16``.
+        kind: ``StoredWeight.kind``, which tables have as ``dtype``.
         tokens: rows of the call.
     """
     candidates = [
         entry
-        for entry in device_table(device_name)
-        if (entry.n, entry.k, entry.dtype) == (n, k, dtype)
+        for entry in device_table(device.name)
+        if (entry.n, entry.k, entry.dtype) == (n, k, kind)
         and (entry.config.use_dot or tokens <= VECTOR_TOKENS)
     ]
     if candidates:
         return min(candidates, key=lambda entry: abs(entry.tokens - tokens)).config
-    _log_untuned(device_name)
-    return default_config(n, k, tokens)
+    _log_untuned(device.name)
+    return default_config(n, k, tokens, device.processors)
 
 
-def default_config(n: int, k: int, tokens: int) -> LaunchConfig:
+def default_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig:
     """A configuration for any shape on any device, from the best ones on the H200.
 
     Channels are split until there are enough programs to hide the latency of memory:
-    about ten warps for each of the H200's 132 multiprocessors. On the vector units,
-    listing pays if there is much to read; smaller layers are masked.
+    about ten warps per multiprocessor. On the vector units, listing pays if there is
+    much to read; smaller layers are masked.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        tokens: rows of the call.
+        processors: multiprocessors of the device.
     """
     use_dot = tokens > VECTOR_TOKENS
     listed = not use_dot and n * k >= _LISTED_ELEMENTS
+    # Enough programs for the H200.
     block_n, block_k, warps, enough = 128, 32, 1, 1500
     if use_dot:
         block_n, warps, enough = 256, 4, 256
     elif listed:
         block_n, block_k, warps, enough = 1024, 16, 4, 400
     split_k = 1
+    enough = enough * processors // _H200_PROCESSORS
     while -(-n // block_n) * split_k < enough and k >= 2 * split_k * block_k:
         split_k *= 2
     stages = 3 if use_dot else 1
