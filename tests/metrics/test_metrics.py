@@ -178,7 +178,7 @@ def test_results_do_not_change(tmp_path: Path) -> None:
 def test_compiled_graphs_call_the_op_with_the_registered_tensors(
     tmp_path: Path,
 ) -> None:
-    # The layers are told apart by the address of their thresholds.
+    # The layers are known by the number on their thresholds.
     model = Model()
     count(tmp_path, model)
     compiled = torch.compile(model.step, backend="aot_eager", fullgraph=True)

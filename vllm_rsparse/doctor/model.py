@@ -11,8 +11,10 @@ from vllm_rsparse.artifact.locate import holds_artifact
 from vllm_rsparse.artifact.prepared import PreparedDirectory, open_artifact
 from vllm_rsparse.artifact.tensors import Artifact, LinearTensors
 from vllm_rsparse.doctor.finding import Finding, Level
-from vllm_rsparse.doctor.layer import TOLERANCE, FusedLayer, compare
+from vllm_rsparse.doctor.layer import FusedLayer, compare
 from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.formats.base import INPUT_DTYPES
+from vllm_rsparse.formats.registry import format_of_name
 from vllm_rsparse.model.families import by_engine_layer
 from vllm_rsparse.model.names import LinearName
 from vllm_rsparse.op.backends import resolve_backend
@@ -44,10 +46,11 @@ def tuned_shapes(directory: Path) -> Iterator[Finding]:
         yield Finding(Level.OK, "tuned shapes", "only the triton backend uses them")
         return
     info = open_artifact(directory).info
+    kind = format_of_name(info.base.format).kind(getattr(torch, info.base.dtype))
     needed = set()
     for names in by_engine_layer(info.linears):
         entries = [info.linears[name] for name in names]
-        needed.add((sum(e.shape[0] for e in entries), entries[0].shape[1], info.dtype))
+        needed.add((sum(e.shape[0] for e in entries), entries[0].shape[1], kind))
     device = current_platform.get_device_name()
     tuned = {(entry.n, entry.k, entry.dtype) for entry in device_table(device)}
     missing = sorted(needed - tuned)
@@ -58,7 +61,7 @@ def tuned_shapes(directory: Path) -> Iterator[Finding]:
         f" {device}"
         + (
             "; defaults are used for "
-            + ", ".join(f"{n}x{k} {dtype}" for n, k, dtype in missing)
+            + ", ".join(f"{n}x{k} {kind}" for n, k, kind in missing)
             if missing
             else ""
         ),
@@ -138,7 +141,7 @@ def _weights(directory: Path, opened: Artifact, names: list[str]) -> dict[str, T
     weights = LanguageModel(checkpoint).read_weights(names)
     for name, weight in weights.items():
         shape = opened.entry(name).shape
-        if tuple(weight.shape) != shape or weight.dtype not in TOLERANCE:
+        if tuple(weight.shape) != shape or weight.dtype not in INPUT_DTYPES:
             raise ArtifactError(
                 f"{directory}: {name}.weight is {weight.dtype} {list(weight.shape)},"
                 f" the artifact expects floats {list(shape)}; it was prepared from"

@@ -61,7 +61,7 @@ class StoredWeight:
     @property
     def kind(self) -> str:
         """What tables of tuned configurations call it: ``bfloat16``, ``int4``."""
-        return self.format.kind(self)
+        return self.format.kind(self.data.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -111,8 +111,12 @@ class WeightFormat(ABC):
             WeightFormatError: names the sizes.
         """
 
-    def kind(self, weight: StoredWeight) -> str:
-        """What tells apart weights that kernels read at different speeds."""
+    def kind(self, dtype: torch.dtype) -> str:
+        """What distinguishes weights that kernels read at different speeds.
+
+        Args:
+            dtype: of the stored elements, where the format allows several.
+        """
         return self.name
 
     def input_dtypes(self, weight: StoredWeight) -> tuple[torch.dtype, ...]:

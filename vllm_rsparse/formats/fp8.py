@@ -29,8 +29,8 @@ class Fp8Format(WeightFormat):
                 f"the format fp8 has no groups, got groups of {weight.group}"
             )
 
-    def kind(self, weight: StoredWeight) -> str:
-        """The dtype, as for floats: the scales cost the kernels nothing per row."""
+    def kind(self, dtype: torch.dtype) -> str:
+        """The dtype, as for floats: scales per column cost nothing per row."""
         return "float8_e4m3fn"
 
     def dequantise(self, weight: StoredWeight) -> Tensor:

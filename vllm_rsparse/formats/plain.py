@@ -41,9 +41,9 @@ class FloatFormat(WeightFormat):
         if weight.scales is not None or weight.zeros is not None or weight.group:
             raise WeightFormatError("the format float has no scales, zeros or groups")
 
-    def kind(self, weight: StoredWeight) -> str:
+    def kind(self, dtype: torch.dtype) -> str:
         """The dtype: bfloat16, float16 or float32."""
-        return str(weight.data.dtype).removeprefix("torch.")
+        return str(dtype).removeprefix("torch.")
 
     def input_dtypes(self, weight: StoredWeight) -> tuple[torch.dtype, ...]:
         """The weight's own: vector and matrix units multiply two of a kind."""
