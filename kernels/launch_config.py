@@ -19,6 +19,9 @@ class LaunchConfig:
             vector units, up to 4 at a time.
         listed: on the vector units, list the wanted channels first instead of masking
             the others in place.
+        packed: multiply int4 or fp8 words as they are loaded, on the matrix units, up
+            to 8 tokens of the sparse and 16 of the dense route at a time. ``block_k``
+            is then the most channels of a block, 32, 64 or 128.
     """
 
     block_n: int
@@ -28,6 +31,7 @@ class LaunchConfig:
     num_stages: int
     use_dot: bool
     listed: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_n", "block_k", "num_warps"):
@@ -39,6 +43,13 @@ class LaunchConfig:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.use_dot and self.listed:
             raise ValueError("use_dot masks channels in place, listed must be false")
+        if self.packed and (self.use_dot or self.listed or self.num_warps != 1):
+            raise ValueError(
+                "packed has one warp and its own way to list and multiply: use_dot and"
+                " listed must be false and num_warps 1"
+            )
+        if self.packed and self.block_k not in (32, 64, 128):
+            raise ValueError(f"packed needs block_k 32, 64 or 128, got {self.block_k}")
         if self.use_dot and min(self.block_n, self.block_k) < 16:
             raise ValueError(
                 "use_dot needs block_n and block_k >= 16, got"

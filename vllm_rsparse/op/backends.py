@@ -106,6 +106,12 @@ def _triton_sparse(x: Tensor, operands: SparseOperands, bias: Tensor | None) -> 
     return triton_backend.rsparse_linear(x, operands, bias)
 
 
+def _triton_dense(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
+    from vllm_rsparse.op import triton_backend
+
+    return triton_backend.dense_linear(x, weight, bias)
+
+
 @lru_cache(maxsize=2)
 def _float16_is_emulated(device_type: str) -> bool:
     """Whether the device has no product of float16 that oneDNN knows."""
@@ -150,7 +156,12 @@ BACKENDS: dict[int, Implementation] = {
     Backend.TRITON: Implementation(
         refusal=_needs_cuda,
         load=lambda: None,
-        routes={FLOAT.name: Routes(_triton_sparse, library_linear)},
+        routes={
+            one.name: Routes(
+                _triton_sparse, library_linear if one is FLOAT else _triton_dense
+            )
+            for one in FORMATS
+        },
     ),
     Backend.CPU_TORCH: Implementation(
         refusal=_needs_cpu,

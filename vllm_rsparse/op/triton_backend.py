@@ -1,12 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backend ``triton``: looks up a launch configuration and calls ``kernels/``."""
 
-from torch import Tensor
+from collections.abc import Sequence
 
+from torch import Tensor
+from torch.nn import functional
+
+from vllm_rsparse.formats.base import StoredWeight
+from vllm_rsparse.formats.fp8 import FP8
+from vllm_rsparse.kernels import quantized_linear
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.rsparse_linear import rsparse_linear as launch
-from vllm_rsparse.op.operands import SparseOperands
-from vllm_rsparse.op.tuning import device_of, launch_config
+from vllm_rsparse.op.operands import OperandError, SparseOperands, check_input
+from vllm_rsparse.op.tuning import (
+    DENSE_TOKENS,
+    default_config,
+    dense_config,
+    device_of,
+    launch_config,
+)
 
 
 def rsparse_linear(
@@ -32,7 +44,11 @@ def rsparse_linear(
         config = launch_config(
             device_of(x.device), weight.n, weight.k, weight.kind, x.shape[0]
         )
-    return launch(
+        if config.packed and not _packable(weight, operands.shard_sizes):
+            processors = device_of(x.device).processors
+            config = default_config(weight.n, weight.k, x.shape[0], processors)
+    kernel = quantized_linear.sparse_linear if config.packed else launch
+    return kernel(
         x,
         weight,
         operands.thresholds,
@@ -43,4 +59,55 @@ def rsparse_linear(
         operands.shard_sizes,
         operands.ranks,
         config,
+    )
+
+
+def dense_linear(
+    x: Tensor,
+    weight: StoredWeight,
+    bias: Tensor | None,
+    config: LaunchConfig | None = None,
+) -> Tensor:
+    """x [M, K] times an int4 or fp8 weight; see ``reference.dense_linear``.
+
+    Up to ``tuning.DENSE_TOKENS`` tokens the stored weight is read once and widened on
+    the way; with more, it is widened into scratch [K, N] in x's type, which lives for
+    the call, and the library multiplies.
+
+    Args:
+        x: [M, K] as the weight's format allows; rows may lie apart.
+        weight: of the format int4, fp8 or fp8-block.
+        bias: [N] in x's dtype, or None.
+        config: how to cut up the work; None looks it up (``tuning``).
+
+    Raises:
+        OperandError: x or the bias does not fit the weight.
+    """
+    check_input(x, weight, bias)
+    n, k = weight.shape
+    if config is None:
+        if x.shape[0] > DENSE_TOKENS:
+            wide = quantized_linear.dequantise(weight, x.dtype)
+            return functional.linear(x, wide, bias)
+        config = dense_config(n, k, weight.kind, x.shape[0])
+        if config.packed and not _packable(weight, (n,)):
+            config = dense_config(n, k, weight.kind, DENSE_TOKENS)
+    return quantized_linear.dense_linear(x, weight, bias, config)
+
+
+def _packable(weight: StoredWeight, shard_sizes: Sequence[int]) -> bool:
+    """Whether the packed kernel reads the weight; only fp8 has another way.
+
+    Raises:
+        OperandError: a format that is only read packed cannot be; names the shards.
+    """
+    if quantized_linear.is_packable(weight, shard_sizes):
+        return True
+    if weight.format is FP8:
+        return False
+    columns = quantized_linear.codes_per_word(weight)
+    raise OperandError(
+        f"shard_sizes {list(shard_sizes)}: the format {weight.format.name} on the"
+        f" backend triton needs multiples of {columns} output features, and rows that"
+        " begin at multiples of 4 bytes"
     )

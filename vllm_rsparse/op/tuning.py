@@ -34,6 +34,14 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 # Up to this many tokens the vector units keep up with memory; beyond it the matrix
 # units win (H200, kernels/README.md).
 VECTOR_TOKENS = 2
+# Columns of a program of the packed kernel: 16 bytes a thread, 8 threads a row.
+_PACKED_COLUMNS = {"int4": 256, "float8_e4m3fn": 128, "fp8-block": 128}
+# Up to this many elements the packed kernel takes blocks of 64 channels, not 128.
+_SMALL_ELEMENTS = 40 * 10**6
+# Tokens up to which the packed kernel reads a whole weight fastest, and up to which a
+# kernel that widens tiles does; beyond, the weight is widened once for the library.
+_PACKED_DENSE_TOKENS = 16
+DENSE_TOKENS = 64
 # Layers of this many elements are listed by default, as most of them were on the H200.
 _LISTED_ELEMENTS = 80 * 2**20
 _H200_PROCESSORS = 132
@@ -82,6 +90,8 @@ class _ConfigFile:
     num_stages: StrictInt = must("be an integer")
     use_dot: StrictBool = must("be true or false")
     listed: StrictBool = must("be true or false")
+    # Tables from before there was a packed kernel do not have it.
+    packed: StrictBool = False
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -178,12 +188,50 @@ def launch_config(
         entry
         for entry in device_table(device.name)
         if (entry.n, entry.k, entry.dtype) == (n, k, kind)
-        and (entry.config.use_dot or tokens <= VECTOR_TOKENS)
+        and (entry.config.use_dot or entry.config.packed or tokens <= VECTOR_TOKENS)
     ]
     if candidates:
         return min(candidates, key=lambda entry: abs(entry.tokens - tokens)).config
     _log_untuned(device.name)
+    vector = kind == "float8_e4m3fn" and tokens <= VECTOR_TOKENS
+    if kind in _PACKED_COLUMNS and not vector:
+        return packed_config(n, k, kind)
     return default_config(n, k, tokens, device.processors)
+
+
+def packed_config(n: int, k: int, kind: str) -> LaunchConfig:
+    """A configuration of the sparse route for int4 and fp8, from what won on the H100.
+
+    One warp a program. Registers allow 12 of them on a multiprocessor, so that 6 are
+    enough; a layer that has fewer is cut into shorter blocks.
+    """
+    block_n = _PACKED_COLUMNS[kind]
+    block_k = 64 if n * k < _SMALL_ELEMENTS else 128
+    split_k = _even_splits(-(-n // block_n), -(-k // block_k), 800)
+    return LaunchConfig(block_n, block_k, split_k, 1, 1, False, packed=True)
+
+
+def dense_config(n: int, k: int, kind: str, tokens: int) -> LaunchConfig:
+    """A configuration of the dense route for int4 and fp8 and up to DENSE_TOKENS."""
+    if tokens <= _PACKED_DENSE_TOKENS:
+        # Fewer columns with more tokens: sums of both are held in registers.
+        block_n = _PACKED_COLUMNS[kind] // (2 if kind == "int4" else 1)
+        block_n //= 2 if tokens > 8 else 1
+        split_k = _even_splits(-(-n // block_n), -(-k // 128), 1500)
+        stages = 4 if kind == "int4" else 2
+        return LaunchConfig(block_n, 128, split_k, 1, stages, False, packed=True)
+    split_k = 1
+    while -(-n // 128) * split_k < 380 and k >= 128 * split_k:
+        split_k *= 2
+    return LaunchConfig(128, 64, split_k, 4, 3, True)
+
+
+def _even_splits(tiles: int, blocks: int, enough: int) -> int:
+    """Fewest splits with enough programs that all take as many blocks of channels."""
+    for split_k in range(1, blocks):
+        if blocks % split_k == 0 and tiles * split_k >= enough:
+            return split_k
+    return max(1, blocks)
 
 
 def default_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig:

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""int4 and fp8 weights through the Triton backend, against their definition.
+
+Interpreted on a machine without CUDA; with CUDA the same tests run on the device.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from vllm_rsparse.errors import RSparseError
+from vllm_rsparse.formats.base import StoredWeight
+from vllm_rsparse.formats.checkpoints.parse import parse_scheme
+from vllm_rsparse.kernels import quantized_linear
+from vllm_rsparse.kernels.launch_config import LaunchConfig
+from vllm_rsparse.op.reference import dense_linear as dense_reference
+from vllm_rsparse.op.triton_backend import dense_linear, rsparse_linear
+from vllm_rsparse.testing.cases import Case, make_case, relative_error, same_bits
+from vllm_rsparse.testing.quantized import LAYOUTS
+from vllm_rsparse.testing.tolerances import tolerance
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WEIGHTS = {
+    "int4-g128": "w4a16-g128",
+    "int4-asym-g32": "w4a16-asym-g32",
+    "int4-g64": "w4a16-g64",
+    "int4-channel": "w4a16-channel",
+    # Scales in float16, whatever x is.
+    "int4-awq": "awq",
+    "fp8": "fp8-channel",
+    "fp8-block": "fp8-block",
+}
+# Words of a thread, channels of a block, splits, steps in flight: each at least twice.
+SHAPES = [(1, 128, 1, 1), (2, 64, 3, 4), (4, 32, 2, 2), (4, 128, 5, 1)]
+# Operands in half precision on a device; the interpreter multiplies in float32.
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def store(name: str):
+    """Lays out a dense weight [N, K], rounded, in the format of this name."""
+
+    def stored(weight: Tensor) -> StoredWeight:
+        config, quantise = LAYOUTS[WEIGHTS[name]]
+        layout = parse_scheme(config, "config").layout("linear")
+        return layout.store(quantise(weight.float())[0])
+
+    return stored
+
+
+def case_of(name: str, *args, dtype: torch.dtype = DTYPE, **options) -> Case:
+    return make_case(*args, dtype=dtype, device=DEVICE, store=store(name), **options)
+
+
+def packed(case: Case, words: int, block_k: int, split_k: int, stages: int):
+    columns = 8 * words * quantized_linear.codes_per_word(case.operands.weight)
+    return LaunchConfig(columns, block_k, split_k, 1, stages, False, packed=True)
+
+
+def check_shards(out: Tensor, case: Case) -> None:
+    """Per shard: one that is wrong must not hide behind the others."""
+    sizes = list(case.operands.shard_sizes)
+    right = case.exact().split(sizes, 1)
+    for one, expected in zip(out.split(sizes, 1), right, strict=True):
+        assert relative_error(one, expected) < tolerance(case.x.dtype)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+class TestSparse:
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("tokens", [1, 3])
+    def test_fused_shards_with_factors(self, tokens, shape, weight):
+        case = case_of(weight, tokens, 256, [128, 128, 40], [16, 0, 7])
+        config = packed(case, *shape)
+        check_shards(rsparse_linear(*case.args(), config), case)
+
+    @pytest.mark.parametrize("tokens", [0, 2, 4, 5, 9, 16])
+    def test_tokens(self, tokens, weight):
+        case = case_of(weight, tokens, 128, [72], [0])
+        out = rsparse_linear(*case.args(), packed(case, 2, 64, 2, 2))
+        assert out.shape == (tokens, 72)
+        if tokens:
+            check_shards(out, case)
+
+    @pytest.mark.parametrize("kept", [0, 1, 16, 17, 127, 256])
+    def test_counts_of_kept_channels(self, kept, weight):
+        case = case_of(weight, 1, 256, [128, 64], [16, 0])
+        thresholds = case.operands.thresholds.fill_(float("inf"))
+        thresholds[0, torch.randperm(256)[:kept]] = -1.0
+        thresholds[1, torch.randperm(256)[: 256 - kept]] = -1.0
+        out = rsparse_linear(*case.args(), packed(case, 4, 128, 2, 4))
+        check_shards(out, case)
+
+    def test_ties_are_dropped_and_nan_is_kept(self, weight):
+        case = case_of(weight, 2, 128, [64], [0], constants=False)
+        case.operands.thresholds.fill_(1.0)
+        case.x.fill_(1.0)
+        config = packed(case, 2, 64, 2, 1)
+        assert rsparse_linear(*case.args(), config).count_nonzero() == 0
+        case.x[0, 5] = float("nan")
+        out = rsparse_linear(*case.args(), config)
+        assert out[0].isnan().all()
+        assert out[1].count_nonzero() == 0
+
+    def test_dropped_infinity_leaves_no_trace(self, weight):
+        case = case_of(weight, 2, 128, [64], [0])
+        case.operands.thresholds[:, 3] = float("inf")
+        expected = case.exact()
+        case.x[0, 3] = float("inf")
+        out = rsparse_linear(*case.args(), packed(case, 2, 64, 2, 1))
+        assert relative_error(out, expected) < tolerance(case.x.dtype)
+
+    def test_same_bits_every_time(self, weight):
+        case = case_of(weight, 3, 256, [128, 64], [16, 0])
+        config = packed(case, 4, 64, 3, 2)
+        first = rsparse_linear(*case.args(), config)
+        for _ in range(2 if DEVICE == "cpu" else 50):
+            assert same_bits(rsparse_linear(*case.args(), config), first)
+
+    def test_its_own_configuration(self, weight):
+        case = case_of(weight, 1, 256, [128, 128], [0, 0])
+        check_shards(rsparse_linear(*case.args()), case)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+class TestDense:
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("tokens", [1, 5, 17])
+    def test_packed(self, tokens, shape, weight):
+        self.check(case_of(weight, tokens, 256, [168], [0]), shape)
+
+    @pytest.mark.parametrize("tokens", [1, 17, 70])
+    def test_tiles(self, tokens, weight):
+        case = case_of(weight, tokens, 256, [168], [0])
+        self.check(case, LaunchConfig(64, 32, 3, 4, 2, use_dot=True))
+
+    @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65])
+    def test_its_own_way(self, tokens, weight):
+        self.check(case_of(weight, tokens, 128, [72], [0]), None)
+
+    @staticmethod
+    def check(case: Case, shape) -> None:
+        config = packed(case, *shape) if isinstance(shape, tuple) else shape
+        weight, bias = case.operands.weight, case.bias
+        out = dense_linear(case.x, weight, bias, config)
+        exact = dense_reference(case.x.float(), weight, bias.float())
+        # Tiles are widened to x's dtype, which rounds the weight.
+        assert relative_error(out, exact) < tolerance(case.x.dtype, roundings=2)
+
+
+class TestOddWeights:
+    """What fp8 allows and words of 32 bits do not divide."""
+
+    @pytest.mark.parametrize(("k", "sizes"), [(77, [36, 44]), (2, [4]), (300, [40])])
+    @pytest.mark.parametrize("tokens", [1, 3])
+    def test_channels(self, tokens, k, sizes):
+        case = case_of("fp8", tokens, k, sizes, [0] * len(sizes))
+        for shape in SHAPES:
+            check_shards(rsparse_linear(*case.args(), packed(case, *shape)), case)
+            out = dense_linear(
+                case.x, case.operands.weight, case.bias, packed(case, *shape)
+            )
+            exact = dense_reference(
+                case.x.float(), case.operands.weight, case.bias.float()
+            )
+            assert relative_error(out, exact) < tolerance(case.x.dtype)
+
+    @pytest.mark.parametrize("tokens", [1, 3, 5, 70])
+    def test_columns(self, tokens):
+        case = case_of("fp8", tokens, 77, [33, 5], [0, 4])
+        check_shards(rsparse_linear(*case.args()), case)
+        out = dense_linear(case.x, case.operands.weight, case.bias)
+        exact = dense_reference(case.x.float(), case.operands.weight, case.bias.float())
+        assert relative_error(out, exact) < tolerance(case.x.dtype, roundings=2)
+
+    def test_vector_units(self):
+        case = case_of("fp8", 2, 150, [40, 24], [16, 0])
+        for config in (
+            LaunchConfig(32, 64, 1, 2, 1, use_dot=False),
+            LaunchConfig(32, 64, 3, 2, 1, use_dot=False),
+            LaunchConfig(32, 16, 2, 1, 1, use_dot=False, listed=True),
+            LaunchConfig(32, 32, 2, 2, 2, use_dot=True),
+        ):
+            check_shards(rsparse_linear(*case.args(), config), case)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_dequantise_is_the_definition(weight):
+    stored = case_of(weight, 1, 256, [168], [0]).operands.weight
+    wide = quantized_linear.dequantise(stored, torch.float32)
+    torch.testing.assert_close(wide, stored.dequantise(), rtol=1e-6, atol=0)
+
+
+def test_every_fp8_value_survives():
+    # All 256 bytes but NaN, against a single channel of x: exact in float32.
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    values = values[values.float().isfinite()][:252].repeat(2, 1).t()
+    case = case_of("fp8", 1, 2, [252], [0], constants=False)
+    weight = replace(
+        case.operands.weight,
+        data=values.contiguous().t().contiguous().t().to(DEVICE),
+        scales=torch.ones(252, device=DEVICE),
+    )
+    case = case.with_operands(weight=weight)
+    case.operands.thresholds.fill_(-1.0)
+    case.x.copy_(torch.tensor([[1.0, 0.0]]))
+    out = rsparse_linear(*case.args(), packed(case, 2, 32, 1, 1))
+    assert torch.equal(out[0].float(), values[:, 0].float().to(DEVICE))
+
+
+def test_long_inputs_are_split_until_the_lists_are_short(monkeypatch):
+    monkeypatch.setattr(quantized_linear, "MOST_LISTED", 128)
+    case = case_of("int4-g64", 2, 512, [64], [0])
+    check_shards(rsparse_linear(*case.args(), packed(case, 2, 64, 1, 2)), case)
+
+
+def test_refuses_shards_that_share_a_word():
+    case = case_of("int4-g64", 1, 128, [12, 4], [0, 0])
+    with pytest.raises(RSparseError, match="multiple"):
+        rsparse_linear(*case.args())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_warps": 2}, {"listed": True}, {"block_k": 16}], ids=str
+)
+def test_refuses_configurations(wrong):
+    right = LaunchConfig(128, 64, 1, 1, 1, False, packed=True)
+    with pytest.raises(ValueError, match="packed"):
+        replace(right, **wrong)
