@@ -69,10 +69,10 @@ def main() -> None:
     parser.add_argument(
         "--engines",
         nargs="+",
-        choices=["dense", "rsparse", "fp8-online"],
+        choices=["dense", "rsparse", "fp8"],
         default=["dense", "rsparse"],
         help="which, in this order, for each of --weights; dense is vLLM's own layer,"
-        " fp8-online quantizes bf16 while loading",
+        " fp8 is vLLM's own FP8 of bf16 weights, quantized while loading",
     )
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS")
@@ -149,7 +149,7 @@ def main() -> None:
     for weights in args.weights:
         for engine in args.engines:
             if engine != "rsparse":
-                run_dense(weights, engine == "fp8-online")
+                run_dense(weights, engine == "fp8")
                 continue
             for sparsity in args.sparsity:
                 for rho in args.rho:
