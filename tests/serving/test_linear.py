@@ -15,6 +15,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 
 from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.op import layers
 from vllm_rsparse.serving.config import RSparseConfig
 from vllm_rsparse.serving.linear import RSparseLinearMethod
 from vllm_rsparse.serving.served import ServedModel
@@ -162,6 +163,24 @@ def test_one_weight_copy_in_row_per_channel_storage(model, engine):
     assert torch.equal(layer.weight, weights[f"{ATTENTION}.o_proj"])
     large = [p for p in layer.parameters() if p.numel() >= layer.weight.numel()]
     assert large == [layer.weight]
+
+
+def test_reloaded_weights_keep_the_layers_number(model, engine):
+    """Observers know a layer by it; the operands of before must not serve again."""
+    directory, tensors, weights = model
+    engine(0, 1)
+    layer = build("o_proj", make_config(directory, max_sparse_tokens=4))
+    load(layer, "o_proj", weights)
+    x = torch.randn(2, layer.input_size)
+    layer.quant_method.apply(layer, x)
+    number = layers.layer_of(layer.rsparse_thresholds)
+    name = f"{ATTENTION}.o_proj"
+    layer.weight = torch.nn.Parameter(2 * weights[name], requires_grad=False)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layers.layer_of(layer.rsparse_thresholds) == number
+    assert number == layer.quant_method.layer_number
+    expected = one_linear(x, 2 * weights[name], tensors[name])
+    torch.testing.assert_close(layer.quant_method.apply(layer, x), expected)
 
 
 def test_input_of_any_leading_shape(model, engine):
