@@ -41,12 +41,10 @@ def rsparse_linear(
     operands.check(x, bias)
     weight = operands.weight
     if config is None:
-        config = launch_config(
-            device_of(x.device), weight.n, weight.k, weight.kind, x.shape[0]
-        )
+        device = device_of(x.device)
+        config = launch_config(device, weight.n, weight.k, weight.kind, x.shape[0])
         if config.packed and not _packable(weight, operands.shard_sizes):
-            processors = device_of(x.device).processors
-            config = default_config(weight.n, weight.k, x.shape[0], processors)
+            config = default_config(weight.n, weight.k, x.shape[0], device.processors)
     kernel = quantized_linear.sparse_linear if config.packed else launch
     return kernel(
         x,
@@ -89,9 +87,10 @@ def dense_linear(
         if x.shape[0] > DENSE_TOKENS:
             wide = quantized_linear.dequantise(weight, x.dtype)
             return functional.linear(x, wide, bias)
-        config = dense_config(n, k, weight.kind, x.shape[0])
+        processors = device_of(x.device).processors
+        config = dense_config(n, k, weight.kind, x.shape[0], processors)
         if config.packed and not _packable(weight, (n,)):
-            config = dense_config(n, k, weight.kind, DENSE_TOKENS)
+            config = dense_config(n, k, weight.kind, DENSE_TOKENS, processors)
     return quantized_linear.dense_linear(x, weight, bias, config)
 
 

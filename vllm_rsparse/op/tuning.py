@@ -44,7 +44,8 @@ _PACKED_DENSE_TOKENS = 16
 DENSE_TOKENS = 64
 # Layers of this many elements are listed by default, as most of them were on the H200.
 _LISTED_ELEMENTS = 80 * 2**20
-_H200_PROCESSORS = 132
+# Of an H100 and an H200: defaults are for so many, and scaled.
+_PROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ def device_table(device_name: str) -> tuple[TunedEntry, ...]:
 def device_of(device: torch.device) -> Device:
     """The device that kernels run on; an H200 stands for Triton's interpreter."""
     if device.type != "cuda":
-        return Device("interpreter", _H200_PROCESSORS)
+        return Device("interpreter", _PROCESSORS)
     properties = torch.cuda.get_device_properties(device)
     return Device(torch.cuda.get_device_name(device), properties.multi_processor_count)
 
@@ -195,33 +196,52 @@ def launch_config(
     _log_untuned(device.name)
     vector = kind == "float8_e4m3fn" and tokens <= VECTOR_TOKENS
     if kind in _PACKED_COLUMNS and not vector:
-        return packed_config(n, k, kind)
+        return packed_config(n, k, kind, device.processors)
     return default_config(n, k, tokens, device.processors)
 
 
-def packed_config(n: int, k: int, kind: str) -> LaunchConfig:
+def packed_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
     """A configuration of the sparse route for int4 and fp8, from what won on the H100.
 
-    One warp a program. Registers allow 12 of them on a multiprocessor, so that 6 are
-    enough; a layer that has fewer is cut into shorter blocks.
+    A program is one warp. Registers allow 12 of them per multiprocessor and 6 are
+    enough; a layer that would have fewer is divided into shorter blocks of channels.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        kind: of the weight.
+        processors: multiprocessors of the device.
     """
     block_n = _PACKED_COLUMNS[kind]
     block_k = 64 if n * k < _SMALL_ELEMENTS else 128
-    split_k = _even_splits(-(-n // block_n), -(-k // block_k), 800)
+    enough = 800 * processors // _PROCESSORS
+    split_k = _even_splits(-(-n // block_n), -(-k // block_k), enough)
     return LaunchConfig(block_n, block_k, split_k, 1, 1, False, packed=True)
 
 
-def dense_config(n: int, k: int, kind: str, tokens: int) -> LaunchConfig:
-    """A configuration of the dense route for int4 and fp8 and up to DENSE_TOKENS."""
+def dense_config(
+    n: int, k: int, kind: str, tokens: int, processors: int
+) -> LaunchConfig:
+    """A configuration of the dense route for int4 and fp8, from what won on the H100.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        kind: of the weight.
+        tokens: rows of the call, at most ``DENSE_TOKENS``.
+        processors: multiprocessors of the device.
+    """
     if tokens <= _PACKED_DENSE_TOKENS:
-        # Fewer columns with more tokens: sums of both are held in registers.
+        # Fewer columns with more tokens: registers hold the sums of both.
         block_n = _PACKED_COLUMNS[kind] // (2 if kind == "int4" else 1)
         block_n //= 2 if tokens > 8 else 1
-        split_k = _even_splits(-(-n // block_n), -(-k // 128), 1500)
+        enough = 1500 * processors // _PROCESSORS
+        split_k = _even_splits(-(-n // block_n), -(-k // 128), enough)
         stages = 4 if kind == "int4" else 2
         return LaunchConfig(block_n, 128, split_k, 1, stages, False, packed=True)
     split_k = 1
-    while -(-n // 128) * split_k < 380 and k >= 128 * split_k:
+    enough = 380 * processors // _PROCESSORS
+    while -(-n // 128) * split_k < enough and k >= 128 * split_k:
         split_k *= 2
     return LaunchConfig(128, 64, split_k, 4, 3, True)
 
@@ -249,14 +269,14 @@ def default_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig
     """
     use_dot = tokens > VECTOR_TOKENS
     listed = not use_dot and n * k >= _LISTED_ELEMENTS
-    # Enough programs for the H200.
+    # Enough programs for 132 multiprocessors.
     block_n, block_k, warps, enough = 128, 32, 1, 1500
     if use_dot:
         block_n, warps, enough = 256, 4, 256
     elif listed:
         block_n, block_k, warps, enough = 1024, 16, 4, 400
     split_k = 1
-    enough = enough * processors // _H200_PROCESSORS
+    enough = enough * processors // _PROCESSORS
     while -(-n // block_n) * split_k < enough and k >= 2 * split_k * block_k:
         split_k *= 2
     stages = 3 if use_dot else 1
