@@ -37,15 +37,6 @@ def _logs_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("vllm_rsparse"), "parent", logging.root)
 
 
-@pytest.fixture(autouse=True)
-def _servers_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo between tests what `doctor` does to the level of vLLM's log.
-
-    It sets the variable for its own process, and servers of later tests inherited it.
-    """
-    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
-
-
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The checkout."""

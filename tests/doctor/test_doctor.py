@@ -2,6 +2,7 @@
 """``doctor``: passes on a sound installation, and names each thing that is not."""
 
 import json
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -207,3 +208,14 @@ def test_not_installed(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     status, lines = doctor()
     assert status == 1
     assert "pip install" in lines["plug-in"]
+
+
+def test_leaves_the_log_level_of_its_process_alone(
+    doctor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers that the same process starts later would inherit it."""
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL")
+    before = logging.getLogger("vllm").level
+    doctor()
+    assert "VLLM_LOGGING_LEVEL" not in os.environ
+    assert logging.getLogger("vllm").level == before

@@ -5,12 +5,15 @@ import argparse
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from vllm_rsparse.doctor import installation, model
 from vllm_rsparse.doctor.finding import Finding, Level
 from vllm_rsparse.errors import RSparseError
+
+_LEVEL = "VLLM_LOGGING_LEVEL"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +32,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings, one line each; 1 when one of them failed."""
-    # vLLM logs while it is imported; the findings should fit on one screen.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    with _quiet_vllm():
+        return _report(args)
+
+
+@contextmanager
+def _quiet_vllm() -> Iterator[None]:
+    """vLLM logs while it is imported; the findings should fit on one screen.
+
+    Both settings are undone: the process, and servers that it starts, may go on.
+    """
+    logger, unset = logging.getLogger("vllm"), _LEVEL not in os.environ
+    level = logger.level
+    os.environ.setdefault(_LEVEL, "ERROR")
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if unset:
+            os.environ.pop(_LEVEL, None)
+
+
+def _report(args: argparse.Namespace) -> int:
     failed = warned = 0
     for finding in check(args.directory):
         print(finding.line(), flush=True)

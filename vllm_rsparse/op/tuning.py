@@ -44,7 +44,7 @@ _PACKED_DENSE_TOKENS = 16
 DENSE_TOKENS = 64
 # Layers of this many elements are listed by default, as most of them were on the H200.
 _LISTED_ELEMENTS = 80 * 2**20
-# Of an H100 and an H200: defaults are for so many, and scaled.
+# Multiprocessors of an H100 and an H200. Defaults fit this number and are scaled.
 _PROCESSORS = 132
 
 

@@ -8,7 +8,7 @@ saved, read, edited and used again::
      "correction": "always",
      "linears": {"model.layers.0.mlp.up_proj": {"sparsity": 0.4, "rho": 1.0}, ...}}
 
-``factors``, ``rho`` and ``linears`` may be left out. Files of version 0.1 are read too:
+``factors``, ``rho`` and ``linears`` are optional. Files of version 0.1 are read too:
 their ``correction`` is true or false, and they have no ``rho``.
 """
 
