@@ -54,7 +54,19 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3 norms": ("Qwen3Config", {}),
     "gemma2": ("Gemma2Config", {"sliding_window": 8}),
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 8}),
+    "granite": (
+        "GraniteConfig",
+        {
+            "logits_scaling": 16.0,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.5,
+        },
+    ),
 }
+# The logits that each model makes of its last hidden states.
+HEADS = {name: MODELS[name] for name in ("llama", "qwen2 bias", "gemma2", "granite")}
+HEADS["cohere"] = ("CohereConfig", {"logit_scale": 0.125})
 
 
 def _save_random_model(
@@ -120,6 +132,25 @@ def test_layers_see_and_give_what_they_do_in_the_whole_model(
         for kind in KINDS:
             expected = torch.cat(inputs[index][kind])
             torch.testing.assert_close(collected[kind], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_logits_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    model = _save_random_model(tmp_path, *HEADS[name])
+    seen: list[Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    with torch.inference_mode():
+        expected = model(torch.randint(0, 101, (1, 29))).logits[0]
+
+    streamed = StreamedModel(Checkpoint(tmp_path), torch.device("cpu"), torch.float32)
+    hidden = seen[0].clone().requires_grad_()
+    with streamed.head() as head:
+        logits = head(hidden)
+        (gradient,) = torch.autograd.grad(logits.sum(), hidden)
+    # The same code on the same numbers; only memory alignment may differ.
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert gradient.abs().max() > 0
+    assert all(p.device.type == "meta" for p in streamed._model.parameters())
 
 
 def test_a_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ not depend on the number of layers.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.attention import attention_implementation
@@ -134,27 +134,46 @@ class StreamedModel:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Final norm and output projection: hidden states to logits.
+        """Final norm, output projection and what the model does to its logits.
+
+        The model's own forward computes them, with its decoder replaced by the final
+        norm: scaled logits (Granite, Cohere) and soft caps (Gemma 2) are included.
+
+        Yields:
+            A function from hidden states [tokens, hidden] to logits
+            [tokens, vocabulary], differentiable where gradients are enabled.
 
         Raises:
             CheckpointError: the architecture has no ``model.norm`` or no output
                 projection.
         """
         norm = getattr(self._base, "norm", None)
-        if norm is None or self._model.get_output_embeddings() is None:
+        projection = self._model.get_output_embeddings()
+        if norm is None or projection is None:
             raise CheckpointError(
                 f"{self.checkpoint.directory}: {type(self._model).__name__} has no"
                 " model.norm and lm_head, which this recipe needs; use --recipe greedy"
             )
-        name = "lm_head.weight"
-        if not self._tensors.has(name):  # tied to the embedding
-            name = "model.embed_tokens.weight"
-        weight = self._converted(name, self._tensors.read([name])[name], self.dtype)
+        tied = not self._tensors.has("lm_head.weight")
+        self._materialise(projection, "model.embed_tokens" if tied else "lm_head")
         self._materialise(norm, "model.norm")
         try:
-            yield lambda hidden: functional.linear(norm(hidden), weight)
+            yield partial(self._logits, norm)
         finally:
             norm.to("meta")
+            projection.to("meta")
+
+    def _logits(self, norm: nn.Module, hidden: Tensor) -> Tensor:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        def decode(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+            return BaseModelOutputWithPast(last_hidden_state=norm(hidden[None]))
+
+        self._base.forward = decode
+        try:
+            return self._model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        finally:
+            del self._base.forward
 
     def _materialise(self, module: nn.Module, prefix: str) -> None:
         expected = module.state_dict()
