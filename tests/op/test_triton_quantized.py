@@ -46,7 +46,16 @@ def store(name: str):
     def stored(weight: Tensor) -> StoredWeight:
         config, quantise = LAYOUTS[WEIGHTS[name]]
         layout = parse_scheme(config, "config").layout("linear")
-        return layout.store(quantise(weight.float())[0])
+        # Rounded on the CPU: the same codes on every machine.
+        weight = layout.store(quantise(weight.float().cpu())[0])
+        return replace(
+            weight,
+            **{
+                name: getattr(weight, name).to(DEVICE)
+                for name in ("data", "scales", "zeros")
+                if getattr(weight, name) is not None
+            },
+        )
 
     return stored
 
