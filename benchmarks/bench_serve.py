@@ -2,21 +2,23 @@
 """vLLM decode and prefill: bf16, FP8, INT4, and rsparse on each, in one run.
 
     python benchmarks/bench_serve.py --shape llama-3-8b --weights bf16 fp8 int4 \\
-        --batches 1 2 4 8 16 --sparsity 0.35 0.5 --prefill 2048
+        --batches 1 2 4 8 16 --sparsity 0.35 0.5 --prefill 2048 \\
+        --dense-weights shared separate
     python benchmarks/bench_serve.py --shape llama-1b --batches 1        (CPU)
 
 Weights are random (``random_weights.py``, one seed per parameter for all engines).
 Thresholds are set on the sparse model's own decode steps and the kept fraction is
 counted there, not assumed. Each engine runs in its own process, one after another, with
-vLLM's defaults (CUDA graphs on a GPU). Correctness of the kernels is the gate of
-``bench_ops.py`` and of the test suite; here the engine must produce every token that
-was asked for.
+vLLM's defaults (CUDA graphs on a GPU). With ``--together`` they start at the same time
+and are still timed one after another, while no other starts. Correctness of the kernels
+is the gate of ``bench_ops.py`` and of the test suite; here the engine must produce
+every token that was asked for. VLLM_DISABLED_KERNELS passes through: a second run
+without MacheteLinearKernel has Marlin as the INT4 baseline.
 """
 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -25,32 +27,16 @@ from typing import Any
 
 import torch
 from random_model import SHAPES, WEIGHTS, write_config, write_sparse_model
+from serve_jobs import EngineJob, run_jobs
 
 from vllm_rsparse.bench.provenance import commit, device_name
 
-HERE = Path(__file__).resolve().parent
+# For each engine of a run that starts them together, which share the GPU.
+_TOGETHER = {"gpu_memory_utilization": 0.15, "kv_cache_memory_bytes": 2 << 30}
 
 
-def run_worker(
-    job: dict[str, Any], log: Path, max_sparse_tokens: int | None = None
-) -> dict[str, Any]:
-    """Run one engine; its output goes to ``log``, the result is its last line."""
-    command = [sys.executable, str(HERE / "serve_worker.py"), json.dumps(job)]
-    env = dict(os.environ)
-    if max_sparse_tokens is not None:
-        env["VLLM_RSPARSE_MAX_SPARSE_TOKENS"] = str(max_sparse_tokens)
-    with log.open("w") as stream:
-        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=env)
-    text = log.read_text()
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(command)}\nfailed; the end of {log}:\n{text[-3000:]}")
-    for line in reversed(text.splitlines()):
-        if line.startswith("{"):
-            return json.loads(line)
-    sys.exit(f"no result in {log}")
-
-
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,8 +57,8 @@ def main() -> None:
         nargs="+",
         choices=["dense", "rsparse", "fp8"],
         default=["dense", "rsparse"],
-        help="which, in this order, for each of --weights; dense is vLLM's own layer,"
-        " fp8 is vLLM's own FP8 of bf16 weights, quantized while loading",
+        help="which, for each of --weights; dense is vLLM's own layer, fp8 is vLLM's"
+        " own FP8 of bf16 weights, quantized while loading",
     )
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS")
@@ -82,100 +68,171 @@ def main() -> None:
         type=int,
         help="switch point of the route (default: the plug-in's)",
     )
+    parser.add_argument(
+        "--dense-weights",
+        nargs="+",
+        choices=["shared", "separate"],
+        default=["shared"],
+        help="how rsparse serves dense steps, each in its own engine",
+    )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="start the engines at the same time; a GPU must hold all of them",
+    )
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="RANKS")
     parser.add_argument("--out", type=Path, default=Path(".bench/serve"))
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    shape = SHAPES[args.shape]
-    job = {
-        "task": "measure",
-        "load_format": "rsparse_random",
-        "shape": args.shape,
-        "batches": args.batches,
-        "new_tokens": args.new_tokens,
-        "prefill": args.prefill,
-        "repeats": args.repeats,
-        "max_num_seqs": max([16, *args.batches]),
-        "max_model_len": max(512, args.prefill + 64, args.new_tokens + 64),
-    }
-    facts = {
-        "device": device_name(),
-        "torch": torch.__version__,
-        "vllm": version("vllm"),
-        "vllm_rsparse": version("vllm-rsparse"),
-        "commit": commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "shape": args.shape,
-    }
-    if args.tensor_parallel > 1:
-        facts["tensor_parallel"] = args.tensor_parallel
-        job["engine"] = {"tensor_parallel_size": args.tensor_parallel}
-        # The random format is registered in this process alone.
-        job["load_format"] = "dummy"
-    rows: list[dict[str, Any]] = []
+    return parser.parse_args()
 
-    def record(label: str, values: dict[str, Any]) -> None:
-        rows.append({**facts, "engine": label, **values})
-        print(f"{label}: {json.dumps(values)}", flush=True)
-        # Written after every engine, so that an interrupted run keeps its rows.
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (args.out / "rows.jsonl").write_text("".join(lines))
 
-    def run_sparse(weights: str, sparsity: float, rho: float) -> None:
-        label = f"{weights}-s{sparsity:g}" + (f"-rho{rho:g}" if rho < 1 else "")
-        model = args.out / label
-        write_sparse_model(model, shape, sparsity, rho, weights=weights)
-        sparse = {**job, "model": str(model), "sparsity": sparsity, "rho": rho}
-        sparse["weights"] = weights
-        # Calibration decodes four prompts at a time, all of them sparse.
-        kept = run_worker(
-            {**sparse, "task": "calibrate"}, args.out / f"{label}-calibrate.log", 4
-        )
-        values = run_worker(sparse, args.out / f"{label}.log", args.max_sparse_tokens)
-        record(label, {**kept, **values})
+class Benchmark:
+    """The engines of one command line and their rows."""
 
-    def run_dense(weights: str, online: bool) -> None:
-        model = args.out / weights
-        write_config(model, shape, WEIGHTS[weights])
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._shape = SHAPES[args.shape]
+        self._rows: list[dict[str, Any]] = []
+        engine: dict[str, Any] = dict(_TOGETHER) if args.together else {}
+        self._job = {
+            "task": "measure",
+            "load_format": "rsparse_random",
+            "shape": args.shape,
+            "batches": args.batches,
+            "new_tokens": args.new_tokens,
+            "prefill": args.prefill,
+            "repeats": args.repeats,
+            "max_num_seqs": max([16, *args.batches]),
+            "max_model_len": max(512, args.prefill + 64, args.new_tokens + 64),
+            "engine": engine,
+        }
+        if args.together:
+            self._job["lock"] = str(args.out / "lock")
+        self._facts = {
+            "device": device_name(),
+            "torch": torch.__version__,
+            "vllm": version("vllm"),
+            "vllm_rsparse": version("vllm-rsparse"),
+            "commit": commit(),
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "shape": args.shape,
+        }
+        if disabled := os.environ.get("VLLM_DISABLED_KERNELS"):
+            self._facts["disabled_kernels"] = disabled
+        if args.tensor_parallel > 1:
+            self._facts["tensor_parallel"] = args.tensor_parallel
+            engine["tensor_parallel_size"] = args.tensor_parallel
+            # The random format is registered in this process alone.
+            self._job["load_format"] = "dummy"
+
+    def run(self) -> list[dict[str, Any]]:
+        """All engines; sparse ones after their calibration. Returns the rows."""
+        first: list[EngineJob] = []
+        sparse: list[EngineJob] = []
+        for weights in self._args.weights:
+            for engine in self._args.engines:
+                if engine != "rsparse":
+                    first.append(self._dense(weights, engine == "fp8"))
+                    continue
+                for rho in self._args.rho:
+                    for sparsities in self._groups(rho):
+                        first.append(self._calibration(weights, sparsities, rho))
+                        sparse += self._sparse(weights, sparsities, rho)
+        for jobs in (first, sparse):
+            for job, result in run_jobs(jobs, self._args.together):
+                self._record(job.label, result)
+        return self._rows
+
+    def _groups(self, rho: float) -> list[list[float]]:
+        """Sparsities that one engine serves: all of them if there are no factors."""
+        sparsities = self._args.sparsity
+        return [sparsities] if rho == 1 else [[s] for s in sparsities]
+
+    def _dense(self, weights: str, online: bool) -> EngineJob:
+        model = self._args.out / weights
+        write_config(model, self._shape, WEIGHTS[weights])
         label = "fp8-online" if online else weights
-        dense = {**job, "model": str(model)}
+        job = {**self._job, "model": str(model)}
         if online:
             # vLLM quantizes while it makes its dummy weights.
-            dense["load_format"] = "dummy"
-            dense["engine"] = {**job.get("engine", {}), "quantization": "fp8"}
-        record(label, run_worker(dense, args.out / f"{label}.log"))
+            job["load_format"] = "dummy"
+            job["engine"] = {**self._job["engine"], "quantization": "fp8"}
+        return EngineJob(label + "{s}", job, self._args.out / f"{label}.log")
 
-    for weights in args.weights:
-        for engine in args.engines:
-            if engine != "rsparse":
-                run_dense(weights, engine == "fp8")
-                continue
-            for sparsity in args.sparsity:
-                for rho in args.rho:
-                    run_sparse(weights, sparsity, rho)
-    print_table(rows)
+    def _calibration(
+        self, weights: str, sparsities: list[float], rho: float
+    ) -> EngineJob:
+        name, job = self._sparse_job(weights, sparsities, rho)
+        write_sparse_model(Path(job["model"]), self._shape, sparsities[0], rho, weights)
+        job |= {"task": "calibrate", "sparsities": sparsities}
+        log = self._args.out / f"{name}-calibrate.log"
+        # Calibration decodes four prompts at a time, all of them sparse.
+        return EngineJob("", job, log, {"max_sparse_tokens": 4})
+
+    def _sparse(
+        self, weights: str, sparsities: list[float], rho: float
+    ) -> list[EngineJob]:
+        name, job = self._sparse_job(weights, sparsities, rho)
+        end = f"-rho{rho:g}" if rho < 1 else ""
+        return [
+            EngineJob(
+                f"{weights}{{s}}{end}-{dense_weights}",
+                job,
+                self._args.out / f"{name}-{dense_weights}.log",
+                {
+                    "max_sparse_tokens": self._args.max_sparse_tokens,
+                    "dense_weights": dense_weights,
+                },
+            )
+            for dense_weights in self._args.dense_weights
+        ]
+
+    def _sparse_job(
+        self, weights: str, sparsities: list[float], rho: float
+    ) -> tuple[str, dict[str, Any]]:
+        name = f"{weights}-s{sparsities[0]:g}" + (f"-rho{rho:g}" if rho < 1 else "")
+        model = self._args.out / name
+        found = self._args.out / f"{name}-thresholds.json"
+        return name, {
+            **self._job,
+            "model": str(model),
+            "rho": rho,
+            "found": str(found),
+        }
+
+    def _record(self, label: str, result: dict[str, Any]) -> None:
+        for sparsity, values in result.pop("runs", {}).items():
+            name = label.format(s="" if sparsity == "dense" else f"-s{sparsity}")
+            self._rows.append({**self._facts, "engine": name, **result, **values})
+            print(f"{name}: {json.dumps({**result, **values})}", flush=True)
+        # Written after every engine, so that an interrupted run keeps its rows.
+        lines = [json.dumps(row) + "\n" for row in self._rows]
+        (self._args.out / "rows.jsonl").write_text("".join(lines))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Milliseconds per step, and the speed-up over the first engine of the run."""
-    dense = rows[0]
-    base = dense["decode_ms"]
-    print(
-        f"\n{dense['device']}, {dense['shape']}, decode ms per step"
-        f" (speed-up over {dense['engine']})"
-    )
-    print(f"{'engine':24}" + "".join(f"{'batch ' + b:>18}" for b in base))
+    """Milliseconds per step, and the speed-up over the dense engine of the format."""
+    print(f"\n{rows[0]['device']}, {rows[0]['shape']}, decode ms per step")
+    batches = rows[0]["decode_ms"]
+    print(f"{'engine':24}" + "".join(f"{'batch ' + b:>18}" for b in batches))
+    bases = {row["engine"]: row for row in rows}
     for row in rows:
+        dense = bases.get(row["engine"].partition("-s0")[0], rows[0])
         cells = ""
         for batch, value in row["decode_ms"].items():
-            ratio = base[batch]["median"] / value["median"]
+            ratio = dense["decode_ms"][batch]["median"] / value["median"]
             cells += f"{value['median']:10.2f} ({ratio:.2f}x)"
         line = f"{row['engine']:24}{cells}"
         if "prefill_ms" in row:
             ratio = dense["prefill_ms"]["median"] / row["prefill_ms"]["median"]
             line += f"   prefill {row['prefill_ms']['median']:.1f} ms ({ratio:.2f}x)"
         print(line)
+
+
+def main() -> None:
+    args = parse_arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    print_table(Benchmark(args).run())
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 """Model directories with real shapes and no weights, for vLLM's dummy load format.
 
 vLLM fills the weights from a seed, so every engine of a run sees the same model. The
-artifact starts with thresholds that keep everything; ``calibrate`` in
-``serve_worker.py`` sets those that give the requested kept fraction.
+artifact's thresholds keep everything; ``serve_worker.py`` finds those that give the
+requested kept fraction and sets them in the running engine.
 """
 
 import json
@@ -40,16 +40,22 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int
+    head_dim: int = 0
+
+    @property
+    def head(self) -> int:
+        """Features of one head."""
+        return self.head_dim or self.hidden // self.heads
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """The seven linears of one decoder layer, name -> (N, K)."""
-        kv = self.hidden // self.heads * self.kv_heads
+        q, kv = self.head * self.heads, self.head * self.kv_heads
         return {
-            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.q_proj": (q, self.hidden),
             "self_attn.k_proj": (kv, self.hidden),
             "self_attn.v_proj": (kv, self.hidden),
-            "self_attn.o_proj": (self.hidden, self.hidden),
+            "self_attn.o_proj": (self.hidden, q),
             "mlp.gate_proj": (self.intermediate, self.hidden),
             "mlp.up_proj": (self.intermediate, self.hidden),
             "mlp.down_proj": (self.hidden, self.intermediate),
@@ -61,6 +67,8 @@ SHAPES = {
     "llama-1b": Shape(2048, 8192, 16, 32, 8, 32768),
     "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256),
     "llama-3-70b": Shape(8192, 28672, 80, 64, 8, 128256),
+    # Without the norms of q and k that Qwen3 has.
+    "qwen3-32b": Shape(5120, 25600, 64, 64, 8, 151936, head_dim=128),
     "tiny": Shape(256, 512, 2, 4, 2, 512),
 }
 
@@ -121,7 +129,7 @@ def write_config(directory: Path, shape: Shape, quantization: dict | None) -> No
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.hidden // shape.heads,
+        "head_dim": shape.head,
         "vocab_size": shape.vocabulary,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
@@ -141,19 +149,15 @@ def write_sparse_model(
     shape: Shape,
     sparsity: float,
     rho: float,
-    thresholds: dict[str, float] | None = None,
-    kept: dict[str, float] | None = None,
     weights: str = "bf16",
 ) -> None:
-    """Write a model directory whose artifact has one threshold per linear.
+    """Write a model directory whose artifact keeps every channel.
 
     Args:
         directory: where to write.
         shape: the decoder's shape.
         sparsity: target; with ``rho`` it sets the ranks.
         rho: share of the budget for exact channels.
-        thresholds: name -> threshold of all its channels; None keeps everything.
-        kept: name -> fraction counted while decoding, for the artifact's JSON.
         weights: format of the base model's weights, a key of ``WEIGHTS``.
     """
     tensors: dict[str, torch.Tensor] = {}
@@ -163,15 +167,13 @@ def write_sparse_model(
         for kind, (n, k) in shape.linears.items():
             name = f"model.layers.{layer}.{kind}"
             rank = factor_rank(n, k, sparsity, rho)
-            value = -1.0 if thresholds is None else thresholds[name]
-            tensors[f"{name}.thresholds"] = torch.full((k,), value)
+            tensors[f"{name}.thresholds"] = torch.full((k,), -1.0)
             if rank > 0:
                 # Small: the model's activations stay as they would be without.
                 for field, size in (("u", (n, rank)), ("v", (rank, k))):
                     factor = torch.randn(*size, generator=generator) * 1e-3
                     tensors[f"{name}.{field}"] = factor.bfloat16()
-            fraction = 1.0 if kept is None else kept[name]
-            entries[name] = LinearEntry((n, k), sparsity, rho, rank, fraction)
+            entries[name] = LinearEntry((n, k), sparsity, rho, rank, 1.0)
     artifact = directory / ARTIFACT_DIR
     artifact.mkdir(parents=True, exist_ok=True)
     save_file(tensors, artifact / TENSORS_NAME)

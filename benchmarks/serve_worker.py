@@ -4,11 +4,15 @@
 Reads a JSON job on the command line, prints a JSON result on its last line.
 """
 
+import fcntl
 import json
+import math
 import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
 import torch
-from random_model import SHAPES, write_sparse_model
+from random_model import SHAPES
 from vllm import LLM, SamplingParams
 
 VOCABULARY_MARGIN = 16  # keep clear of special tokens
@@ -65,18 +69,51 @@ def seconds(llm: LLM, inputs: list[Any], new_tokens: int) -> float:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Time a dense engine, or a sparse one with each of its sparsities.
+
+    Thresholds are tensors that the captured graphs read, so one engine serves every
+    sparsity that has the same ranks.
+
+    Returns:
+        Start-up seconds, memory, and by sparsity (``dense`` for an engine without)
+        the times and the kept fraction.
+    """
+    started = time.perf_counter()
+    with held(job, fcntl.LOCK_SH):
+        llm = make_engine(job)
+    result: dict[str, Any] = {"start_s": time.perf_counter() - started}
+    if torch.cuda.is_available():
+        result["memory_gib"] = max(llm.apply_model(allocated)) / 2**30
+    runs = {}
+    with held(job, fcntl.LOCK_EX):
+        for sparsity, found in job.get("thresholds", {"dense": None}).items():
+            if found is not None:
+                llm.apply_model(partial(set_thresholds, found["thresholds"]))
+            runs[sparsity] = times(llm, job)
+            if found is not None:
+                runs[sparsity]["kept_fraction"] = found["kept_fraction"]
+    return {**result, "runs": runs}
+
+
+@contextmanager
+def held(job: dict[str, Any], kind: int) -> Iterator[None]:
+    """Start with others, or be timed alone, where engines start together."""
+    if "lock" not in job:
+        yield
+        return
+    with open(job["lock"], "w") as file:
+        fcntl.flock(file, kind)
+        yield
+
+
+def times(llm: LLM, job: dict[str, Any]) -> dict[str, Any]:
     """Decode milliseconds per step for each batch size, and prefill milliseconds.
 
     A step's time is the difference between a long and a short generation, divided by
     the difference in tokens: prefill and the engine's start drop out.
     """
-    started = time.perf_counter()
-    llm = make_engine(job)
-    result: dict[str, Any] = {"start_s": time.perf_counter() - started}
-    if torch.cuda.is_available():
-        result["memory_gib"] = max(llm.apply_model(allocated)) / 2**30
+    result: dict[str, Any] = {"decode_ms": {}}
     short, long = 8, 8 + job["new_tokens"]
-    result["decode_ms"] = {}
     for batch in job["batches"]:
         inputs = prompts(job, batch, 32)
         seconds(llm, inputs, long)
@@ -88,8 +125,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     if job["prefill"]:
         inputs = prompts(job, 1, job["prefill"])
         seconds(llm, inputs, 1)
-        times = [1e3 * seconds(llm, inputs, 1) for _ in range(job["repeats"])]
-        result["prefill_ms"] = spread(times)
+        taken = [1e3 * seconds(llm, inputs, 1) for _ in range(job["repeats"])]
+        result["prefill_ms"] = spread(taken)
     return result
 
 
@@ -110,31 +147,44 @@ def sparse_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def watch(tokens: int, model: torch.nn.Module) -> None:
-    """Keep |x| of every call of at most ``tokens`` tokens."""
+    """Before every call of at most ``tokens`` tokens, look at its input."""
     for layer in sparse_layers(model):
         layer.bench_seen = []
+        layer.bench_share = None
         layer.register_forward_pre_hook(partial(_see, tokens))
 
 
 def _see(tokens: int, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-    if inputs[0].shape[0] <= tokens:
-        layer.bench_seen.append(inputs[0].float().abs().cpu())
+    values = inputs[0].float().abs()
+    if values.shape[0] > tokens:
+        return
+    layer.bench_seen.append(values)
+    if layer.bench_share is not None:
+        # This call keeps exactly the share, so that the next layer's input is that of
+        # the sparse model from the first step on.
+        layer.rsparse_thresholds.fill_(threshold(values, layer.bench_share))
 
 
-def take_seen(layer: torch.nn.Module) -> torch.Tensor:
-    values = torch.cat(layer.bench_seen).flatten()
-    layer.bench_seen.clear()
-    return values
+def threshold(values: torch.Tensor, kept_share: float) -> float:
+    """The value that this share of the values is above."""
+    flat = values.flatten()
+    rank = max(1, round((1 - kept_share) * flat.numel()))
+    return flat.kthvalue(rank).values.item()
+
+
+def aim(kept_share: float | None, model: torch.nn.Module) -> None:
+    """From now on keep this share at every call; None: leave the thresholds alone."""
+    for layer in sparse_layers(model):
+        layer.bench_share = kept_share
+        layer.bench_seen.clear()
 
 
 def quantiles(kept_share: float, model: torch.nn.Module) -> dict[str, float]:
     """By checkpoint name, the threshold that would have kept this share."""
     thresholds = {}
     for layer in sparse_layers(model):
-        values = take_seen(layer)
-        rank = max(1, round((1 - kept_share) * values.numel()))
-        threshold = values.kthvalue(rank).values.item()
-        thresholds |= dict.fromkeys(layer.quant_method.names, threshold)
+        value = threshold(torch.cat(layer.bench_seen), kept_share)
+        thresholds |= dict.fromkeys(layer.quant_method.names, value)
     return thresholds
 
 
@@ -150,7 +200,7 @@ def kept_fractions(
     """By checkpoint name, the share of what was seen that is over the threshold."""
     kept = {}
     for layer in sparse_layers(model):
-        values = take_seen(layer)
+        values = torch.cat(layer.bench_seen)
         for name in layer.quant_method.names:
             kept[name] = (values > thresholds[name]).float().mean().item()
     return kept
@@ -165,40 +215,48 @@ def mean_over_ranks(values: list[dict[str, float]]) -> dict[str, float]:
 
 
 def calibrate(job: dict[str, Any]) -> dict[str, Any]:
-    """Set thresholds that keep the wanted fraction, and count what decoding keeps.
+    """Find thresholds that keep the wanted fractions, and count what decoding keeps.
 
-    Inputs change when the layers before become sparse, so quantiles are taken on the
-    sparse model's own decode steps, a few rounds, and the last round counts.
+    Inputs change when the layers before become sparse. So the model first decodes with
+    thresholds that follow each call, then the quantiles of what the layers saw are
+    fixed, twice, and the last round is counted.
+
+    Returns:
+        By sparsity, ``thresholds`` by checkpoint name and ``kept_fraction``.
     """
-    llm = make_engine(job, enforce_eager=True)
+    with held(job, fcntl.LOCK_SH):
+        return _calibrate(job, make_engine(job, enforce_eager=True))
+
+
+def _calibrate(job: dict[str, Any], llm: LLM) -> dict[str, Any]:
     batch = prompts(job, 4, 32)
-    kept_share = job["rho"] * (1 - job["sparsity"])
     llm.apply_model(partial(watch, len(batch)))
-    for _ in range(3):
+    found = {}
+    for sparsity in job["sparsities"]:
+        share = job["rho"] * (1 - sparsity)
+        llm.apply_model(partial(aim, share))
         seconds(llm, batch, 24)
-        thresholds = mean_over_ranks(llm.apply_model(partial(quantiles, kept_share)))
-        llm.apply_model(partial(set_thresholds, thresholds))
-    seconds(llm, batch, 24)
-    kept = mean_over_ranks(llm.apply_model(partial(kept_fractions, thresholds)))
-    write_sparse_model(
-        Path(job["model"]),
-        SHAPES[job["shape"]],
-        job["sparsity"],
-        job["rho"],
-        thresholds,
-        kept,
-        job["weights"],
-    )
-    shapes = SHAPES[job["shape"]].linears
-    total = sum(n * k for n, k in shapes.values()) * SHAPES[job["shape"]].layers
-    read = sum(
-        kept[name] * n * k for name in kept for n, k in [shapes[name.split(".", 3)[3]]]
-    )
-    return {"kept_fraction": read / total}
+        for _ in range(2):
+            thresholds = mean_over_ranks(llm.apply_model(partial(quantiles, share)))
+            llm.apply_model(partial(set_thresholds, thresholds))
+            llm.apply_model(partial(aim, None))
+            seconds(llm, batch, 24)
+        kept = mean_over_ranks(llm.apply_model(partial(kept_fractions, thresholds)))
+        shapes = SHAPES[job["shape"]].linears
+        sizes = {name: math.prod(shapes[name.split(".", 3)[3]]) for name in kept}
+        read = sum(kept[name] * size for name, size in sizes.items())
+        found[f"{sparsity:g}"] = {
+            "thresholds": thresholds,
+            "kept_fraction": read / sum(sizes.values()),
+        }
+    Path(job["found"]).write_text(json.dumps(found))
+    return {key: value["kept_fraction"] for key, value in found.items()}
 
 
 def main() -> None:
     job = json.loads(sys.argv[1])
+    if job["task"] == "measure" and "found" in job:
+        job["thresholds"] = json.loads(Path(job["found"]).read_text())
     if job.get("load_format") == "rsparse_random":
         import random_weights  # noqa: F401 (registers the format)
     result = {"measure": measure, "calibrate": calibrate}[job["task"]](job)
