@@ -64,6 +64,7 @@ def write_files(
     shapes: dict[str, tuple[int, int]],
     dtype: str,
     version: int,
+    more: dict[str, torch.Tensor],
     **values: Any,
 ) -> str:
     """Write both files of an artifact as docs/format.md has them; returns the digest.
@@ -74,6 +75,7 @@ def write_files(
         shapes: name -> (N, K).
         dtype: of the factors, and of the base's weights.
         version: of the format.
+        more: other tensors, by their names in the file.
         values: what ``rsparse.json`` says besides, or instead.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -92,7 +94,7 @@ def write_files(
         for name, mine in tensors.items()
         for key, tensor in mine.items()
     }
-    save_file(stored, directory / TENSORS_NAME)
+    save_file(stored | more, directory / TENSORS_NAME)
     digest = hashlib.sha256((directory / TENSORS_NAME).read_bytes()).hexdigest()
     document: dict[str, Any] = {
         "format_version": version,
@@ -121,6 +123,7 @@ def write_artifact() -> Callable[..., dict[str, dict[str, torch.Tensor]]]:
         linears: dict[str, tuple[int, int, int, bool]],
         dtype: torch.dtype = torch.float32,
         version: int = 2,
+        more: dict[str, torch.Tensor] | None = None,
         **values: Any,
     ) -> dict[str, dict[str, torch.Tensor]]:
         tensors: dict[str, dict[str, torch.Tensor]] = {}
@@ -134,7 +137,7 @@ def write_artifact() -> Callable[..., dict[str, dict[str, torch.Tensor]]]:
             tensors[name] = mine
         shapes = {name: (n, k) for name, (n, k, _, _) in linears.items()}
         word = str(dtype).removeprefix("torch.")
-        write_files(directory, tensors, shapes, word, version, **values)
+        write_files(directory, tensors, shapes, word, version, more or {}, **values)
         return tensors
 
     return write
@@ -165,7 +168,9 @@ def write_prepared(pyllama: Path, tmp_path: Path) -> Callable[..., Path]:
             linear = weight.removesuffix(".weight")
             n, k = shapes[linear] = tuple(value.shape)
             tensors[linear] = tensors_of(linear, n, k)
-        digest = write_files(directory / "rsparse", tensors, shapes, "float32", version)
+        digest = write_files(
+            directory / "rsparse", tensors, shapes, "float32", version, {}
+        )
         config = json.loads((pyllama / "config.json").read_text())
         config["quantization_config"] = {
             "quant_method": "rsparse",

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_rsparse.artifact.quantization import QuantizationSettings, read_quantization
-from vllm_rsparse.artifact.schema import WEIGHT_FORMATS, BaseWeights
+from vllm_rsparse.artifact.schema import BaseWeights
 from vllm_rsparse.artifact.tensors import Artifact, file_sha256
 from vllm_rsparse.artifact.versions import read_info, write_info
 from vllm_rsparse.errors import ArtifactError
-from vllm_rsparse.formats.registry import FORMATS
+from vllm_rsparse.formats.names import AS_STORED, LOAD_TIME_FORMATS, WEIGHT_FORMATS
+from vllm_rsparse.formats.registry import FORMATS, LOAD_TIME, load_time_format
 
 # As release 0.1.0 wrote it (shapes and figures shortened). Not to be changed.
 VERSION_1 = """{
@@ -116,8 +117,14 @@ def test_weights_of_the_base(base, message):
         read_info(json.dumps(raw), "here")
 
 
-def test_formats_of_the_base_are_those_of_the_package():
+def test_names_of_the_formats_are_those_of_the_package():
     assert tuple(one.name for one in FORMATS) == WEIGHT_FORMATS
+    assert tuple(one.name for one in LOAD_TIME) == LOAD_TIME_FORMATS
+    for one in LOAD_TIME:
+        assert load_time_format(one.name) is one
+        assert one.format in FORMATS
+        assert {*one.bases} <= {*WEIGHT_FORMATS}
+    assert load_time_format(AS_STORED) is None
 
 
 def test_group_of_the_base_survives():

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+from safetensors.torch import load_file
 from served import (
     ALWAYS,
     PROMPTS,
@@ -25,6 +26,8 @@ from served import (
 )
 from transformers import AutoTokenizer
 
+from vllm_rsparse.artifact.tensors import Artifact
+from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING
 from vllm_rsparse.testing.quantized import write_plain, write_quantized
 
 pytestmark = pytest.mark.serve
@@ -39,15 +42,19 @@ def quantized(pyllama, tmp_path_factory):
         meant = write_quantized(pyllama, folder / "base", layout)
         exact = {name: tensor.to(torch.float32) for name, tensor in meant.items()}
         write_plain(pyllama, folder / "plain", exact)
-        binary = Path(sys.executable).parent / "vllm-rsparse"
-        command = [binary, "prepare", folder / "base", folder / "prepared"]
-        command += ["--sparsity", "0.4", "--recipe", "uniform"]
-        command += ["--calibration-samples", "4", "--calibration-tokens", "256"]
-        texts = Path(sysconfig.get_path("stdlib")).glob("arg*.py")
-        subprocess.run([*command, "--calibration-data", *texts], check=True)
+        prepare(folder / "base", folder / "prepared")
         return folder / "prepared", folder / "plain"
 
     return make
+
+
+def prepare(base, output, *options):
+    binary = Path(sys.executable).parent / "vllm-rsparse"
+    command = [binary, "prepare", base, output, *options]
+    command += ["--sparsity", "0.4", "--recipe", "uniform"]
+    command += ["--calibration-samples", "4", "--calibration-tokens", "256"]
+    texts = Path(sysconfig.get_path("stdlib")).glob("arg*.py")
+    subprocess.run([*command, "--calibration-data", *texts], check=True)
 
 
 def test_tokens_equal_plain_pytorch(quantized, serve, plain_pytorch):
@@ -84,3 +91,23 @@ def test_two_ranks_with_prompts_on_the_dense_route(quantized, serve, plain_pytor
     with serve(prepared, *options, eager=False, OMP_NUM_THREADS="1") as server:
         tokens = [complete(server, prompt)[0] for prompt in PROMPTS]
     assert_same_tokens(tokens, plain_pytorch(prepared, limit=1, weights=plain))
+
+
+def test_two_ranks_quantize_a_plain_checkpoint_while_loading(
+    pyllama, tmp_path, serve, plain_pytorch
+):
+    """Each rank of a row-parallel layer rounds its slice by the whole rows' scales."""
+    prepared = tmp_path / "prepared"
+    prepare(pyllama, prepared, "--weights", "fp8")
+    tensors = load_file(pyllama / "model.safetensors")
+    for name in Artifact(prepared / "rsparse").info.linears:
+        weight = tensors[f"{name}.weight"]
+        tensors[f"{name}.weight"] = FP8_WHILE_LOADING.round_trip(weight)
+    write_plain(pyllama, tmp_path / "plain", tensors)
+    options = ("--tensor-parallel-size", "2")
+    with serve(
+        prepared, *options, OMP_NUM_THREADS="1", VLLM_RSPARSE_MAX_SPARSE_TOKENS=ALWAYS
+    ) as server:
+        tokens = [complete(server, prompt)[0] for prompt in PROMPTS]
+    reference = plain_pytorch(prepared, int(ALWAYS), weights=tmp_path / "plain")
+    assert_same_tokens(tokens, reference)

@@ -14,7 +14,8 @@ from pydantic.dataclasses import dataclass
 
 from vllm_rsparse.artifact.versions import known_version
 from vllm_rsparse.errors import ArtifactError
-from vllm_rsparse.validation import CONFIG, must, sha256, shown, validate
+from vllm_rsparse.formats.names import AS_STORED, LOAD_TIME_FORMATS
+from vllm_rsparse.validation import CONFIG, must, one_of, sha256, shown, validate
 
 QUANT_METHOD = "rsparse"
 CONFIG_VERSION = 2
@@ -75,6 +76,8 @@ class QuantizationSettings:
         backend: a backend by name, or "auto".
         dense_weights: "shared", "separate" or "auto": whether steps that are not
             sparse use the same copy of the weights or the base's own layers.
+        weights: "as-stored", or a format that the weights of the artifact's linears are
+            quantized to while they load.
         base: the base checkpoint's own ``quantization_config``, None for floats.
     """
 
@@ -86,6 +89,7 @@ class QuantizationSettings:
     max_sparse_tokens: StrictInt | None = _count("be an integer >= 0 (0 serves dense)")
     backend: StrictStr | None = _text()
     dense_weights: StrictStr | None = _text()
+    weights: StrictStr | None = one_of(AS_STORED, *LOAD_TIME_FORMATS, default=None)
     base: Base | None = must(
         "be the quantization_config of the base checkpoint", default=None
     )

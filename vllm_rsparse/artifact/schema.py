@@ -17,14 +17,13 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from vllm_rsparse.formats.names import AS_STORED, LOAD_TIME_FORMATS, WEIGHT_FORMATS
 from vllm_rsparse.validation import CONFIG, must, one_of, sha256
 
 FORMAT_VERSION = 2
 # Beyond any model: features of a linear.
 _MAX_SIZE = 1 << 24
 
-# Names of ``formats.registry``, which imports torch: --help does without.
-WEIGHT_FORMATS = ("float", "fp8", "fp8-block", "int4")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -128,6 +127,8 @@ class ArtifactInfo:
         dtype: dtype of the factors ("bfloat16", "float16" or "float32").
         tensors_sha256: digest of ``rsparse.safetensors``.
         base: how the base model's weights are stored.
+        weights: format that they are quantized to while they load, for calibration and
+            for serving; "as-stored" where they are not.
         provenance: how it was made (versions, base model, recipe, texts, seed); free
             form, shown by ``inspect``.
         format_version: of the file that this was read from.
@@ -138,8 +139,14 @@ class ArtifactInfo:
     dtype: StrictStr = one_of(*DTYPES)
     tensors_sha256: StrictStr = sha256()
     base: BaseWeights = must("be an object")
+    weights: StrictStr = one_of(AS_STORED, *LOAD_TIME_FORMATS, default=AS_STORED)
     provenance: dict[str, Any] = must("be an object", default_factory=dict)
     format_version: StrictInt = must("be an integer", default=FORMAT_VERSION)
+
+    @property
+    def served_format(self) -> str:
+        """Name of the weight format that the kernels read."""
+        return self.base.format if self.weights == AS_STORED else self.weights
 
     @property
     def achieved_sparsity(self) -> float:

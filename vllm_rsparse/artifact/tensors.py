@@ -8,6 +8,7 @@ linear (LinearEntry); DIR/rsparse.safetensors has, for each linear::
     NAME.u            weight's dtype [N, r]   (absent when r = 0)
     NAME.v            weight's dtype [r, K]   (absent when r = 0)
     NAME.correction   float32 [N]             (only when used; version 1: NAME.bias)
+    NAME.scales       float32 [N]             (only if weights are made while loading)
 
 NAME is the linear's name in the Hugging Face checkpoint. Both files are data only;
 everything is checked against the file's header before any tensor is read.
@@ -25,6 +26,7 @@ from torch import Tensor
 from vllm_rsparse.artifact.schema import FORMAT_VERSION, LinearEntry
 from vllm_rsparse.artifact.versions import CORRECTION_SUFFIX, read_info
 from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.formats.registry import load_time_format
 
 ARTIFACT_DIR = "rsparse"
 JSON_NAME = "rsparse.json"
@@ -153,6 +155,39 @@ class Artifact:
                 )
         return LinearTensors(thresholds, u, v, correction)
 
+    def read_scales(self, name: str, rows: slice = slice(None)) -> Tensor | None:
+        """The scales that a linear's weight is quantized with while it loads.
+
+        Args:
+            name: the linear's name.
+            rows: output features of this rank.
+
+        Returns:
+            float32 [N]; None where the artifact has none, because the weights are
+            served as they are stored or need none.
+
+        Raises:
+            ArtifactError: the name is unknown, or a scale is not a positive number.
+        """
+        self.entry(name)
+        if not self.has_scales:
+            return None
+        key = scales_name(name)
+        with safe_open(self.tensors_path, framework="pt") as tensors:
+            scales = tensors.get_slice(key)[rows]
+        if not (scales.isfinite() & (scales > 0)).all():
+            raise ArtifactError(
+                f"{self.tensors_path}: {key} has values that are not positive numbers;"
+                " prepare again"
+            )
+        return scales
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether it has scales of weights that are quantized while they load."""
+        load_time = load_time_format(self.info.weights)
+        return load_time is not None and load_time.artifact_scales
+
     def entry(self, name: str) -> LinearEntry:
         """The JSON entry of a linear; ArtifactError if there is none."""
         try:
@@ -192,6 +227,8 @@ class Artifact:
                 expected[f"{name}.v"] = ([entry.rank, k], _FLOAT_DTYPES)
             if entry.correction:
                 expected[self._correction(name)] = ([n], ("F32",))
+            if self.has_scales:
+                expected[scales_name(name)] = ([n], ("F32",))
         for key, (shape, dtypes) in expected.items():
             if key not in found:
                 raise ArtifactError(
@@ -208,6 +245,11 @@ class Artifact:
                 f"{self.tensors_path}: tensor {key!r} belongs to no linear listed in"
                 f" {JSON_NAME}"
             )
+
+
+def scales_name(linear: str) -> str:
+    """The tensor with the scales of a linear's weight."""
+    return f"{linear}.scales"
 
 
 def file_sha256(path: Path) -> str:

@@ -25,6 +25,7 @@ from vllm_rsparse.artifact.schema import (
     share,
 )
 from vllm_rsparse.errors import ArtifactError, RSparseError
+from vllm_rsparse.formats.names import AS_STORED
 from vllm_rsparse.validation import (
     CONFIG,
     must,
@@ -119,6 +120,8 @@ def write_info(info: ArtifactInfo) -> str:
     raw = asdict(info) | {"format_version": FORMAT_VERSION}
     # Floats have no group.
     raw["base"] = {key: value for key, value in raw["base"].items() if value}
+    if info.weights == AS_STORED:
+        del raw["weights"]
     return json.dumps(raw, indent=1) + "\n"
 
 

@@ -11,6 +11,8 @@ from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.artifact.schema import LinearEntry
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError, SettingError
+from vllm_rsparse.formats.base import StoredWeight
+from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.model.attention import attention_implementation
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.modules import linear_modules
@@ -18,11 +20,12 @@ from vllm_rsparse.op.reference import kept_mask
 
 
 class SwitchableLinear(nn.Module):
-    """A linear that is dense, or sparse from a given position of the window on.
+    """A linear of the base model, or that of a prepared one.
 
     Attributes:
-        dense_tokens: leading positions of each window that stay dense; None makes all
-            of them dense.
+        dense_tokens: leading positions of each window that are dense in the prepared
+            model, the later ones are sparse; None makes it the base model's.
+        served: the prepared model's weight where that is quantized while it loads.
         kept: channels kept, summed over the sparse tokens seen so far.
     """
 
@@ -30,6 +33,7 @@ class SwitchableLinear(nn.Module):
         super().__init__()
         self.linear = linear
         self.dense_tokens: int | None = None
+        self.served: StoredWeight | None = None
         self.kept = 0
         self.thresholds: Tensor | None = None
         self.u: Tensor | None = None
@@ -40,16 +44,19 @@ class SwitchableLinear(nn.Module):
         """[windows, positions, K] -> [windows, positions, N]."""
         if self.dense_tokens is None or self.thresholds is None:
             return self.linear(x)
+        weight, bias = self.linear.weight, self.linear.bias
+        if self.served is not None:
+            weight = self.served.dequantise().to(weight.dtype)
         exact, rest = x[:, : self.dense_tokens], x[:, self.dense_tokens :]
         mask = kept_mask(rest, self.thresholds)
         self.kept += int(mask.sum())
-        y = self.linear(rest.masked_fill(~mask, 0))
+        y = functional.linear(rest.masked_fill(~mask, 0), weight, bias)
         if self.u is not None and self.v is not None:
             dropped = rest.masked_fill(mask, 0)
             y = y + functional.linear(functional.linear(dropped, self.v), self.u)
         if self.correction is not None:
             y = y + self.correction
-        return torch.cat([self.linear(exact), y], dim=1)
+        return torch.cat([functional.linear(exact, weight, bias), y], dim=1)
 
 
 class SwitchableModel:
@@ -71,6 +78,8 @@ class SwitchableModel:
         self.dtype = dtype
         self.model, self._modules = _load_base(prepared, dtype, device)
         self.linears: dict[str, SwitchableLinear] = {}
+        # By load-time format and linear: artifacts take turns, batch by batch.
+        self._quantized: dict[tuple[str, str], StoredWeight] = {}
 
     def use(self, artifact: Artifact) -> None:
         """Install an artifact's thresholds, factors and corrections; counters restart.
@@ -82,6 +91,7 @@ class SwitchableModel:
             module = self._switchable(name, entry, artifact)
             tensors = artifact.read(name)
             module.thresholds = tensors.thresholds.to(self.device)
+            module.served = self._served(name, artifact)
             module.u = self._cast(tensors.u)
             module.v = self._cast(tensors.v)
             module.correction = self._cast(tensors.correction)
@@ -106,7 +116,8 @@ class SwitchableModel:
         Args:
             windows: int64 [windows, positions].
             first: positions before it are always dense.
-            sparse: whether the later ones are sparse, or dense too.
+            sparse: whether the later ones are sparse and the weights those that are
+                served; the base model otherwise.
 
         Returns:
             [windows, positions - first, vocabulary] in the compute dtype.
@@ -142,6 +153,20 @@ class SwitchableModel:
                 f" is {list(shape)}; the artifact belongs to another model"
             )
         return self.linears[name]
+
+    def _served(self, name: str, artifact: Artifact) -> StoredWeight | None:
+        """A linear's weight as the engine quantizes it; None: as it is stored."""
+        load_time = load_time_format(artifact.info.weights)
+        if load_time is None:
+            return None
+        key = (load_time.name, name)
+        if key not in self._quantized:
+            scales = artifact.read_scales(name)
+            self._quantized[key] = load_time.encode(
+                self.linears[name].linear.weight.detach(),
+                None if scales is None else scales.to(self.device),
+            )
+        return self._quantized[key]
 
     def _cast(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self.device, self.dtype)

@@ -5,13 +5,24 @@
 
 ``data`` is the [N, K] view of contiguous [K, N] storage. ``scales`` are float32 [N]; a
 checkpoint with one scale per tensor repeats it over the tensor's output channels.
+
+A float weight becomes FP8 by rounding W / s to the nearest element (ties to even), with
+s[n] = max_k |W[n, k]| / 448, so that the largest element of a row is 448, float8's
+largest number.
 """
 
 import torch
 from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight, WeightFormat, WeightFormatError
+from vllm_rsparse.formats.load_time import LoadTimeFormat
+from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.formats.require import require_fp8_rows, require_tensor
+
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+# Rows are quantized in pieces: the float32 intermediates of a 70B model's largest
+# weight would take 3.8 GB.
+_PIECE = 1 << 24
 
 
 class Fp8Format(WeightFormat):
@@ -64,3 +75,55 @@ def store_fp8(elements: Tensor, scales: Tensor) -> StoredWeight:
     return StoredWeight(
         FP8, elements.t().contiguous().t(), n, k, scales.float().contiguous()
     )
+
+
+def channel_scales(weight: Tensor) -> Tensor:
+    """Scales float32 [N] of a float weight [N, K]; 1 where a row is zero."""
+    largest = weight.abs().amax(dim=1).float()
+    # A tensor as divisor: on CUDA, a number would become a product with its inverse,
+    # whose last bit differs from what other devices compute.
+    scales = largest / torch.tensor(LARGEST, device=weight.device)
+    return scales.masked_fill_(scales == 0, 1)
+
+
+def quantise_fp8(weight: Tensor, scales: Tensor) -> StoredWeight:
+    """Round a float weight to FP8.
+
+    Args:
+        weight: [N, K] in any float dtype.
+        scales: float32 [N]; elements beyond 448 times their scale become 448.
+
+    Raises:
+        WeightFormatError: shapes or dtypes that the format does not have.
+    """
+    n, k = weight.shape
+    require_tensor("scales", scales, (n,), (torch.float32,))
+    rows = torch.empty(k, n, dtype=torch.float8_e4m3fn, device=weight.device)
+    step = max(1, _PIECE // k)
+    for first in range(0, n, step):
+        piece = slice(first, first + step)
+        quotient = weight[piece].float() / scales[piece, None]
+        rows[:, piece] = quotient.clamp_(-LARGEST, LARGEST).to(rows.dtype).t()
+    return StoredWeight(FP8, rows.t(), n, k, scales)
+
+
+class Fp8WhileLoading(LoadTimeFormat):
+    """Float weights, rounded to FP8 per output channel."""
+
+    name = "fp8"
+    format = FP8
+    bases = (FLOAT.name,)
+    artifact_scales = True
+
+    def scales(self, weight: Tensor) -> Tensor:
+        """See the base class."""
+        return channel_scales(weight)
+
+    def encode(self, weight: Tensor, scales: Tensor | None = None) -> StoredWeight:
+        """See the base class."""
+        return quantise_fp8(
+            weight, channel_scales(weight) if scales is None else scales
+        )
+
+
+FP8_WHILE_LOADING = Fp8WhileLoading()

@@ -14,12 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from vllm_rsparse.errors import CheckpointError
-from vllm_rsparse.model.checkpoint import Checkpoint
+from vllm_rsparse.formats.load_time import LoadTimeFormat
+from vllm_rsparse.model.checkpoint import FLOAT_DTYPES, Checkpoint
 from vllm_rsparse.model.families import FusedTensor, LayerSpec, family_of
 from vllm_rsparse.model.names import LinearName
 
 _BODY, _HEAD = "model.", "lm_head."
 _LAYERS = "model.layers"
+_WEIGHT = ".weight"
 
 
 class LanguageModel:
@@ -27,6 +29,8 @@ class LanguageModel:
 
     Args:
         checkpoint: the opened checkpoint.
+        load_time: format that the linears' weights are quantized to while they load;
+            what is read is then what is served. None: as the checkpoint stores them.
 
     Attributes:
         family: of the model.
@@ -34,8 +38,11 @@ class LanguageModel:
         layer_path: of the list of decoder layers in the checkpoint.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, load_time: LoadTimeFormat | None = None
+    ) -> None:
         self.checkpoint = checkpoint
+        self.load_time = load_time
         self.family = family_of(checkpoint.config)
         self.config: Mapping[str, Any] = self.family.language_config(checkpoint.config)
         names = checkpoint.plain_names()
@@ -65,9 +72,19 @@ class LanguageModel:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors on the CPU, in the checkpoint's dtype.
 
+        Weights that are quantized while they load are float32.
+
         Raises:
             CheckpointError: a name is unknown, or its file cannot be read any more.
         """
+        tensors = self._read(names)
+        if self.load_time is not None:
+            for name, tensor in tensors.items():
+                if self._is_weight(name):
+                    tensors[name] = self.load_time.round_trip(tensor)
+        return tensors
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         stored = {name: self._stored(name) for name in names}
         tensors = self.checkpoint.read({source for source, _, _ in stored.values()})
         result = {}
@@ -81,17 +98,37 @@ class LanguageModel:
     def read_weights(self, linears: Iterable[str]) -> dict[str, Tensor]:
         """Read the weights of linears, by the names that they have in an artifact.
 
+        Returns:
+            Name -> [N, K], in the checkpoint's dtype.
+
         Raises:
             CheckpointError: as ``read``.
         """
-        names = {}
-        for linear in linears:
-            parsed = LinearName.parse(linear)
-            if parsed.path == self.layer_path:
-                parsed = replace(parsed, path=_LAYERS)
-            names[linear] = f"{parsed}.weight"
+        names = {linear: self._weight_name(linear) for linear in linears}
         tensors = self.read(names.values())
-        return {linear: tensors[name] for linear, name in names.items()}
+        weights = {}
+        for linear, name in names.items():
+            module = self._stored(name)[0].removesuffix(_WEIGHT)
+            dtype = FLOAT_DTYPES.get(self.checkpoint.linear_dtype(module))
+            weights[linear] = tensors[name].to(dtype or tensors[name].dtype)
+        return weights
+
+    def read_scales(self, linear: str) -> Tensor | None:
+        """What the artifact has to know of a weight that is quantized while it loads.
+
+        Args:
+            linear: the name that it has in an artifact.
+
+        Returns:
+            float32 [N], see ``LoadTimeFormat.scales``; None where it needs nothing.
+
+        Raises:
+            CheckpointError: as ``read``.
+        """
+        if self.load_time is None or not self.load_time.artifact_scales:
+            return None
+        name = self._weight_name(linear)
+        return self.load_time.scales(self._read([name])[name])
 
     def rows(self, fused: FusedTensor, kind: str, total: int) -> slice:
         """The rows of a part of a fused tensor.
@@ -106,6 +143,20 @@ class LanguageModel:
                 f"{self.checkpoint.directory}: {error}; config and weights belong to"
                 " different models"
             ) from error
+
+    def _weight_name(self, linear: str) -> str:
+        """By transformers' names, from the name that a linear has in an artifact."""
+        parsed = LinearName.parse(linear)
+        if parsed.path == self.layer_path:
+            parsed = replace(parsed, path=_LAYERS)
+        return f"{parsed}{_WEIGHT}"
+
+    def _is_weight(self, name: str) -> bool:
+        """Whether a tensor is the weight of a linear that takes part."""
+        parsed = LinearName.parse(name.removesuffix(_WEIGHT))
+        if not name.endswith(_WEIGHT) or parsed.path != _LAYERS or parsed.layer is None:
+            return False
+        return any(kind.name == parsed.kind for kind in self.layer(parsed.layer))
 
     def _stored(self, name: str) -> tuple[str, str, FusedTensor | None]:
         """The checkpoint's tensor, and the kind that is part of it."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_rsparse.errors import CheckpointError
+from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.model.attention import attention_implementation
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.finite import check_weight
@@ -37,6 +38,8 @@ class StreamedModel:
         checkpoint: the opened base checkpoint.
         device: where to compute.
         dtype: dtype to compute in.
+        load_time: format that the linears' weights are quantized to while they load;
+            the model is then the one that is served.
 
     Raises:
         CheckpointError: transformers does not know the architecture, or its decoder
@@ -44,12 +47,16 @@ class StreamedModel:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        load_time: LoadTimeFormat | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
-        self._tensors = LanguageModel(checkpoint)
+        self._tensors = LanguageModel(checkpoint, load_time)
         self._model = _skeleton(self._tensors, dtype)
         self._base: nn.Module = self._model.base_model
         layers = getattr(self._base, "layers", None)
@@ -69,6 +76,11 @@ class StreamedModel:
     def config(self) -> Mapping[str, Any]:
         """The part of the checkpoint's config.json that describes this model."""
         return self._tensors.config
+
+    @property
+    def load_time(self) -> LoadTimeFormat | None:
+        """Format that the linears' weights are quantized to while they load."""
+        return self._tensors.load_time
 
     @property
     def vocab_size(self) -> int:
@@ -111,6 +123,10 @@ class StreamedModel:
     def weight(self, linear: Linear) -> Tensor:
         """A linear's weight [N, K], on the CPU, in the checkpoint's dtype."""
         return self._tensors.read_weights([linear.name])[linear.name]
+
+    def scales(self, linear: Linear) -> Tensor | None:
+        """Scales that the artifact holds of a linear's weight: float32 [N], or None."""
+        return self._tensors.read_scales(linear.name)
 
     @torch.no_grad()
     def run_layer(self, index: int, hidden: Tensor) -> None:

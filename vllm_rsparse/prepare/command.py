@@ -6,7 +6,13 @@ import logging
 import shlex
 from pathlib import Path
 
-from vllm_rsparse.prepare.options import DEFAULT_TOKENS, DEVICES, DTYPES, PrepareOptions
+from vllm_rsparse.prepare.options import (
+    DEFAULT_TOKENS,
+    DEVICES,
+    DTYPES,
+    WEIGHTS,
+    PrepareOptions,
+)
 from vllm_rsparse.prepare.recipe.recipes import RECIPES
 
 logger = logging.getLogger(__name__)
@@ -86,6 +92,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " on CUDA)",
     )
     parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default=PrepareOptions.weights,
+        help="what the linears' weights are quantized to while they load, for"
+        " calibration and when served; the checkpoint on disk stays as it is (default:"
+        " %(default)s)",
+    )
+    parser.add_argument(
         "--copy-weights",
         action="store_true",
         help="copy the base's files instead of linking to them",
@@ -120,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
         tokens=args.calibration_tokens,
         device=args.device,
         dtype=args.dtype,
+        weights=args.weights,
         copy_weights=args.copy_weights,
         seed=args.seed,
         overwrite=args.overwrite,

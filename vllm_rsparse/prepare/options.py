@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.formats.names import AS_STORED, LOAD_TIME_FORMATS
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = (AS_STORED, *LOAD_TIME_FORMATS)
 DEFAULT_TOKENS = 4096
 
 
@@ -29,6 +31,8 @@ class PrepareOptions:
         device: where calibration runs ("auto": CUDA if available).
         dtype: compute dtype of calibration ("auto": float32 on CPU, the checkpoint's
             on CUDA).
+        weights: "as-stored", or the format that the linears' weights are quantized to
+            while they load, for calibration and when served.
         copy_weights: copy the base's files instead of linking to them.
         seed: chooses the calibration windows and the randomised SVD's start.
         overwrite: replace an output that an earlier run wrote.
@@ -44,6 +48,7 @@ class PrepareOptions:
     tokens: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    weights: str = AS_STORED
     copy_weights: bool = False
     seed: int = 0
     overwrite: bool = False
@@ -78,6 +83,7 @@ class PrepareOptions:
         for name, value, allowed in (
             ("--device", self.device, DEVICES),
             ("--dtype", self.dtype, DTYPES),
+            ("--weights", self.weights, WEIGHTS),
         ):
             if value not in allowed:
                 raise PrepareError(

@@ -23,6 +23,7 @@ from vllm_rsparse.artifact.tensors import (
 from vllm_rsparse.artifact.versions import write_info
 from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.formats.plain import FLOAT
+from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
 from vllm_rsparse.model.device import choose_device
 from vllm_rsparse.model.linears import Linear, find_linears
@@ -72,7 +73,11 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
     linears, stored_dtype = find_linears(checkpoint)
     dtype = _compute_dtype(options.dtype, device, stored_dtype)
     staged = StagedOutput(options.output, checkpoint.directory, options.overwrite)
-    model = StreamedModel(checkpoint, device, dtype)
+    base = _base_weights(checkpoint, linears, stored_dtype)
+    load_time = load_time_format(options.weights, "--weights")
+    if load_time is not None:
+        load_time.check_base(base.format, str(checkpoint.directory))
+    model = StreamedModel(checkpoint, device, dtype, load_time)
     text = choose_windows(
         load_tokenizer(checkpoint.directory),
         texts,
@@ -103,7 +108,8 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
             linears=calibrated.entries,
             dtype=stored_dtype,
             tensors_sha256=digest,
-            base=_base_weights(checkpoint, linears, stored_dtype),
+            base=base,
+            weights=options.weights,
             provenance={
                 "vllm_rsparse": __version__,
                 "torch": torch.__version__,
@@ -137,6 +143,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
             artifact=ARTIFACT_DIR,
             artifact_sha256=digest,
             sparsity=options.sparsity,
+            weights=None if load_time is None else load_time.name,
             base=base_quantization(checkpoint.config),
         )
         # The older name of the key: vLLM would read it as well.

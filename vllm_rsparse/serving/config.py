@@ -36,8 +36,10 @@ from vllm_rsparse.serving.settings import (
     IN_QUANTIZATION_CONFIG,
     Settings,
     claims,
+    served_weights,
 )
 from vllm_rsparse.serving.weights.factory import checkpoint_weights
+from vllm_rsparse.serving.weights.load_time import LoadTimeWeights
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -176,6 +178,7 @@ class RSparseConfig(QuantizationConfig):
                 f"{artifact.json_path}: was prepared for weights in {base}, but"
                 f" {model_name} {state}; prepare this model"
             )
+        weights = served_weights([overrides, self.settings], artifact.info, model_name)
         route = choose_route(
             [overrides.route, self.settings.route],
             current_platform.device_type,
@@ -186,7 +189,7 @@ class RSparseConfig(QuantizationConfig):
         )
         source = replace(source, sha256=artifact.sha256)
         metrics = exporter.start(envs.metrics_interval(), facts)
-        decision = Decision(source, route, metrics, local_report())
+        decision = Decision(source, route, weights, metrics, local_report())
         self._served = ServedModel(decision, artifact)
         if hf_config is not None:
             hf_config.quantization_config = self._written(decision, artifact)
@@ -237,6 +240,7 @@ class RSparseConfig(QuantizationConfig):
             max_sparse_tokens=decision.route.policy.max_sparse_tokens,
             backend=decision.route.backend.label,
             dense_weights=str(decision.route.dense_weights),
+            weights=decision.weights,
             base=None if self.base is None else self.base.dictionary,
         ).to_dict()
 
@@ -275,6 +279,8 @@ class RSparseConfig(QuantizationConfig):
             return checked_first(served, method)
         layout = None if self.base is None else self.base.layout(names, method)
         weights = checkpoint_weights(layout, names)
+        if served.load_time is not None:
+            weights = LoadTimeWeights(weights, served.load_time, served.artifact, names)
         separate = served.route.dense_weights is DenseWeights.SEPARATE
         dense = BaseLayer(method, names) if separate else None
         return RSparseLinearMethod(served, names, weights, dense)

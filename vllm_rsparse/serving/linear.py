@@ -30,6 +30,10 @@ from vllm_rsparse.serving.weights.base import (
     replace_parameters,
 )
 
+# vLLM processes a layer once when it is loaded and would do so again at the end; it
+# deletes this mark of its own methods before it reloads a layer.
+_PROCESSED = "_already_called_process_weights_after_loading"
+
 
 @dataclass(frozen=True)
 class ShardSlice:
@@ -77,6 +81,8 @@ class RSparseLinearMethod(LinearMethodBase):
         # Plain ints: they become constants of the traced graph.
         self.backend = int(served.route.backend)
         self.max_sparse_tokens = served.route.policy.max_sparse_tokens
+        # vLLM reads this. The base's own layer allocates its parameters at once.
+        self.uses_meta_device = weights.while_loading and dense is None
         # The route was chosen in another process, perhaps on another machine.
         load_backend(self.backend)
         # For metrics and other observers; a reload of the weights does not change it.
@@ -131,6 +137,8 @@ class RSparseLinearMethod(LinearMethodBase):
 
         Only one layer at a time is in memory twice.
         """
+        if self.uses_meta_device and getattr(layer, _PROCESSED, False):
+            return
         self.served.check_coverage()
         layers.forget_layer(self.layer_number)
         stored = self.weights.stored(layer, self.partition)
@@ -170,6 +178,8 @@ class RSparseLinearMethod(LinearMethodBase):
         counters = self.served.open_counters()
         if counters is not None:
             counters.register(self.layer_number, self.names, operands)
+        if self.uses_meta_device:
+            setattr(layer, _PROCESSED, True)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., K] to [..., N]; the op decides between the sparse and dense route."""

@@ -14,6 +14,8 @@ from vllm.distributed import parallel_state
 from vllm_rsparse.artifact.locate import PARAMETER, locate_artifact
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.formats.load_time import LoadTimeFormat
+from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.metrics.counters import Counters, Settings, open_counters
 from vllm_rsparse.op.observers import add_observer, remove_observer
 from vllm_rsparse.serving.agreement import (
@@ -67,12 +69,15 @@ class Decision:
     Attributes:
         source: where the artifact is, with the digest of the one that was found.
         route: which backend, and which steps are sparse.
+        weights: "as-stored", or the format that the weights of the artifact's linears
+            are quantized to while they load.
         metrics: where and how often to count; None: metrics are off.
         resolved_on: the node that decided, and its versions.
     """
 
     source: ArtifactSource
     route: Route
+    weights: str
     metrics: Settings | None
     resolved_on: Report
 
@@ -110,6 +115,11 @@ class ServedModel:
         return self.decision.route
 
     @property
+    def load_time(self) -> LoadTimeFormat | None:
+        """Format that weights are quantized to while they load; None: as stored."""
+        return load_time_format(self.decision.weights)
+
+    @property
     def artifact(self) -> Artifact:
         """The artifact, located, validated and checked against its digest once.
 
@@ -143,7 +153,9 @@ class ServedModel:
             digest = self.artifact.sha256
         except ArtifactError as error:
             digest = f"none ({error})"
-        mine = local_report(artifact=digest, **self.route.facts())
+        mine = local_report(
+            artifact=digest, weights=self.decision.weights, **self.route.facts()
+        )
         require_agreement(gather_reports(mine, _world_group()))
         self._ranks_agree = True
 

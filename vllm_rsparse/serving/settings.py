@@ -6,7 +6,8 @@
 is the only one if ``quantization_config`` is the base checkpoint's own.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,12 @@ from vllm_rsparse.artifact.quantization import (
     QUANT_METHOD,
     read_quantization,
 )
+from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.serving.route import RouteRequest
+
+logger = logging.getLogger(__name__)
 
 # Their names.
 IN_QUANTIZATION_CONFIG = "quantization_config"
@@ -36,6 +41,7 @@ class Settings:
         backend: ``auto`` or a backend by name.
         dense_weights: ``auto``, ``shared`` or ``separate``.
         base: the checkpoint's own ``quantization_config``.
+        weights: ``as-stored``, or what weights are quantized to while they load.
     """
 
     where: str
@@ -45,6 +51,7 @@ class Settings:
     backend: str | None = None
     dense_weights: str | None = None
     base: Mapping[str, Any] | None = None
+    weights: str | None = None
 
     @classmethod
     def of_quantization_config(cls, config: dict[str, Any]) -> "Settings":
@@ -91,6 +98,7 @@ class Settings:
             read.backend,
             read.dense_weights,
             read.base,
+            read.weights,
         )
 
     @property
@@ -99,6 +107,42 @@ class Settings:
         return RouteRequest.of_config(
             self.where, self.backend, self.max_sparse_tokens, self.dense_weights
         )
+
+
+def served_weights(
+    dictionaries: Sequence[Settings], info: ArtifactInfo, model: str
+) -> str:
+    """What the weights of an artifact's linears are quantized to while they load.
+
+    Args:
+        dictionaries: the first that has a value wins; none: what was prepared.
+        info: of the artifact.
+        model: the served model, for messages.
+
+    Returns:
+        ``as-stored`` or the name of a load-time format.
+
+    Raises:
+        SettingError: the format cannot be made from the checkpoint's weights.
+    """
+    chosen, where = info.weights, "the artifact"
+    for settings in dictionaries:
+        if settings.weights is not None:
+            chosen, where = settings.weights, f"{settings.where}.weights"
+            break
+    load_time = load_time_format(chosen, where)
+    if load_time is not None:
+        load_time.check_base(info.base.format, model)
+    if chosen != info.weights:
+        logger.warning(
+            "rsparse: the artifact was calibrated on weights %s, and %s serves them"
+            " %s; prepare the model with --weights %s to calibrate on what is served",
+            info.weights,
+            where,
+            chosen,
+            chosen,
+        )
+    return chosen
 
 
 def claims(

@@ -3,7 +3,6 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vllm_rsparse.artifact.schema import LinearEntry
-from vllm_rsparse.artifact.tensors import LinearTensors
+from vllm_rsparse.artifact.tensors import LinearTensors, scales_name
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.prepare.calibration.linear import CalibratedLinear, calibrate_linear
 from vllm_rsparse.prepare.calibration.observers import LayerInputs, input_channels
@@ -76,7 +75,7 @@ def calibrate_layers(
     )
     calibrated = Calibrated()
     with (
-        SafetensorsWriter(path, _specs(run.linears, planned, stored_dtype)) as writer,
+        SafetensorsWriter(path, _specs(run, planned, stored_dtype)) as writer,
         tqdm(total=len(run.linears), desc="prepare", unit="linear") as progress,
     ):
         hidden, done = model.embed(run.windows), 0
@@ -106,6 +105,10 @@ def calibrate_layers(
                         store.put(_HIDDEN, {"hidden": hidden}, position + 1)
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
+            for linear in layer:
+                scales = model.scales(linear)
+                if scales is not None:
+                    writer.write(scales_name(linear.name), scales)
             calibrated.add(entries, residuals)
     if "randomised" in calibrated.residuals:
         logger.info(
@@ -196,11 +199,10 @@ def _entry(raw: dict[str, Any]) -> LinearEntry:
     return LinearEntry(**{**raw, "shape": (n, k)})
 
 
-def _specs(
-    linears: Iterable[Linear], planned: Planned, dtype: torch.dtype
-) -> dict[str, TensorSpec]:
+def _specs(run: Run, planned: Planned, dtype: torch.dtype) -> dict[str, TensorSpec]:
     specs = {}
-    for linear in linears:
+    load_time = run.model.load_time
+    for linear in run.linears:
         n, k = linear.shape
         rank = planned.plans[linear.name].rank(linear.shape)
         with torch.device("meta"):
@@ -212,6 +214,8 @@ def _specs(
             )
         for name, tensor in tensors.named(linear.name).items():
             specs[name] = TensorSpec(tuple(tensor.shape), tensor.dtype)
+        if load_time is not None and load_time.artifact_scales:
+            specs[scales_name(linear.name)] = TensorSpec((n,), torch.float32)
     return specs
 
 

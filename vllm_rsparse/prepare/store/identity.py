@@ -51,6 +51,7 @@ def run_identity(
         "--seed": options.seed,
         "--device": model.device.type,
         "--dtype": str(model.dtype),
+        "--weights": options.weights,
     }
 
 

@@ -58,10 +58,14 @@ class CheckpointWeights(ABC):
         parameters: names of the parameters that ``create`` registers.
         required: those that ``stored`` reads; the others only accept a tensor that
             some checkpoints have.
+        while_loading: the parameters have no memory until the layer's tensors are
+            there. vLLM allocates them then, and processes the layer before it loads
+            the next: the device never holds more than one layer in both forms.
     """
 
     parameters: tuple[str, ...]
     required: tuple[str, ...]
+    while_loading: bool = False
 
     @abstractmethod
     def create(self, layer: LinearBase, partition: Partition) -> None:

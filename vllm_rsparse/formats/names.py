@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of the formats, without torch: importing it takes seconds, --help has none.
+
+A test compares them with ``registry``.
+"""
+
+WEIGHT_FORMATS = ("float", "fp8", "fp8-block", "int4")
+# Weights are served as the checkpoint stores them, or quantized while they load.
+AS_STORED = "as-stored"
+LOAD_TIME_FORMATS = ("fp8",)
