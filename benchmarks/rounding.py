@@ -39,7 +39,7 @@ class Scorer:
 
     def score(self, dtype: torch.dtype, error: float, sparse: bool) -> Tensor:
         """[windows * (positions - first - 1)] of each token after ``first``."""
-        model = SwitchableModel(self.prepared, torch.device("cpu"), dtype)
+        model = SwitchableModel(self.prepared.checkpoint, torch.device("cpu"), dtype)
         model.use(self.prepared.artifact)
         generator = torch.Generator().manual_seed(0)
         for linear in model.linears.values():

@@ -140,7 +140,7 @@ class Evaluator:
         """Figures by domain."""
         prepared = PreparedDirectory.open(directory)
         if self.model is None:
-            self.model = SwitchableModel(prepared, self.device, self.dtype)
+            self.model = SwitchableModel(prepared.checkpoint, self.device, self.dtype)
         first = dense_positions(WINDOW, DENSE_FRACTION)
         figures = {}
         for domain, text in self.texts.items():

@@ -75,7 +75,7 @@ def test_evaluate_gives_what_the_sparse_model_computes(
     assert main(["prepare", str(base), str(prepared), *arguments]) == 0
 
     opened = PreparedDirectory.open(prepared)
-    model = SwitchableModel(opened, torch.device("cpu"), torch.float32)
+    model = SwitchableModel(opened.checkpoint, torch.device("cpu"), torch.float32)
     model.use(opened.artifact)
     tokens = torch.randint(2, SIZES["vocab_size"], (1, 48))
     sparse, dense = (model.logits(tokens, 0, sparse) for sparse in (True, False))

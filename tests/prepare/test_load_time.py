@@ -113,7 +113,7 @@ def test_evaluate_compares_the_base_with_what_is_served(
 ) -> None:
     windows = torch.arange(2 * 40).view(2, 40)
     opened = PreparedDirectory.open(prepared)
-    model = SwitchableModel(opened, torch.device("cpu"), torch.float32)
+    model = SwitchableModel(opened.checkpoint, torch.device("cpu"), torch.float32)
     model.use(opened.artifact)
     dense = model.logits(windows, 4, sparse=False)
     served = model.logits(windows, 4, sparse=True)
@@ -126,9 +126,8 @@ def test_evaluate_compares_the_base_with_what_is_served(
     (other / "rsparse" / "rsparse.json").write_text(json.dumps(info))
     tensors = {n: t for n, t in _tensors(prepared).items() if ".scales" not in n}
     save_file(tensors, other / "rsparse" / "rsparse.safetensors")
-    plain = SwitchableModel(
-        PreparedDirectory.open(pyllama_with(other)), torch.device("cpu"), torch.float32
-    )
+    reopened = PreparedDirectory.open(pyllama_with(other))
+    plain = SwitchableModel(reopened.checkpoint, torch.device("cpu"), torch.float32)
     plain.use(Artifact(other / "rsparse"))
     # The same arithmetic; only memory alignment may differ.
     expected = plain.logits(windows, 4, sparse=True)

@@ -110,7 +110,7 @@ def test_evaluate_runs_the_dequantised_model(
     _prepare(tmp_path / "q", tmp_path / "out")
     windows = torch.arange(2 * 40).view(2, 40)
     prepared = PreparedDirectory.open(tmp_path / "out")
-    model = SwitchableModel(prepared, torch.device("cpu"), torch.float32)
+    model = SwitchableModel(prepared.checkpoint, torch.device("cpu"), torch.float32)
     model.use(prepared.artifact)
     logits = model.logits(windows, 4, sparse=False)
     exact = {name: tensor.float() for name, tensor in meant.items()}

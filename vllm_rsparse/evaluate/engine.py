@@ -117,6 +117,7 @@ def measure_served(
                 perplexity_dense=_perplexity(dense),
                 perplexity_sparse=_perplexity(sparse),
                 kl_divergence=None,
+                kl_standard_error=None,
                 top1_agreement=sum(a == b for a, b in pairs) / tokens,
                 tokens=tokens,
                 artifact_sha256=one.artifact.sha256,

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prepared directory as a PyTorch model whose linears can be switched to sparse."""
+"""A base model in PyTorch whose linears can be switched to sparse."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.artifact.schema import LinearEntry
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError, SettingError
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.model.attention import attention_implementation
+from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.modules import linear_modules
 from vllm_rsparse.op.reference import kept_mask
@@ -23,47 +24,57 @@ class SwitchableLinear(nn.Module):
     """A linear of the base model, or that of a prepared one.
 
     Attributes:
-        dense_tokens: leading positions of each window that are dense in the prepared
-            model, the later ones are sparse; None makes it the base model's.
+        sparse: bool [windows, positions], where the prepared model is sparse, it is
+            dense elsewhere; None makes it the base model's.
         served: the prepared model's weight where that is quantized while it loads.
-        kept: channels kept, summed over the sparse tokens seen so far.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.linear = linear
-        self.dense_tokens: int | None = None
+        self.sparse: Tensor | None = None
         self.served: StoredWeight | None = None
-        self.kept = 0
         self.thresholds: Tensor | None = None
         self.u: Tensor | None = None
         self.v: Tensor | None = None
         self.correction: Tensor | None = None
+        # On the device, so that counting does not wait for it.
+        self._kept = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
+
+    @property
+    def kept(self) -> int:
+        """Channels kept, summed over the sparse positions seen since ``restart``."""
+        return int(self._kept)
+
+    def restart(self) -> None:
+        """Count from zero."""
+        self._kept.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """[windows, positions, K] -> [windows, positions, N]."""
-        if self.dense_tokens is None or self.thresholds is None:
+        if self.sparse is None or self.thresholds is None:
             return self.linear(x)
         weight, bias = self.linear.weight, self.linear.bias
         if self.served is not None:
             weight = self.served.dequantise().to(weight.dtype)
-        exact, rest = x[:, : self.dense_tokens], x[:, self.dense_tokens :]
-        mask = kept_mask(rest, self.thresholds)
-        self.kept += int(mask.sum())
-        y = functional.linear(rest.masked_fill(~mask, 0), weight, bias)
+        sparse = self.sparse.unsqueeze(-1)
+        mask = kept_mask(x, self.thresholds)
+        self._kept += (mask & sparse).sum()
+        mask |= ~sparse
+        y = functional.linear(x.masked_fill(~mask, 0), weight, bias)
         if self.u is not None and self.v is not None:
-            dropped = rest.masked_fill(mask, 0)
+            dropped = x.masked_fill(mask, 0)
             y = y + functional.linear(functional.linear(dropped, self.v), self.u)
         if self.correction is not None:
-            y = y + self.correction
-        return torch.cat([functional.linear(exact, weight, bias), y], dim=1)
+            y = y + self.correction * sparse
+        return y
 
 
 class SwitchableModel:
     """The base model with every linear that an artifact lists made switchable.
 
     Args:
-        prepared: the directory to load the base model from.
+        checkpoint: the base model, or a prepared directory's link to it.
         device: where to run.
         dtype: dtype of weights and activations.
 
@@ -72,11 +83,12 @@ class SwitchableModel:
     """
 
     def __init__(
-        self, prepared: PreparedDirectory, device: torch.device, dtype: torch.dtype
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     ) -> None:
+        self.directory = checkpoint.directory
         self.device = device
         self.dtype = dtype
-        self.model, self._modules = _load_base(prepared, dtype, device)
+        self.model, self._modules = _load_base(checkpoint, dtype, device)
         self.linears: dict[str, SwitchableLinear] = {}
         # By load-time format and linear: artifacts take turns, batch by batch.
         self._quantized: dict[tuple[str, str], StoredWeight] = {}
@@ -95,40 +107,95 @@ class SwitchableModel:
             module.u = self._cast(tensors.u)
             module.v = self._cast(tensors.v)
             module.correction = self._cast(tensors.correction)
-            module.kept = 0
+            module.restart()
         for name in self.linears.keys() - artifact.info.linears.keys():
             self.linears[name].thresholds = None
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @property
+    def longest(self) -> int | None:
+        """Positions that the model has, where its config limits them."""
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
     def check_window(self, window: int) -> None:
         """Refuse windows longer than the model's positions (SettingError)."""
-        config = self.model.config.get_text_config()
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest and window > longest:
+        if self.longest and window > self.longest:
             raise SettingError(
-                f"--window {window} is more than the model's length of {longest}"
+                f"--window {window} is more than the model's length of {self.longest}"
                 " (max_position_embeddings)"
             )
 
     @torch.inference_mode()
-    def logits(self, windows: Tensor, first: int, sparse: bool) -> Tensor:
+    def logits(self, windows: Tensor, first: int, sparse: Tensor | bool) -> Tensor:
         """Logits from position ``first`` of each window on.
 
         Args:
             windows: int64 [windows, positions].
-            first: positions before it are always dense.
-            sparse: whether the later ones are sparse and the weights those that are
-                served; the base model otherwise.
+            first: positions before it give no logits.
+            sparse: bool [windows, positions], the sparse positions of the prepared
+                model; True: those from ``first`` on; False: the base model.
 
         Returns:
             [windows, positions - first, vocabulary] in the compute dtype.
         """
+        mask = None
+        if isinstance(sparse, Tensor):
+            mask = sparse.to(self.device)
+        elif sparse:
+            mask = torch.ones(windows.shape, dtype=torch.bool, device=self.device)
+            mask[:, :first] = False
         for module in self.linears.values():
-            module.dense_tokens = first if sparse else None
+            module.sparse = mask
         return self.model(
             input_ids=windows.to(self.device),
             use_cache=False,
             logits_to_keep=windows.shape[1] - first,
         ).logits
+
+    @torch.inference_mode()
+    def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+        """Greedy answers of the dense model, whatever else its config asks for.
+
+        Args:
+            prompts: tokens of each; they run together, padded at the start.
+            tokens: longest answer.
+
+        Returns:
+            Tokens of each answer, with the one that ends it if it was reached.
+        """
+        from transformers import GenerationConfig
+
+        for module in self.linears.values():
+            module.sparse = None
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=tokens,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=0,
+        )
+        found = self.model.generate(
+            ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            generation_config=greedy,
+        )
+        answers = []
+        for reply in found[:, longest:].tolist():
+            reached = [i for i, token in enumerate(reply) if token in ends]
+            answers.append(reply[: reached[0] + 1] if reached else reply)
+        return answers
 
     def _switchable(
         self, name: str, entry: LinearEntry, artifact: Artifact
@@ -173,20 +240,21 @@ class SwitchableModel:
 
 
 def _load_base(
-    prepared: PreparedDirectory, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, dict[str, tuple[nn.Module, str]]]:
     """The base model, and where its linears are."""
     import transformers
 
-    directory, checkpoint = prepared.path, prepared.checkpoint
+    directory = checkpoint.directory
     try:
         language_model = LanguageModel(checkpoint)
         auto = transformers.AutoModelForCausalLM
         if language_model.family.text_config is not None:
             auto = transformers.AutoModelForImageTextToText
         config = transformers.AutoConfig.from_pretrained(directory)
-        # transformers would look for a quantizer of this name.
-        del config.quantization_config
+        # transformers would look for a quantizer; weights are read dequantised.
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         settings = {
             "config": config,
             "dtype": dtype,

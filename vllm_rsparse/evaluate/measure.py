@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense against sparse on the same held-out tokens, in one pass.
 
-The first part of each window stands for the prompt, which the engine runs dense; the
-rest stands for decoded tokens. Only predictions made at sparse positions are counted,
-for the dense figures too.
+The first part of each passage is the prompt, or stands for it; the engine runs it
+dense. The rest are decoded tokens. Only predictions made at sparse positions are
+counted, for the dense figures too.
 """
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
 from vllm_rsparse.artifact.prepared import PreparedDirectory
@@ -23,8 +22,9 @@ from vllm_rsparse.errors import SettingError
 from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.model.names import LinearName
 
-# Logits in flight, dense and sparse, as float32: bounds the batch of windows.
-BATCH_BYTES = 256 << 20
+# Logits in flight, dense and sparse, in the compute dtype; on CUDA a sixteenth of its
+# memory. Bounds the batch of passages.
+_BATCH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,11 @@ class Loss:
         perplexity_sparse: the same, sparse.
         kl_divergence: mean KL(dense || sparse) of the next token's distribution, nats;
             None where the engine does not give whole distributions.
+        kl_standard_error: of that mean, with windows or chats drawn at random; None
+            for one of them.
         top1_agreement: fraction of positions with the same most likely token.
         tokens: predictions counted.
-        artifact_sha256: digest of the artifact's tensors.
+        artifact_sha256: digest of the artifact's tensors; None: the dense base model.
     """
 
     directory: str
@@ -52,9 +54,10 @@ class Loss:
     perplexity_dense: float
     perplexity_sparse: float
     kl_divergence: float | None
+    kl_standard_error: float | None
     top1_agreement: float
     tokens: int
-    artifact_sha256: str
+    artifact_sha256: str | None
     ratio: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,10 +66,31 @@ class Loss:
         )
 
 
+@dataclass(frozen=True)
+class Passage:
+    """A text or a chat: tokens of which the leading ones are dense.
+
+    Attributes:
+        ids: int64 [positions].
+        first: positions before it are dense and not counted. The prediction made at
+            the last position is not counted either, for it has no label.
+    """
+
+    ids: Tensor
+    first: int
+
+    @property
+    def counted(self) -> int:
+        """Predictions that count."""
+        return len(self.ids) - self.first - 1
+
+
 @dataclass
 class _Sums:
+    """Of one candidate; ``kl`` has an entry for each passage."""
+
     nll: float = 0.0
-    kl: float = 0.0
+    kl: list[float] = field(default_factory=list)
     agree: int = 0
     kept: Counter[str] = field(default_factory=Counter)
 
@@ -103,7 +127,7 @@ def measure(
     windows: Tensor,
     first: int,
 ) -> list[Loss]:
-    """Evaluate artifacts of one base model side by side.
+    """Evaluate artifacts of one base model side by side on windows of text.
 
     Args:
         model: the base model.
@@ -111,47 +135,144 @@ def measure(
         windows: int64 [windows, positions].
         first: leading positions that stay dense.
     """
-    length = windows.shape[1]
-    vocabulary = model.model.get_output_embeddings().weight.shape[0]
-    batch = max(1, BATCH_BYTES // (8 * (length - first) * vocabulary))
+    return measure_passages(model, prepared, [Passage(ids, first) for ids in windows])
+
+
+def measure_passages(
+    model: SwitchableModel,
+    candidates: Sequence[PreparedDirectory | None],
+    passages: Sequence[Passage],
+    reference: SwitchableModel | None = None,
+) -> list[Loss]:
+    """Evaluate artifacts of one base model side by side.
+
+    Args:
+        model: the base model.
+        candidates: artifacts for it; None is the base model itself, dense.
+        passages: what to predict; each has at least one prediction that counts.
+        reference: the model to compare with; None: ``model`` itself, dense. Another one
+            has the same vocabulary, for example the model that ``model`` was quantized
+            from.
+
+    Returns:
+        The loss of each candidate.
+    """
+    reference = model if reference is None else reference
     dense_nll = 0.0
-    sums = [_Sums() for _ in prepared]
-    with tqdm(total=len(windows), desc="evaluate", unit="window") as progress:
-        for part in windows.split(batch):
-            labels = part[:, first + 1 :].to(model.device)
-            dense = _log_probabilities(model, part, first, sparse=False)
-            dense_nll += _nll(dense, labels)
-            for total, one in zip(sums, prepared, strict=True):
+    sums = [_Sums() for _ in candidates]
+    with tqdm(total=len(passages), desc="evaluate", unit="passage") as progress:
+        for batch in _batches(passages, reference):
+            dense = batch.logits(reference, sparse=False)
+            for rows, labels in batch.chunks(dense):
+                dense_nll += _nll(rows.float().log_softmax(-1), labels)
+            for total, one in zip(sums, candidates, strict=True):
                 # Read again for each batch: every artifact in memory at once would
                 # cost more than the model.
-                model.use(one.artifact)
-                sparse = _log_probabilities(model, part, first, sparse=True)
-                total.nll += _nll(sparse, labels)
-                total.kl += _kl(dense, sparse)
-                total.agree += int((dense.argmax(-1) == sparse.argmax(-1)).sum())
-                for name in one.artifact.info.linears:
+                if one is not None:
+                    model.use(one.artifact)
+                sparse = batch.logits(model, sparse=one is not None)
+                batch.compare(dense, sparse, total)
+                for name in () if one is None else one.artifact.info.linears:
                     total.kept[name] += model.linears[name].kept
-            progress.update(len(part))
-    tokens = len(windows) * (length - first - 1)
+            progress.update(len(batch.passages))
+    tokens = sum(passage.counted for passage in passages)
     perplexity = math.exp(dense_nll / tokens)
     losses = []
-    for one, total in zip(prepared, sums, strict=True):
-        entries = total.entries(one.artifact, len(windows) * (length - first))
+    for one, total in zip(candidates, sums, strict=True):
+        entries: dict[str, LinearEntry] = {}
+        if one is not None:
+            entries = total.entries(one.artifact, tokens + len(passages))
         losses.append(
             Loss(
-                directory=str(one.path),
-                target_sparsity=one.artifact.info.sparsity,
-                achieved_sparsity=model_sparsity(entries),
+                directory=str(model.directory if one is None else one.path),
+                target_sparsity=0.0 if one is None else one.artifact.info.sparsity,
+                achieved_sparsity=model_sparsity(entries) if entries else 0.0,
                 by_kind=sparsity_by_kind(entries),
                 perplexity_dense=perplexity,
                 perplexity_sparse=math.exp(total.nll / tokens),
-                kl_divergence=total.kl / tokens,
+                kl_divergence=math.fsum(total.kl) / tokens,
+                kl_standard_error=_standard_error(total.kl, passages),
                 top1_agreement=total.agree / tokens,
                 tokens=tokens,
-                artifact_sha256=one.artifact.sha256,
+                artifact_sha256=None if one is None else one.artifact.sha256,
             )
         )
     return losses
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Passages that run together, the shorter ones padded at the end.
+
+    What follows a passage does not change it, because attention is causal.
+    """
+
+    passages: Sequence[Passage]
+
+    @property
+    def first(self) -> int:
+        return min(passage.first for passage in self.passages)
+
+    def logits(self, model: SwitchableModel, sparse: bool) -> Tensor:
+        """[counted predictions, vocabulary], passage after passage."""
+        longest = max(len(passage.ids) for passage in self.passages)
+        ids = torch.zeros(len(self.passages), longest, dtype=torch.int64)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, passage in enumerate(self.passages):
+            ids[row, : len(passage.ids)] = passage.ids
+            mask[row, passage.first : len(passage.ids)] = True
+        # A prediction counts where the next position is part of the passage too.
+        counted = mask[:, self.first : -1] & mask[:, self.first + 1 :]
+        found = model.logits(ids, self.first, mask if sparse else False)
+        return found[:, :-1][counted.to(found.device)]
+
+    def chunks(self, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows of logits with their labels, one passage at a time."""
+        sizes = [passage.counted for passage in self.passages]
+        for rows, passage in zip(logits.split(sizes), self.passages, strict=True):
+            yield rows, passage.ids[passage.first + 1 :].to(logits.device)
+
+    def compare(self, dense: Tensor, sparse: Tensor, total: _Sums) -> None:
+        """Add what the sparse logits lose."""
+        pairs = zip(self.chunks(dense), self.chunks(sparse), strict=True)
+        for (dense_rows, labels), (sparse_rows, _) in pairs:
+            exact = dense_rows.float().log_softmax(-1)
+            logs = sparse_rows.to(exact.device).float().log_softmax(-1)
+            total.nll += _nll(logs, labels)
+            total.kl.append(_kl(exact, logs))
+            total.agree += int((exact.argmax(-1) == logs.argmax(-1)).sum())
+
+
+def _batches(passages: Sequence[Passage], model: SwitchableModel) -> Iterator[_Batch]:
+    """Consecutive passages, as many as the memory for their logits allows."""
+    room = _BATCH_BYTES
+    if model.device.type == "cuda":
+        room = max(
+            room, torch.cuda.get_device_properties(model.device).total_memory // 16
+        )
+    room //= 2 * model.dtype.itemsize * model.vocab_size
+    batch: list[Passage] = []
+    for passage in passages:
+        wider = [*batch, passage]
+        first = min(other.first for other in wider)
+        longest = max(len(other.ids) for other in wider)
+        if batch and len(wider) * (longest - first) > room:
+            yield _Batch(batch)
+            wider = [passage]
+        batch = wider
+    if batch:
+        yield _Batch(batch)
+
+
+def _standard_error(sums: Sequence[float], passages: Sequence[Passage]) -> float | None:
+    """Of the mean per prediction, with passages drawn at random (ratio estimator)."""
+    if len(passages) < 2:
+        return None
+    counts = [passage.counted for passage in passages]
+    mean = math.fsum(sums) / sum(counts)
+    squares = ((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    variance = math.fsum(squares) * len(counts) / (len(counts) - 1)
+    return math.sqrt(variance) / sum(counts)
 
 
 def sparsity_by_kind(entries: dict[str, LinearEntry]) -> dict[str, float]:
@@ -160,14 +281,6 @@ def sparsity_by_kind(entries: dict[str, LinearEntry]) -> dict[str, float]:
     for name, entry in entries.items():
         labels.setdefault(LinearName.parse(name).label, {})[name] = entry
     return {label: model_sparsity(members) for label, members in labels.items()}
-
-
-def _log_probabilities(
-    model: SwitchableModel, windows: Tensor, first: int, sparse: bool
-) -> Tensor:
-    """float32 [windows, positions - first - 1, vocabulary]: all that have a label."""
-    logits = model.logits(windows, first, sparse)[:, :-1]
-    return functional.log_softmax(logits.float(), dim=-1)
 
 
 def _nll(log_probabilities: Tensor, labels: Tensor) -> float:

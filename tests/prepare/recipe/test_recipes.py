@@ -145,7 +145,7 @@ def test_thresholds_fit_the_sparse_model_itself(
     directory, info = make(str(file))
     assert info.achieved_sparsity == pytest.approx(0.5, abs=1e-3)
     prepared = PreparedDirectory.open(directory)
-    model = SwitchableModel(prepared, torch.device("cpu"), torch.float32)
+    model = SwitchableModel(prepared.checkpoint, torch.device("cpu"), torch.float32)
     model.use(prepared.artifact)
     inputs: dict[str, Tensor] = {}
     for name, module in model.linears.items():
@@ -182,7 +182,7 @@ def test_searched_recipes_lose_less_than_uniform_thresholds(
     for recipe in ("best", "greedy", "wina"):
         directory, _ = make(recipe, recipe, **more)
         prepared.append(PreparedDirectory.open(directory))
-    model = SwitchableModel(prepared[0], torch.device("cpu"), torch.float32)
+    model = SwitchableModel(prepared[0].checkpoint, torch.device("cpu"), torch.float32)
     held_out = Path(json.encoder.__file__)
     windows = windows_of(pyllama, held_out, samples=16)
     best, greedy, wina = measure(model, prepared, windows, DENSE_PREFIX)

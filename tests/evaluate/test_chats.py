@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``evaluate --chat``: the dense model's answers, prompt dense and answer sparse."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_rsparse.cli import main
+from vllm_rsparse.evaluate.measure import Passage, measure_passages
+from vllm_rsparse.testing.cases import one_linear
+from vllm_rsparse.testing.quantized import write_plain, write_quantized
+
+PROMPTS = [
+    {"domain": "code", "prompt": "def add(a, b):\n"},
+    {"domain": "code", "prompt": "import os\nimport sys\n\n\nclass Parser:\n"},
+    {"domain": "prose", "messages": [{"role": "user", "content": "The module gives"}]},
+]
+TOKENS = 12
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Path:
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(map(json.dumps, PROMPTS)) + "\n")
+    return file
+
+
+def mixed(name: str, n: int, k: int) -> dict[str, Tensor]:
+    """Thresholds near the median input, factors on q, corrections on o."""
+    tensors = {"thresholds": 0.6 * torch.rand(k)}
+    if name.endswith("q_proj"):
+        tensors["u"] = 0.05 * torch.randn(n, 3)
+        tensors["v"] = 0.05 * torch.randn(3, k)
+    if name.endswith("o_proj"):
+        tensors["correction"] = 0.02 * torch.randn(n)
+    return tensors
+
+
+def keep_all(name: str, n: int, k: int) -> dict[str, Tensor]:
+    return {"thresholds": torch.full((k,), -1.0)}
+
+
+def evaluate(directory: Path, chat: Path, *options: str) -> dict[str, Any]:
+    out = chat.with_suffix(".json")
+    arguments = ["--chat", str(chat), "--answer-tokens", str(TOKENS), "--device", "cpu"]
+    arguments += ["--json", str(out), *options]
+    assert main(["evaluate", str(directory), *arguments]) == 0
+    return json.loads(out.read_text())
+
+
+def make_sparse(
+    base: nn.Module, tensors: dict[str, dict[str, Tensor]], first: int
+) -> None:
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear) and name in tensors:
+
+            def forward(
+                x: Tensor, module: nn.Linear = module, mine: Any = tensors[name]
+            ) -> Tensor:
+                y = x @ module.weight.T
+                y[0, first:] = one_linear(x[0, first:], module.weight, mine)
+                return y
+
+            module.forward = forward  # type: ignore[method-assign]
+
+
+def test_figures_agree_with_an_independent_computation(
+    write_prepared: Any, pyllama: Path, chat: Path
+) -> None:
+    tensors: dict[str, dict[str, Tensor]] = {}
+
+    def remember(name: str, n: int, k: int) -> dict[str, Tensor]:
+        tensors[name] = mixed(name, n, k)
+        return tensors[name]
+
+    document = evaluate(write_prepared("mixed", remember), chat)
+    tokenizer = AutoTokenizer.from_pretrained(pyllama)
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(pyllama, dtype=torch.float32).eval()
+
+    sums: dict[str, list[tuple[float, float, int]]] = {}
+    for line in PROMPTS:
+        text = line.get("prompt") or line["messages"][0]["content"]  # type: ignore[index]
+        ids = torch.tensor(tokenizer(text)["input_ids"])
+        first, dense, sparse = len(ids), load(), load()
+        for _ in range(TOKENS):
+            with torch.inference_mode():
+                ids = torch.cat([ids, dense(ids[None]).logits[0, -1:].argmax(-1)])
+        make_sparse(sparse, tensors, first)
+        with torch.inference_mode():
+            exact, logs = (
+                model(ids[None]).logits[0, first:-1].double().log_softmax(-1)
+                for model in (dense, sparse)
+            )
+        kl = (exact.exp() * (exact - logs)).sum().item()
+        agree = (exact.argmax(-1) == logs.argmax(-1)).sum().item()
+        sums.setdefault(str(line["domain"]), []).append((kl, agree, len(logs)))
+    results = {result["domain"]: result for result in document["results"]}
+    assert results.keys() == sums.keys()
+    for domain, found in sums.items():
+        kl, agree, tokens = (sum(column) for column in zip(*found, strict=True))
+        result = results[domain]
+        # float32 sums in another order, through four layers.
+        assert result["kl_divergence"] == pytest.approx(kl / tokens, rel=1e-4)
+        assert result["top1_agreement"] == pytest.approx(agree / tokens)
+        assert result["tokens"] == tokens
+        assert kl / tokens > 0.01, "the artifact must hurt for this test to tell"
+    assert results["prose"]["kl_standard_error"] is None
+    assert results["code"]["kl_standard_error"] > 0
+
+
+def test_passages_do_not_depend_on_those_they_run_with(
+    write_prepared: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_rsparse.artifact.prepared import PreparedDirectory
+    from vllm_rsparse.evaluate import measure
+    from vllm_rsparse.evaluate.loading import SwitchableModel
+
+    prepared = PreparedDirectory.open(write_prepared("mixed", mixed))
+    cpu = torch.device("cpu")
+    model = SwitchableModel(prepared.checkpoint, cpu, torch.float32)
+    sizes = ((20, 3), (31, 12), (25, 20))
+    passages = [Passage(torch.randint(0, 4096, (n,)), first) for n, first in sizes]
+    (together,) = measure_passages(model, [prepared], passages)
+    monkeypatch.setattr(measure, "_BATCH_BYTES", 1)
+    (alone,) = measure_passages(model, [prepared], passages)
+    assert alone.kl_divergence == pytest.approx(together.kl_divergence, rel=1e-4)
+    assert alone.achieved_sparsity == pytest.approx(
+        together.achieved_sparsity, abs=1e-4
+    )
+    assert alone.tokens == together.tokens == sum(n - first - 1 for n, first in sizes)
+
+
+def test_a_quantized_base_is_compared_with_the_model_it_was_made_from(
+    write_prepared: Any, pyllama: Path, tmp_path: Path, chat: Path
+) -> None:
+    """Its weights are the reference's, rounded: thresholds that keep all lose that."""
+    directory = write_prepared("all", keep_all)
+    meant = write_quantized(pyllama, tmp_path / "q", "w4a16-g128")
+    write_plain(pyllama, tmp_path / "plain", {k: v.float() for k, v in meant.items()})
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").symlink_to(tmp_path / "plain/model.safetensors")
+    own = evaluate(directory, chat)
+    assert {result["kl_divergence"] for result in own["results"]} == {0.0}
+    other = evaluate(directory, chat, "--reference", str(pyllama))
+    rows = [r for r in other["results"] if r["domain"] == "code"]
+    assert [row["artifact_sha256"] is None for row in rows] == [True, False]
+    assert rows[0]["kl_divergence"] == rows[1]["kl_divergence"] > 0
+    assert other["protocol"]["reference"] == str(pyllama)
+
+
+def test_answers_are_kept_and_taken_from_the_file(
+    write_prepared: Any,
+    chat: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory, kept = write_prepared("mixed", mixed), tmp_path / "answers"
+    first = evaluate(directory, chat, "--answers", str(kept))
+    document = json.loads(kept.read_text())
+    assert [len(one["answer"]) for one in document["answers"]] == [TOKENS] * 3
+    document["answers"].pop()
+    kept.write_text(json.dumps(document))
+    second = evaluate(directory, chat, "--answers", str(kept))
+    assert len(first["results"]) == 2
+    assert second["results"] == first["results"][:1]
+    chat.write_text(json.dumps(PROMPTS[0]))
+    arguments = ["--chat", str(chat), "--answers", str(kept), "--device", "cpu"]
+    assert main(["evaluate", str(directory), *arguments]) == 1
+    assert "holds the answers of another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no prompt"),
+        ("\n{", "line 2"),
+        ("[]", 'line 1: expected an object with "prompt"'),
+        ('{"text": "a"}', 'line 1: expected an object with "prompt"'),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}]}',
+            "that ends with the user's",
+        ),
+        (json.dumps({"prompt": "word " * 3000}), "leaves no room for an answer"),
+    ],
+)
+def test_bad_prompts(
+    write_prepared: Any,
+    chat: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    message: str,
+) -> None:
+    chat.write_text(content)
+    directory = write_prepared("mixed", mixed)
+    assert main(["evaluate", str(directory), "--chat", str(chat)]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "x", "--answers", "y"], "--answers goes with --chat"),
+        (["--data", "x", "--reference", "y"], "--reference goes with --chat"),
+        (["--chat", "x", "--engine", "vllm"], "--chat goes with --engine torch"),
+        (["--chat", "x", "--answer-tokens", "0"], "--answer-tokens must be at least 1"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(tmp_path), *options]) == 1
+    assert message in capsys.readouterr().err

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts of several domains, and the dense model's own greedy answers to them.
+
+What a user loses is what the answers lose: the prompt runs dense and the answer sparse,
+and the dense model's answer is fed to both, so that every token of it is compared.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vllm_rsparse.errors import CheckpointError, SettingError
+from vllm_rsparse.evaluate.loading import SwitchableModel
+from vllm_rsparse.evaluate.measure import Passage
+from vllm_rsparse.model.checkpoint import read_json
+from vllm_rsparse.validation import parse_json
+
+logger = logging.getLogger(__name__)
+
+# Prompts that are answered together on CUDA; on a CPU one by one.
+AT_ONCE = 32
+# An answer needs a sparse token and one that it predicts.
+SHORTEST = 2
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a user asks.
+
+    Attributes:
+        domain: figures are reported for each.
+        ids: tokens, the chat template applied.
+    """
+
+    domain: str
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt with the dense model's answer.
+
+    Attributes:
+        domain: of the prompt.
+        prompt: its tokens.
+        answer: tokens, with the one that ends it if it was reached.
+    """
+
+    domain: str
+    prompt: list[int]
+    answer: list[int]
+
+    @property
+    def passage(self) -> Passage:
+        """The prompt dense, the answer counted."""
+        return Passage(torch.tensor(self.prompt + self.answer), len(self.prompt))
+
+
+def read_prompts(file: Path, tokenizer: Any) -> list[Prompt]:
+    """Read JSON lines.
+
+    A line is an object with ``messages`` (a list of ``role`` and ``content``, the last
+    one the user's) or ``prompt`` (the text of a single user's message), and optionally
+    ``domain``. Without a chat template the messages' texts are the prompt.
+
+    Raises:
+        CheckpointError: the file, or a line of it, is not that.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"--chat {file}: cannot be read ({error})") from error
+    prompts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            where = f"--chat {file}, line {number}"
+            raw = parse_json(line, where, CheckpointError)
+            domain, messages = _messages(raw, where)
+            prompts.append(Prompt(domain, _tokens(tokenizer, messages, where)))
+    if not prompts:
+        raise CheckpointError(f"--chat {file}: has no prompt")
+    return prompts
+
+
+def _messages(raw: Any, where: str) -> tuple[str, list[Mapping[str, str]]]:
+    """Domain and messages of a line."""
+    messages = None
+    if isinstance(raw, dict):
+        messages = raw.get("messages")
+        if isinstance(raw.get("prompt"), str):
+            messages = [{"role": "user", "content": raw["prompt"]}]
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in messages
+        )
+        or messages[-1]["role"] != "user"
+    ):
+        raise CheckpointError(
+            f'{where}: expected an object with "prompt" (text), or with "messages", a'
+            ' list of {"role", "content"} that ends with the user\'s'
+        )
+    return str(raw.get("domain", "chat")), messages
+
+
+def _tokens(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], where: str
+) -> list[int]:
+    if tokenizer.chat_template is None:
+        text = "\n".join(message["content"] for message in messages)
+        return list(tokenizer(text)["input_ids"])
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+    # A template raises its own errors (roles that it does not know).
+    except Exception as error:
+        raise CheckpointError(
+            f"{where}: the model's chat template refuses it ({error})"
+        ) from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def answers_of(
+    model: SwitchableModel, prompts: Sequence[Prompt], tokens: int, file: Path | None
+) -> list[Answer]:
+    """The dense model's greedy answers; those too short to count are left out.
+
+    Args:
+        model: answers densely.
+        prompts: what to answer.
+        tokens: longest answer.
+        file: keeps the answers: read if it exists, else written. None keeps nothing.
+
+    Raises:
+        SettingError: the file has answers of another model or to other prompts, or a
+            prompt leaves no room for an answer.
+    """
+    asked = _digest(model, prompts, tokens)
+    if file is not None and file.exists():
+        answers = _read(file, asked)
+    else:
+        answers = _generate(model, prompts, tokens)
+        if file is not None:
+            document = {"asked": asked, "answers": [asdict(one) for one in answers]}
+            file.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    long = [one for one in answers if len(one.answer) >= SHORTEST]
+    if len(long) < len(answers):
+        logger.warning(
+            "%d of %d answers have fewer than %d tokens and are left out",
+            len(answers) - len(long),
+            len(answers),
+            SHORTEST,
+        )
+    if not long:
+        raise SettingError(
+            f"--chat: no answer has {SHORTEST} tokens; give other prompts, or a larger"
+            " --answer-tokens"
+        )
+    return long
+
+
+def _read(file: Path, asked: str) -> list[Answer]:
+    document = read_json(file)
+    if document.get("asked") != asked:
+        raise SettingError(
+            f"--answers {file}: holds the answers of another model, to other prompts or"
+            " of another length; remove it, or give another file"
+        )
+    return [Answer(**one) for one in document["answers"]]
+
+
+def _digest(model: SwitchableModel, prompts: Sequence[Prompt], tokens: int) -> str:
+    """What the answers depend on: the model's config and size, prompts, length."""
+    config = (model.directory / "config.json").read_bytes()
+    sizes = sorted(
+        file.stat().st_size for file in model.directory.glob("*.safetensors")
+    )
+    asked = [hashlib.sha256(config).hexdigest(), sizes, tokens]
+    document = json.dumps([asked, [asdict(prompt) for prompt in prompts]])
+    return hashlib.sha256(document.encode()).hexdigest()
+
+
+def _generate(
+    model: SwitchableModel, prompts: Sequence[Prompt], tokens: int
+) -> list[Answer]:
+    if model.longest:
+        longest = max(len(prompt.ids) for prompt in prompts)
+        if longest + SHORTEST > model.longest:
+            raise SettingError(
+                f"--chat: a prompt has {longest} tokens, which leaves no room for an"
+                f" answer in the model's length of {model.longest}"
+            )
+        tokens = min(tokens, model.longest - longest)
+    at_once = AT_ONCE if model.device.type == "cuda" else 1
+    # Of about the same length together: the shorter ones are padded.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    found: dict[int, list[int]] = {}
+    with tqdm(total=len(prompts), desc="answers", unit="prompt") as progress:
+        for start in range(0, len(order), at_once):
+            part = order[start : start + at_once]
+            replies = model.answer([prompts[i].ids for i in part], tokens)
+            found |= dict(zip(part, replies, strict=True))
+            progress.update(len(part))
+    return [
+        Answer(prompt.domain, prompt.ids, found[i]) for i, prompt in enumerate(prompts)
+    ]
+
+
+def by_domain(answers: Iterable[Answer]) -> dict[str, list[Passage]]:
+    """Passages of each domain, shorter answers first so that they run together."""
+    domains: dict[str, list[Passage]] = {}
+    for one in answers:
+        domains.setdefault(one.domain, []).append(one.passage)
+    for passages in domains.values():
+        passages.sort(key=lambda passage: len(passage.ids))
+    return domains
