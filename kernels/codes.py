@@ -29,6 +29,9 @@ import triton.language as tl
 FP8 = tl.constexpr(1)
 FP8_BLOCK = tl.constexpr(2)
 INT4 = tl.constexpr(3)
+INT8_PLANES = tl.constexpr(4)
+# Steps of the second plane in a step of the first.
+PLANE_STEPS = tl.constexpr(16)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .codes import FP8, FP8_BLOCK, INT4
+from .codes import FP8, FP8_BLOCK, INT4, INT8_PLANES, PLANE_STEPS
 from .packed_scales import SCALE_BLOCK
 
 
@@ -149,16 +149,16 @@ def _wide_tile(
     mask_k = (offs_k < k)[:, None]
     offs_n = begin_n + tl.arange(0, BLOCK_N)
     mask_n = (offs_n < n)[None, :]
-    if CODE == INT4:
+    if CODE == INT4 or CODE == INT8_PLANES:  # noqa: SIM109 (Triton has no "in")
         group = begin_k // GROUP
         words_n = begin_n // 8 + tl.arange(0, BLOCK_N // 8)
         mask_w = (words_n < n // 8)[None, :]
-        words = tl.load(
-            weight_ptr + offs_k.to(tl.int64)[:, None] * pitch + words_n[None, :],
-            mask=mask_k & mask_w,
-            other=0,
-        )
         shifts = 4 * tl.arange(0, 8)
+        rows = offs_k.to(tl.int64)[:, None]
+        mask = mask_k & mask_w
+        words = tl.load(
+            weight_ptr + rows * pitch + words_n[None, :], mask=mask, other=0
+        )
         codes = (words[:, :, None] >> shifts[None, None, :]) & 15
         codes = tl.reshape(codes, (BLOCK_K, BLOCK_N))
         if zero_ptr is None:
@@ -170,7 +170,15 @@ def _wide_tile(
             zeros = (packed[:, :, None] >> shifts[None, None, :]) & 15
             codes -= tl.reshape(zeros, (1, BLOCK_N))
         scale = tl.load(scale_ptr + group * n + offs_n[None, :], mask=mask_n, other=0.0)
-        tile = codes.to(tl.float32) * scale.to(tl.float32)
+        tile = codes.to(tl.float32)
+        if CODE == INT8_PLANES:
+            words = tl.load(
+                weight_ptr + (rows + k) * pitch + words_n[None, :], mask=mask, other=0
+            )
+            rest = (words[:, :, None] >> shifts[None, None, :]) & 15
+            rest = tl.reshape(rest, (BLOCK_K, BLOCK_N)) - 8
+            tile += rest.to(tl.float32) * (1.0 / PLANE_STEPS)
+        tile *= scale.to(tl.float32)
     else:
         offsets = offs_k.to(tl.int64)[:, None] * pitch + offs_n[None, :]
         tile = tl.load(weight_ptr + offsets, mask=mask_k & mask_n, other=0.0)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .codes import INT4, natural_order
+from .codes import INT4, PLANE_STEPS, natural_order
 from .group_list import STEP, list_groups
 from .packed_steps import sum_steps
 from .sums import sum_channels
@@ -39,6 +39,7 @@ def packed_kernel(
     shard_sizes,
     ranks,
     CODE: tl.constexpr,
+    PLANES: tl.constexpr,
     SPARSE: tl.constexpr,
     TOKENS: tl.constexpr,
     W: tl.constexpr,
@@ -58,6 +59,9 @@ def packed_kernel(
     Args of note:
         word_ptr: int32 [K, pitch].
         v: the ``Matrix`` of V; its pointer is None without factors.
+        CODE: the format; that of a plane, where there are several.
+        PLANES: planes of the weight, one after the other, like their thresholds. The
+            first of the splits are the first plane's, then come the next one's.
         SPARSE: read the channels that thresholds keep; otherwise all of them.
         W: words of a row that a thread loads at once; the tile has 8 W of them.
         ROUND: steps of 16 channels whose words are in flight together, 1, 2 or 4.
@@ -101,6 +105,16 @@ def packed_kernel(
                 mask=(offs_m < tokens)[:, None] & (offs_n < end_n)[None, :],
             )
             return
+    program = (group_m * splits + split).to(tl.int64) * tl.num_programs(1) + tile
+    row_split = split
+    plane = split * 0
+    if PLANES > 1:
+        splits = splits // PLANES
+        plane = split // splits
+        split = split % splits
+        word_ptr += plane.to(tl.int64) * k * pitch
+        if SPARSE:
+            threshold_ptr += plane.to(tl.int64) * len(shard_sizes) * k
     codes_per_word: tl.constexpr = 8 if CODE == INT4 else 4
     columns: tl.constexpr = 8 * W * codes_per_word
     shard, begin_n, end_n = locate_tile(tile - factor_tiles, 0, shard_sizes, columns)
@@ -111,7 +125,6 @@ def packed_kernel(
     spread: tl.constexpr = TOKENS <= 4
     kept_slots: tl.constexpr = 4 if spread else TOKENS
     if SPARSE:
-        program = (group_m * splits + split).to(tl.int64) * tl.num_programs(1) + tile
         row_ptr += program * (BLOCKS * SPAN)
         value_ptr += program * (BLOCKS * SPAN * TOKENS)
         head_ptr += program * (BLOCKS * SPAN // STEP)
@@ -155,7 +168,9 @@ def packed_kernel(
         tokens,
         split,
         splits,
+        plane,
         CODE=CODE,
+        PLANES=PLANES,
         SPARSE=SPARSE,
         TOKENS=TOKENS,
         SPREAD=spread,
@@ -170,13 +185,15 @@ def packed_kernel(
     )
     if PDL:
         gdc_launch_dependents()
+    if PLANES > 1:
+        sums *= tl.where(plane > 0, 1.0 / PLANE_STEPS, 1.0)
     # Back to the natural order of columns: [8, columns / 8, tokens].
     sums = natural_order(sums, columns, kept_slots)
     offs_n = begin_n + (tl.arange(0, 8) * (columns // 8))[:, None, None]
     offs_n = offs_n + tl.arange(0, columns // 8)[None, :, None]
     slot = tl.arange(0, kept_slots)[None, None, :]
     offs_m = group_m * TOKENS + slot
-    row = (split * tokens + offs_m).to(tl.int64)
+    row = (row_split * tokens + offs_m).to(tl.int64)
     tl.store(
         partial_ptr + row * (rank_columns + n) + rank_columns + offs_n,
         sums,

@@ -42,7 +42,9 @@ def scaled_block(
     begin_n,
     end_n,
     n,
+    plane,
     CODE: tl.constexpr,
+    PLANES: tl.constexpr,
     SPREAD: tl.constexpr,
     W: tl.constexpr,
     GROUP: tl.constexpr,
@@ -64,7 +66,9 @@ def scaled_block(
         begin_n: first column of the tile.
         end_n: end of the shard.
         n: columns of the weight.
+        plane: of the weight; zero points are those of the first.
         CODE: the format.
+        PLANES: planes of the weight.
         SPREAD: keep the even slots only.
         W: words of a thread.
         GROUP: channels of a group.
@@ -83,7 +87,9 @@ def scaled_block(
         blocks_n = (n + SCALE_BLOCK - 1) // SCALE_BLOCK
         sums *= tl.load(scale_ptr + group * blocks_n + begin_n // SCALE_BLOCK)
     else:
-        scale, zero = _scales(scale_ptr, zero_ptr, group, begin_n, end_n, n, W, EVEN_N)
+        scale, zero = _scales(
+            scale_ptr, zero_ptr, group, begin_n, end_n, n, plane, PLANES, W, EVEN_N
+        )
         offset = int4_offset(DTYPE) + zero
         # [8, slots / 8] -> [slots]
         x_token = tl.permute(tl.sum(x_sum, axis=0), (1, 0))
@@ -136,7 +142,16 @@ def _for_slots(per_column, COLUMNS: tl.constexpr, SLOTS: tl.constexpr):
 
 @triton.jit
 def _scales(
-    scale_ptr, zero_ptr, group, begin_n, end_n, n, W: tl.constexpr, EVEN_N: tl.constexpr
+    scale_ptr,
+    zero_ptr,
+    group,
+    begin_n,
+    end_n,
+    n,
+    plane,
+    PLANES: tl.constexpr,
+    W: tl.constexpr,
+    EVEN_N: tl.constexpr,
 ):
     """A group's scales and zero points in the order of ``dot_operand``.
 
@@ -167,10 +182,13 @@ def _scales(
     else:
         words = lane * W + tl.arange(0, W)[None, None, :]
         words = tl.broadcast_to(words, (4, 8, W))
+        mask = words < (end_n - begin_n) // 8
+        if PLANES > 1:
+            mask &= tl.broadcast_to(plane, (1, 1, 1)) == 0
         packed = tl.load(
             zero_ptr + group.to(tl.int64) * (n // 8) + begin_n // 8 + words,
-            mask=words < (end_n - begin_n) // 8,
-            other=0,
+            mask=mask,
+            other=-0x77777778,  # eight times 8, the zero point of a later plane
         )
         shifts = 4 * tl.arange(0, 8)[None, None, None, :]
         codes = (packed[:, :, :, None] >> shifts) & 15

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight
 
-from .codes import FP8, INT4
+from .codes import FP8, INT4, INT8_PLANES
 from .dense_tiles import dense_kernel, dequantise_kernel
 from .group_list import STEP
 from .launch_config import LaunchConfig
@@ -40,13 +40,13 @@ RANK_BLOCK_N = 64
 
 def codes_per_word(weight: StoredWeight) -> int:
     """Columns in a 32-bit word of the stored weight."""
-    return 8 if weight.format.code == INT4.value else 4
+    return 8 if _is_four_bit(weight) else 4
 
 
 def is_packable(weight: StoredWeight, shard_sizes: Sequence[int]) -> bool:
     """Whether ``packed.py`` reads the weight: whole words in every shard's rows."""
     whole = all(size % codes_per_word(weight) == 0 for size in shard_sizes)
-    if weight.format.code == INT4.value:
+    if _is_four_bit(weight):
         return whole
     data = weight.data
     return whole and data.stride(1) % 4 == 0 and data.data_ptr() % 4 == 0
@@ -208,6 +208,7 @@ def _packed(
         split_k = max(split_k, triton.cdiv(k, MOST_LISTED))
     most_blocks = triton.next_power_of_2(max(1, triton.cdiv(blocks, split_k)))
     groups_m = triton.cdiv(tokens, block_m)
+    planes = weight.format.planes
     rank_columns = sum(ranks)
     pdl = has_dependent_launch(x.device)
     tiles = tiles_of(shard_sizes, config.block_n)
@@ -230,11 +231,11 @@ def _packed(
             pdl=pdl,
         )
     partial = torch.empty(
-        split_k, tokens, rank_columns + n, dtype=torch.float32, device=x.device
+        planes * split_k, tokens, rank_columns + n, dtype=torch.float32, device=x.device
     )
     rows = values = heads = None
     if sparse:
-        length = tiles * split_k * groups_m * most_blocks * span
+        length = tiles * planes * split_k * groups_m * most_blocks * span
         rows = torch.empty(length, dtype=torch.int32, device=x.device)
         values = torch.empty(length * block_m, dtype=x.dtype, device=x.device)
         heads = torch.empty(length // STEP.value, dtype=torch.int32, device=x.device)
@@ -242,7 +243,7 @@ def _packed(
     piece = width * per_word
     data, pitch = _rows_of(weight, words=True)
     options = {"launch_pdl": True} if pdl else {}
-    packed_kernel[(groups_m, tiles, split_k)](
+    packed_kernel[(groups_m, tiles, planes * split_k)](
         x,
         data,
         None if weight.format.code == FP8.value else weight.scales,
@@ -261,7 +262,8 @@ def _packed(
         x.stride(0),
         shard_sizes,
         ranks,
-        CODE=weight.format.code,
+        CODE=INT4.value if planes > 1 else weight.format.code,
+        PLANES=planes,
         SPARSE=sparse,
         TOKENS=block_m,
         W=width,
@@ -284,6 +286,11 @@ def _packed(
     return out
 
 
+def _is_four_bit(weight: StoredWeight) -> bool:
+    """Whether words hold codes of four bits."""
+    return weight.format.code in (INT4.value, INT8_PLANES.value)
+
+
 def _span(weight: StoredWeight) -> int:
     """Channels whose sums may be scaled together."""
     if weight.group in (0, weight.k):
@@ -293,8 +300,8 @@ def _span(weight: StoredWeight) -> int:
 
 def _rows_of(weight: StoredWeight, words: bool = False) -> tuple[Tensor, int]:
     """The stored rows and the distance between them, in elements or in words."""
-    if weight.format.code == INT4.value:
-        return weight.data, weight.data.stride(0)
+    if _is_four_bit(weight):
+        return weight.data, weight.data.stride(-2)
     rows = weight.data.t()
     if words:
         return rows.view(torch.int32), rows.stride(0) // 4

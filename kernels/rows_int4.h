@@ -53,6 +53,7 @@ template <typename Scale> struct Int4Weight {
   const Scale *scales;
   const uint8_t *zeros;
   int64_t group;
+  float step = 1.0f;  // of the codes, in scales
 
   explicit Int4Weight(const Stored &stored)
       : data(static_cast<const uint8_t *>(stored.data)),
@@ -131,10 +132,37 @@ template <typename Scale> struct Int4Weight {
       const int32_t pair = pairs ? pairs[c] : 0x88;
       const float low = codes[c] - float(pair & 15) * total;
       const float high = codes[bytes + c] - float(pair >> 4) * total;
-      sums[2 * c] += to_float(factors[2 * c]) * low;
-      sums[2 * c + 1] += to_float(factors[2 * c + 1]) * high;
+      sums[2 * c] += to_float(factors[2 * c]) * step * low;
+      sums[2 * c + 1] += to_float(factors[2 * c + 1]) * step * high;
     }
   }
 };
+
+// Two such weights over the same scales, each with channels of its own: the second holds
+// sixteenths of the first one's step (vllm_rsparse/formats/int8_planes.py).
+template <typename Scale> struct PlanesWeight {
+  Int4Weight<Scale> first, second;
+
+  PlanesWeight(const Problem &p, const Stored &stored) : first(stored), second(stored) {
+    second.data += p.k * (p.n / 2);
+    second.zeros = nullptr;
+    second.step = 1.0f / 16;
+  }
+
+  static int64_t row_bytes(int64_t n) { return Int4Weight<Scale>::row_bytes(n); }
+};
+
+// sums of columns [begin, end) += the rows of a plane that are kept, times x.
+template <typename Weight>
+void add_plane(const Weight &weight, int64_t, const Problem &p, const Kept &kept,
+               int64_t begin, int64_t end, float *sums) {
+  weight.add(p, kept, begin, end, sums);
+}
+
+template <typename Scale>
+void add_plane(const PlanesWeight<Scale> &weight, int64_t plane, const Problem &p,
+               const Kept &kept, int64_t begin, int64_t end, float *sums) {
+  (plane ? weight.second : weight.first).add(p, kept, begin, end, sums);
+}
 
 }  // namespace rsparse

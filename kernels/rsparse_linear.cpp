@@ -9,8 +9,9 @@
 // an input channel is one contiguous row. Three steps in one parallel region:
 //
 //   select   Blocks of channels are divided among the threads. A block lists the
-//            channels that any token keeps, shard by shard, with each token's x (0 where
-//            that token drops the channel), and sums x V over the dropped ones.
+//            channels that any token keeps, for each shard (and plane of the weight), with
+//            each token's x (0 where that token drops the channel), and sums x V over the
+//            ones that the first plane drops.
 //   stream   The rows of W (rows_*.h has a reader per format), and then those of U with
 //            z = V x as coefficients, are added to float32 sums, ROWS at a time, while the
 //            segments of the next ROWS are prefetched. Narrow layers are split into parts
@@ -74,8 +75,10 @@ void rsparse_linear(const Problem &p, const T *x, const Weight &weight,
       float *own = sums + cell.part * p.tokens * p.n;
       for (int64_t m = 0; m < p.tokens; ++m)
         std::fill(own + m * p.n + from, own + m * p.n + to, 0.0f);
-      kept.gather(p, selection, cell);
-      weight.add(p, kept, from, to, own);
+      for (int64_t plane = 0; plane < p.planes; ++plane) {
+        kept.gather(p, selection, cell, plane);
+        add_plane(weight, plane, p, kept, from, to, own);
+      }
       if (cell.part + 1 == parts)
         add_factors(p, selection, cell.shard, u, from, to, own);
     }
@@ -84,9 +87,11 @@ void rsparse_linear(const Problem &p, const T *x, const Weight &weight,
   }
 }
 
+constexpr int INT8_PLANES = 4;
+
 // Call with the weight of this format, or return 1.
 template <typename T, typename Call>
-int with_weight(const Stored &stored, Call call) {
+int with_weight(const Problem &p, const Stored &stored, Call call) {
   switch (stored.format) {
     case 0: call(FloatWeight<T>{static_cast<const T *>(stored.data)}); return 0;
     case 1: call(Fp8Weight(stored)); return 0;
@@ -94,6 +99,10 @@ int with_weight(const Stored &stored, Call call) {
     case 3:
       return with_element(stored.scale_element, [&](auto like) {
         call(Int4Weight<decltype(like)>(stored));
+      });
+    case INT8_PLANES:
+      return with_element(stored.scale_element, [&](auto like) {
+        call(PlanesWeight<decltype(like)>(p, stored));
       });
     default: return 1;
   }
@@ -103,8 +112,8 @@ int with_weight(const Stored &stored, Call call) {
 
 // Element types as in with_element. Returns 0, or 1 for an unknown number. Layouts,
 // row-major:
-//   x [tokens, K] with rows x_stride apart, thresholds float32 [S, K], u [max rank, N], v
-//   [K, sum of ranks], correction float32 [N] or null, bias [N] or null, out [tokens, N];
+//   x [tokens, K] with rows x_stride apart, thresholds float32 [planes * S, K], u [max
+//   rank, N], v [K, sum of ranks], correction float32 [N] or null, bias [N] or null, out [tokens, N];
 //   sizes and ranks [S]. Pointers need no alignment beyond their element's.
 // The weight, by the number of its format (vllm_rsparse/formats):
 //   0 float: [K, N] in x's type.
@@ -113,6 +122,8 @@ int with_weight(const Stored &stored, Call call) {
 //   3 int4: nibbles [K, N], the low one first, scales of scale_element [K/group, N], zeros
 //     nibbles [K/group, N] or null for 8. N and the sizes are multiples of 8; group
 //     divides K, and is 32, 64, 128 or K.
+//   4 int8-planes: nibbles [2, K, N], scales and zeros as for int4; group is not K. It has
+//     two planes, the others one.
 extern "C" int vllm_rsparse_linear(int element, int format, int scale_element,
                                    int64_t tokens, int64_t n, int64_t k,
                                    int64_t x_stride, int64_t group, int64_t shards,
@@ -122,13 +133,14 @@ extern "C" int vllm_rsparse_linear(int element, int format, int scale_element,
                                    const void *u, const void *v,
                                    const float *correction, const void *bias,
                                    void *out) {
-  Problem p{tokens, n, k, x_stride, shards, 0, sizes, ranks};
+  const int64_t planes = format == INT8_PLANES ? 2 : 1;
+  Problem p{tokens, n, k, x_stride, shards, 0, planes, sizes, ranks};
   for (int64_t s = 0; s < shards; ++s) p.rank_sum += ranks[s];
   const Stored stored{format, scale_element, group, data, scales, zeros};
   int unknown_format = 0;
   const int unknown_element = with_element(element, [&](auto like) {
     using T = decltype(like);
-    unknown_format = with_weight<T>(stored, [&](const auto &weight) {
+    unknown_format = with_weight<T>(p, stored, [&](const auto &weight) {
       rsparse_linear(p, static_cast<const T *>(x), weight, thresholds,
                      static_cast<const T *>(u), static_cast<const T *>(v), correction,
                      static_cast<const T *>(bias), static_cast<T *>(out));

@@ -30,7 +30,7 @@ def _int4(n: int, k: int, group: int, zeros: bool = True) -> StoredWeight:
 
 
 def test_formats_are_found_by_name_and_number() -> None:
-    assert [one.code for one in FORMATS] == [0, 1, 2, 3]
+    assert [one.code for one in FORMATS] == [0, 1, 2, 3, 4]
     for one in FORMATS:
         assert format_of_code(one.code) is one
         assert format_of_name(one.name) is one

@@ -10,6 +10,7 @@ from vllm_rsparse.formats.base import WeightFormatError
 from vllm_rsparse.formats.checkpoints.parse import parse_scheme
 from vllm_rsparse.formats.fp8 import store_fp8
 from vllm_rsparse.formats.int4 import store_int4
+from vllm_rsparse.formats.int8_planes import encode_planes
 from vllm_rsparse.op import cpu
 from vllm_rsparse.op.backends import Backend
 from vllm_rsparse.op.reference import dense_linear
@@ -27,6 +28,8 @@ WEIGHTS = {
     "int4-awq": "awq",
     "fp8": "fp8-channel",
     "fp8-block": "fp8-block",
+    "int8-planes": "int8-planes",
+    "int8-planes-sym-g32": "int8-planes",
 }
 # (tokens, K, shard sizes, ranks): more than a block of channels, columns that fill no
 # cache line, shards of one word, more bytes than one thread does alone.
@@ -42,6 +45,10 @@ def store(name):
     """Lays out a dense weight [N, K], rounded, in the format of this name."""
 
     def stored(weight):
+        if name.startswith("int8-planes"):
+            group = 32 if name.endswith("g32") else 128
+            symmetric = "sym" in name
+            return encode_planes(weight, group, weight.dtype, symmetric=symmetric)
         config, quantise = LAYOUTS[WEIGHTS[name]]
         layout = parse_scheme(config, "config").layout("linear")
         return layout.store(quantise(weight.float())[0])

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from vllm_rsparse.formats.checkpoints.parse import parse_scheme
+from vllm_rsparse.formats.int8_planes import encode_planes
 from vllm_rsparse.kernels import quantized_linear, rsparse_linear
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.op import triton_backend
@@ -52,6 +53,8 @@ for module in (quantized_linear, rsparse_linear):
     module.has_dependent_launch = lambda device: True
 
 def store(weight):
+    if case["weight"] == "int8-planes":
+        return encode_planes(weight, 64, weight.dtype)
     config, quantise = LAYOUTS[case["weight"]]
     layout = parse_scheme(config, "config").layout("linear")
     return layout.store(quantise(weight.float())[0])
@@ -75,7 +78,14 @@ for case in json.loads(sys.argv[1]):
         quantized_linear.dequantise(weight, dtype)
     print(json.dumps(made), flush=True)
 """
-WEIGHTS = ("w4a16-g128", "w4a16-asym-g32", "awq", "fp8-channel", "fp8-block")
+WEIGHTS = (
+    "w4a16-g128",
+    "w4a16-asym-g32",
+    "awq",
+    "fp8-channel",
+    "fp8-block",
+    "int8-planes",
+)
 DENSE = [
     {"weight": weight, "dtype": dtype, "tokens": 1, "even": True, "sparse": False}
     for weight in WEIGHTS

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from vllm_rsparse.errors import RSparseError
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.checkpoints.parse import parse_scheme
+from vllm_rsparse.formats.int8_planes import encode_planes
 from vllm_rsparse.kernels import quantized_linear
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.op.reference import dense_linear as dense_reference
@@ -33,6 +34,7 @@ WEIGHTS = {
     "int4-awq": "awq",
     "fp8": "fp8-channel",
     "fp8-block": "fp8-block",
+    "int8-planes": "int8-planes",
 }
 # Words of a thread, channels of a block, splits, steps in flight: each at least twice.
 SHAPES = [(1, 128, 1, 1), (2, 64, 3, 4), (4, 32, 2, 2), (4, 128, 5, 1)]
@@ -44,6 +46,8 @@ def store(name: str):
     """Lays out a dense weight [N, K], rounded, in the format of this name."""
 
     def stored(weight: Tensor) -> StoredWeight:
+        if name == "int8-planes":
+            return encode_planes(weight, 128, weight.dtype)
         config, quantise = LAYOUTS[WEIGHTS[name]]
         layout = parse_scheme(config, "config").layout("linear")
         # Rounded on the CPU: the same codes on every machine.

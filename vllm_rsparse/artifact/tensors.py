@@ -41,7 +41,7 @@ class LinearTensors:
     """Tensors of one linear, or of one tensor-parallel slice of it.
 
     Attributes:
-        thresholds: float32 [K].
+        thresholds: float32 [K]; [P, K] for a weight that is read in P planes.
         u: [N, r], or None when r = 0.
         v: [r, K], or None when r = 0.
         correction: float32 [N], a constant for the sparse route, or None.

@@ -88,10 +88,13 @@ class WeightFormat(ABC):
     Attributes:
         name: what users, tuned tables and artifacts call it.
         code: its number in the op's schema and in the C++ kernels, which take no names.
+        planes: parts of an element that are read or skipped by themselves, the most
+            significant first; each has thresholds of its own.
     """
 
     name: ClassVar[str]
     code: ClassVar[int]
+    planes: ClassVar[int] = 1
 
     @abstractmethod
     def check(self, weight: StoredWeight) -> None:
@@ -127,12 +130,20 @@ class WeightFormat(ABC):
     def dequantise(self, weight: StoredWeight) -> Tensor:
         """The definition of the format: float32 [N, K]."""
 
+    def dequantise_planes(self, weight: StoredWeight) -> tuple[Tensor, ...]:
+        """What each plane stands for, float32 [N, K] each; the weight is their sum."""
+        return (self.dequantise(weight),)
+
     @abstractmethod
     def row_bytes(self, weight: StoredWeight, columns: int) -> float:
         """Bytes that reading one input channel costs, for ``columns`` output features.
 
         Scales and zeros that a group of channels shares are counted in equal parts.
         """
+
+    def plane_bytes(self, weight: StoredWeight, columns: int) -> tuple[float, ...]:
+        """``row_bytes`` by plane."""
+        return (self.row_bytes(weight, columns),)
 
     @abstractmethod
     def fixed_bytes(self, weight: StoredWeight, columns: int) -> int:

@@ -52,9 +52,9 @@ class Counters:
         self._interval = settings.interval
         self._rank = rank
         self._kinds: dict[str, int] = {}
-        # By number of the layer: its shards' rows in the table, [S].
+        # By number of the layer: the row in the table of each row of thresholds.
         self._rows: dict[int, Tensor] = {}
-        # By number and tokens: bytes per channel and other bytes, each [S].
+        # By number and tokens: bytes per channel and other bytes, each like the rows.
         self._costs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._first: int | None = None
         self._sparse_steps = 0
@@ -82,6 +82,7 @@ class Counters:
             self._kinds[label] = self._kinds.get(label, 0) + int(dense)
             rows.append(list(self._kinds).index(label))
         self._first = layer if self._first is None else self._first
+        rows *= weight.format.planes
         self._rows[layer] = torch.tensor(rows, device=weight.device)
 
     def observe(

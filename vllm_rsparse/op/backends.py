@@ -17,6 +17,7 @@ from vllm_rsparse.formats.base import StoredWeight, WeightFormat
 from vllm_rsparse.formats.fp8 import FP8
 from vllm_rsparse.formats.fp8_block import FP8_BLOCK
 from vllm_rsparse.formats.int4 import INT4
+from vllm_rsparse.formats.int8_planes import INT8_PLANES
 from vllm_rsparse.formats.plain import FLOAT, store_float
 from vllm_rsparse.formats.registry import FORMATS
 from vllm_rsparse.op import cpu, cpu_torch, reference
@@ -149,7 +150,7 @@ BACKENDS: dict[int, Implementation] = {
             FLOAT.name: Routes(cpu.rsparse_linear, _cpu_dense),
             **{
                 one.name: Routes(cpu.rsparse_linear, _cpu_dense_quantized)
-                for one in (FP8, FP8_BLOCK, INT4)
+                for one in (FP8, FP8_BLOCK, INT4, INT8_PLANES)
             },
         },
     ),

@@ -105,7 +105,7 @@ def dense_by_rows(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tenso
         x,
         weight,
         bias,
-        _keep_all(weight.k),
+        _keep_all(weight.format.planes, weight.k),
         (no_factors, no_factors),
         None,
         (weight.n,),
@@ -212,9 +212,9 @@ def _refuse(x: Tensor, weight: StoredWeight) -> NoReturn:
 
 
 @lru_cache(maxsize=64)
-def _keep_all(k: int) -> Tensor:
-    """Thresholds [1, K] that no magnitude falls below."""
-    return torch.full((1, k), -1.0)
+def _keep_all(planes: int, k: int) -> Tensor:
+    """Thresholds [planes, K] that no magnitude falls below."""
+    return torch.full((planes, k), -1.0)
 
 
 @lru_cache(maxsize=256)

@@ -28,7 +28,8 @@ class SparseOperands:
 
     Attributes:
         weight: [N, K], the shards' output features one after another.
-        thresholds: float32 [S, K], contiguous.
+        thresholds: float32 [P S, K], contiguous, with P planes of the weight's format
+            (1 for most): a row for each shard and the first plane, then for the next.
         u: [N, >= max(ranks)] in x's dtype; rows of shard s use the first ``ranks[s]``
             columns, the rest is never read. Fast when stored [R, N].
         v: [sum(ranks), K] in x's dtype, the shards' rows one after another. Fast when
@@ -77,10 +78,11 @@ class SparseOperands:
                 for size, shard in zip(shard_sizes, shards, strict=True)
             ]
             correction = torch.cat(parts).to(weight.device)
-        thresholds = torch.stack([shard.thresholds for shard in shards])
+        # [S, K], or [P, S, K].
+        thresholds = torch.stack([shard.thresholds for shard in shards], dim=-2)
         return cls(
             weight,
-            thresholds.to(weight.device),
+            thresholds.flatten(0, -2).to(weight.device),
             u,
             v,
             correction,
@@ -119,7 +121,8 @@ class SparseOperands:
             )
         weight.format.check_shards(sizes)
         columns = max(u.shape[-1], *ranks)
-        _require("thresholds", self.thresholds, (len(sizes), k), torch.float32, device)
+        rows = weight.format.planes * len(sizes)
+        _require("thresholds", self.thresholds, (rows, k), torch.float32, device)
         _require("u", u, (n, columns), dtype, device, packed=False)
         _require("v", self.v, (sum(ranks), k), dtype, device, packed=False)
         if self.correction is not None:
@@ -127,31 +130,37 @@ class SparseOperands:
         return dtype
 
     def read_cost(self, tokens: int) -> list[tuple[float, float]]:
-        """Bytes that a sparse call reads of each shard, linear in the kept channels.
+        """Bytes that a sparse call reads by row of thresholds, linear in the channels.
 
         The one model of bytes for measurements and metrics. A channel is read if any
         token keeps it; a row of V if any token drops it, which for several tokens is
         counted as always. The input x is divided equally among the shards.
 
         Returns:
-            Per shard (bytes per kept channel, bytes independent of what is kept).
+            Per row of ``thresholds`` (bytes per kept channel, bytes independent of
+            what is kept).
         """
         weight, k, size = self.weight, self.weight.k, self.u.element_size()
         costs = []
+        later: list[list[tuple[float, float]]] = []
         for n, rank in zip(self.shard_sizes, self.ranks, strict=True):
-            row = weight.format.row_bytes(weight, n)
+            row, *others = weight.format.plane_bytes(weight, n)
             fixed = weight.format.fixed_bytes(weight, n)
             factors = rank * size * (k + n)
             inputs = 4 * k + tokens * k * size / len(self.shard_sizes)
             saved = rank * size if tokens == 1 else 0
             costs.append((row - saved, fixed + factors + inputs))
+            later.append([(other, 4.0 * k) for other in others])
+        for plane in zip(*later, strict=True):
+            costs += plane
         return costs
 
     def bytes_read(self, kept: Iterable[float], tokens: int) -> float:
         """Bytes that a sparse call must read: weight, factors, thresholds and x.
 
         Args:
-            kept: channels kept in each shard, by any of the tokens; at most K.
+            kept: channels kept by each row of ``thresholds``, by any of the tokens; at
+                most K.
             tokens: rows of x.
         """
         costs = self.read_cost(tokens)

@@ -9,6 +9,12 @@ W [N, K], factors U [N, r] and V [r, K], and an input x [K]::
 
 A fused layer (q,k,v or gate,up) has several such linears ("shards") with the same x and
 concatenated outputs. Each shard has its own thresholds and factors.
+
+A weight in several planes, W = W_1 + W_2 + ..., has thresholds for each, and a channel
+that a plane drops contributes the planes before it. Factors and constant stand in for
+what the first plane drops::
+
+    y = sum over planes p of W_p[:, kept_p] x[kept_p] + U (V x[not kept_1]) + ...
 """
 
 import torch
@@ -50,7 +56,8 @@ def rsparse_linear(x: Tensor, operands: SparseOperands, bias: Tensor | None) -> 
     Returns:
         [M, N] in x's dtype. All arithmetic is float32.
     """
-    weight, u, v = operands.weight.dequantise(), operands.u, operands.v
+    weight, u, v = operands.weight, operands.u, operands.v
+    planes = weight.format.dequantise_planes(weight)
     x32 = x.float()
     zero = torch.zeros((), dtype=torch.float32, device=x.device)
     outputs = []
@@ -59,7 +66,12 @@ def rsparse_linear(x: Tensor, operands: SparseOperands, bias: Tensor | None) -> 
         zip(operands.shard_sizes, operands.ranks, strict=True)
     ):
         kept = kept_mask(x, operands.thresholds[shard])
-        y = torch.where(kept, x32, zero) @ weight[row : row + size].T
+        y = torch.where(kept, x32, zero) @ planes[0][row : row + size].T
+        for plane in range(1, len(planes)):
+            index = plane * len(operands.shard_sizes) + shard
+            also_kept = kept_mask(x, operands.thresholds[index])
+            part = planes[plane][row : row + size]
+            y = y + torch.where(also_kept, x32, zero) @ part.T
         if rank > 0:
             dropped = torch.where(kept, zero, x32)
             z = dropped @ v[rank_row : rank_row + rank].float().T

@@ -35,7 +35,13 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 # units win (H200, kernels/README.md).
 VECTOR_TOKENS = 2
 # Columns of a program of the packed kernel: 16 bytes a thread, 8 threads a row.
-_PACKED_COLUMNS = {"int4": 256, "float8_e4m3fn": 128, "fp8-block": 128}
+_PACKED_COLUMNS = {
+    "int4": 256,
+    "int8-planes": 256,
+    "float8_e4m3fn": 128,
+    "fp8-block": 128,
+}
+_FOUR_BIT = ("int4", "int8-planes")
 # Up to this many elements the packed kernel takes blocks of 64 channels, not 128.
 _SMALL_ELEMENTS = 40 * 10**6
 # Tokens up to which the packed kernel reads a whole weight fastest, and up to which a
@@ -233,11 +239,11 @@ def dense_config(
     """
     if tokens <= _PACKED_DENSE_TOKENS:
         # Fewer columns with more tokens: registers hold the sums of both.
-        block_n = _PACKED_COLUMNS[kind] // (2 if kind == "int4" else 1)
+        block_n = _PACKED_COLUMNS[kind] // (2 if kind in _FOUR_BIT else 1)
         block_n //= 2 if tokens > 8 else 1
         enough = 1500 * processors // _PROCESSORS
         split_k = _even_splits(-(-n // block_n), -(-k // 128), enough)
-        stages = 4 if kind == "int4" else 2
+        stages = 4 if kind in _FOUR_BIT else 2
         return LaunchConfig(block_n, 128, split_k, 1, stages, False, packed=True)
     split_k = 1
     enough = 380 * processors // _PROCESSORS

@@ -93,11 +93,22 @@ def make_case(
     ]
     n = sum(shard_sizes)
     weight = randn(k, n, scale=max(k, 1) ** -0.5).to(device, dtype).t()
+    stored = store(weight)
+    if stored.format.planes > 1:
+        shards = [
+            replace(shard, thresholds=_by_plane(shard.thresholds, stored.format.planes))
+            for shard in shards
+        ]
     return Case(
         x=randn(tokens, k).to(device, dtype),
-        operands=SparseOperands.from_shards(store(weight), shards, shard_sizes, dtype),
+        operands=SparseOperands.from_shards(stored, shards, shard_sizes, dtype),
         bias=randn(n).to(device, dtype) if constants else None,
     )
+
+
+def _by_plane(thresholds: Tensor, planes: int) -> Tensor:
+    """[P, K] from [K]: a later plane keeps some of the channels of the one before."""
+    return torch.stack([thresholds * (1 + 0.6 * plane) for plane in range(planes)])
 
 
 def one_linear(

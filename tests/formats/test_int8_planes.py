@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The format int8-planes: its definition, and what rounding to it loses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vllm_rsparse.formats.base import StoredWeight, WeightFormatError
+from vllm_rsparse.formats.int4 import INT4
+from vllm_rsparse.formats.int8_planes import (
+    INT8_PLANES,
+    encode_planes,
+    group_of,
+)
+from vllm_rsparse.formats.nibbles import pack_nibbles, unpack_nibbles
+from vllm_rsparse.testing.cases import relative_error
+
+
+def _codes(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 16, shape, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize(("n", "k", "group"), [(8, 32, 32), (40, 192, 64)])
+def test_is_its_definition(n: int, k: int, group: int, zeros: bool) -> None:
+    codes, scales = _codes(2, k, n), torch.rand(k // group, n).half()
+    zero_points = _codes(k // group, n) if zeros else None
+    packed = None if zero_points is None else pack_nibbles(zero_points)
+    weight = StoredWeight(INT8_PLANES, pack_nibbles(codes), n, k, scales, packed, group)
+    assert INT8_PLANES.planes == 2
+    expected = torch.empty(2, n, k)
+    for channel in range(k):
+        g = channel // group
+        zero = 8 if zero_points is None else zero_points[g].int()
+        scale = scales[g].float()
+        expected[0, :, channel] = (codes[0, channel].int() - zero) * scale
+        expected[1, :, channel] = (codes[1, channel].int() - 8) / 16 * scale
+    for plane, meant in zip(
+        INT8_PLANES.dequantise_planes(weight), expected, strict=True
+    ):
+        assert torch.equal(plane, meant)
+    assert torch.equal(weight.dequantise(), expected[0] + expected[1])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_value_of_both_planes_is_within_half_a_step(symmetric, dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256) * torch.rand(64, 1) * 0.1
+    stored = encode_planes(weight, 64, dtype, symmetric=symmetric)
+    assert stored.scales is not None
+    assert stored.scales.dtype == dtype
+    assert (stored.zeros is None) == symmetric
+    step = stored.scales.float().repeat_interleave(64, 0).t()
+    first, second = INT8_PLANES.dequantise_planes(stored)
+    # The first plane's codes end where its scale leaves values out: its neighbour then
+    # reaches half a step further. Elsewhere it rounds to nearest.
+    inner = (unpack_nibbles(stored.data[0]).t() % 15) != 0
+    off = (weight - first).abs() / step
+    assert off[inner].max() <= 0.5 * (1 + 1e-6)
+    # Sixteenths, but for residuals of 7.5 to 8 of them, where the codes end at 7.
+    both = (weight - first - second).abs() / step
+    assert (both[inner] <= 1 / 16).all()
+    assert (both[inner] > 0.5 / 16 * (1 + 1e-3)).float().mean() < 0.05
+
+
+def test_slices_are_encoded_as_in_the_whole() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(48, 256).bfloat16()
+    whole = encode_planes(weight, 64, torch.bfloat16).dequantise()
+    part = encode_planes(weight[16:32, 64:192], 64, torch.bfloat16).dequantise()
+    assert torch.equal(part, whole[16:32, 64:192])
+
+
+def test_what_rounding_loses_on_normal_weights() -> None:
+    """Next to plain round-to-nearest over the whole range (0.1006 and 0.0068)."""
+    torch.manual_seed(0)
+    weight = torch.randn(256, 1024)
+    stored = encode_planes(weight, 128, torch.bfloat16)
+    first, second = INT8_PLANES.dequantise_planes(stored)
+    assert relative_error(first, weight) < 0.098
+    assert relative_error(first + second, weight) < 0.0085
+
+
+def test_zero_and_constant_groups_are_exact() -> None:
+    weight = torch.zeros(8, 64)
+    weight[1] = 0.5
+    weight[2] = -3.0
+    stored = encode_planes(weight, 32, torch.float32)
+    error = (stored.dequantise() - weight).abs()
+    assert stored.scales is not None
+    assert stored.scales.isfinite().all()
+    assert (error <= weight.abs() / 15 / 16 / 2 * (1 + 1e-4)).all()
+
+
+def test_bytes_by_plane() -> None:
+    stored = encode_planes(torch.randn(64, 256), 128, torch.bfloat16)
+    first, second = INT8_PLANES.plane_bytes(stored, 64)
+    assert first == 32 + 64 * 2.5 / 128
+    assert second == 32
+    assert 256 * INT8_PLANES.row_bytes(stored, 64) == stored.nbytes
+    assert 256 * first == 256 * INT4.row_bytes(stored, 64)
+    assert INT8_PLANES.fixed_bytes(stored, 64) == 0
+
+
+def test_the_group_is_the_largest_that_divides() -> None:
+    assert [group_of(k) for k in (4096, 576, 96)] == [128, 64, 32]
+    with pytest.raises(WeightFormatError, match="none divides 100"):
+        group_of(100)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": torch.zeros(64, 2, dtype=torch.int32)}, r"weight .*\[2, 64, 2\]"),
+        ({"data": torch.zeros(2, 64, 2)}, "got float32"),
+        ({"n": 12}, "N must be a multiple of 8"),
+        ({"group": 64, "k": 64, "scales": None}, "there are none"),
+        ({"group": 48}, "groups of 48.*32, 64, 128"),
+        ({"zeros": torch.zeros(2, 16, dtype=torch.int32)}, "zeros must be"),
+    ],
+    ids=str,
+)
+def test_malformed(change, message) -> None:
+    stored = encode_planes(torch.randn(16, 64), 32, torch.bfloat16)
+    with pytest.raises(WeightFormatError, match=message):
+        replace(stored, **change)
+
+
+def test_shapes_that_cannot_be_encoded() -> None:
+    for n, k, group in ((12, 64, 32), (16, 65, 32), (16, 64, 48)):
+        with pytest.raises(WeightFormatError, match=rf"\[{n}, {k}\]"):
+            encode_planes(torch.randn(n, k), group, torch.bfloat16)

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The format ``int8-planes``: eight-bit codes in two planes of four bits.
+
+    W[n, k] = ((q1[k, n] - z[g, n]) + (q2[k, n] - 8) / 16) * s[g, n],    g = k // G
+
+A channel is read with both planes, with the first alone, or not at all. The first is a
+weight of the format ``int4``, rounded to nearest; the second is what it leaves, in
+sixteenths of its step. ``data`` is contiguous int32 [2, K, N/8], the planes one after
+the other, each packed as in ``int4``. ``scales`` are contiguous [K/G, N] in bfloat16,
+float16 or float32, ``zeros`` contiguous int32 [K/G, N/8], packed like a plane, or None
+for a zero point of 8 everywhere. The group G is 32, 64 or 128.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vllm_rsparse.formats.base import StoredWeight, WeightFormat, WeightFormatError
+from vllm_rsparse.formats.int4 import (
+    GROUPS,
+    INT4,
+    SCALE_DTYPES,
+    SYMMETRIC_ZERO,
+    store_int4,
+)
+from vllm_rsparse.formats.nibbles import PER_WORD, pack_nibbles
+from vllm_rsparse.formats.require import require_tensor
+
+# Steps of the second plane in a step of the first.
+STEPS = 16
+# Scales that are tried, as shares of the one that covers a group's whole range, and the
+# weight of an eight-bit value's squared error next to a four-bit one's. On the weights
+# of SmolLM2-135M the search takes 4% off the first plane's error (0.0936 of the
+# weight's norm instead of 0.0976), for an eight-bit error of 0.0087 instead of 0.0067
+# (docs/notes/planes.md).
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
+_EIGHT_BIT_WEIGHT = 8.0
+
+
+class Int8PlanesFormat(WeightFormat):
+    """The thresholds of a linear have two rows, one for each plane."""
+
+    name = "int8-planes"
+    code = 4
+    planes = 2
+
+    def check(self, weight: StoredWeight) -> None:
+        """See the base class."""
+        n, k, group = weight.n, weight.k, weight.group
+        if n % PER_WORD:
+            raise WeightFormatError(
+                f"weight [N, K] = [{n}, {k}]: the format int8-planes packs eight output"
+                f" channels to a word, so N must be a multiple of {PER_WORD}"
+            )
+        if group not in GROUPS or k % group:
+            raise WeightFormatError(
+                f"weight [N, K] = [{n}, {k}]: groups of {group} input channels; the"
+                f" format int8-planes takes {', '.join(map(str, GROUPS))} if that"
+                " divides K"
+            )
+        require_tensor("weight", weight.data, (2, k, n // PER_WORD), (torch.int32,))
+        require_tensor("scales", weight.scales, (k // group, n), SCALE_DTYPES)
+        if weight.zeros is not None:
+            shape = (k // group, n // PER_WORD)
+            require_tensor("zeros", weight.zeros, shape, (torch.int32,))
+
+    def check_shards(self, sizes: Sequence[int]) -> None:
+        """See the base class. No word holds channels of two linears."""
+        if any(size % PER_WORD for size in sizes):
+            raise WeightFormatError(
+                f"linears with {', '.join(map(str, sizes))} output channels cannot be"
+                " fused in the format int8-planes: each needs a multiple of"
+                f" {PER_WORD}"
+            )
+
+    def dequantise(self, weight: StoredWeight) -> Tensor:
+        """See the base class."""
+        first, second = self.dequantise_planes(weight)
+        return first + second
+
+    def dequantise_planes(self, weight: StoredWeight) -> tuple[Tensor, ...]:
+        """See the base class."""
+        first = _plane(weight, 0, weight.zeros).dequantise()
+        return first, _plane(weight, 1, None).dequantise() / STEPS
+
+    def row_bytes(self, weight: StoredWeight, columns: int) -> float:
+        """See the base class."""
+        return sum(self.plane_bytes(weight, columns))
+
+    def plane_bytes(self, weight: StoredWeight, columns: int) -> tuple[float, ...]:
+        """See the base class. The first plane's include scales and zero points."""
+        return INT4.row_bytes(weight, columns), columns / 2
+
+    def fixed_bytes(self, weight: StoredWeight, columns: int) -> int:
+        """See the base class."""
+        return 0
+
+
+INT8_PLANES = Int8PlanesFormat()
+
+
+def _plane(weight: StoredWeight, plane: int, zeros: Tensor | None) -> StoredWeight:
+    """A plane as a weight of the format ``int4``; nothing is copied."""
+    data, n, k = weight.data[plane], weight.n, weight.k
+    return StoredWeight(INT4, data, n, k, weight.scales, zeros, weight.group)
+
+
+def group_of(k: int) -> int:
+    """The group of a linear with K input channels: the largest that divides K.
+
+    Raises:
+        WeightFormatError: none does.
+    """
+    for group in sorted(GROUPS, reverse=True):
+        if k % group == 0:
+            return group
+    raise WeightFormatError(
+        f"a linear with {k} input channels: the format int8-planes has groups of"
+        f" {', '.join(map(str, GROUPS))} of them, and none divides {k}"
+    )
+
+
+def encode_planes(
+    weight: Tensor, group: int, dtype: torch.dtype, *, symmetric: bool = False
+) -> StoredWeight:
+    """Round a weight to two planes.
+
+    Every group of input channels gets the scale, of a few that cover most or all of
+    its range, with the least squared error. Groups are independent of one another and
+    output channels too, so slices of a weight at multiples of G are encoded as in the
+    whole.
+
+    Args:
+        weight: [N, K], any floating dtype, finite.
+        group: G, input channels that share a scale; see ``group_of``.
+        dtype: of the scales.
+        symmetric: a zero point of 8 everywhere.
+
+    Raises:
+        WeightFormatError: shapes that the format does not have.
+    """
+    n, k = weight.shape
+    if group not in GROUPS or k % group or n % PER_WORD:
+        raise WeightFormatError(
+            f"weight [N, K] = [{n}, {k}] in groups of {group}: the format int8-planes"
+            f" takes {', '.join(map(str, GROUPS))} if that divides K, and N must be a"
+            f" multiple of {PER_WORD}"
+        )
+    first = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
+    second = torch.empty_like(first)
+    scales = torch.empty(k // group, n, dtype=dtype, device=weight.device)
+    zeros = torch.empty(k // group, n, dtype=torch.uint8, device=weight.device)
+    # A few groups of channels at a time bound the temporaries.
+    chunk = max(1, _CHUNK_ELEMENTS // (n * group)) * group
+    for begin in range(0, k, chunk):
+        rows = slice(begin, begin + chunk)
+        groups = slice(begin // group, begin // group + chunk // group)
+        # [groups, G, N]: neighbours in memory stay neighbours in the result.
+        part = weight[:, rows].t().float().unflatten(0, (-1, group))
+        q1, q2, s, z = _encode_groups(part, dtype, symmetric)
+        first[rows], second[rows] = q1.flatten(0, 1), q2.flatten(0, 1)
+        scales[groups], zeros[groups] = s, z
+    plane = store_int4(first, scales, None if symmetric else zeros)
+    return StoredWeight(
+        INT8_PLANES,
+        torch.stack([plane.data, pack_nibbles(second)]),
+        n,
+        k,
+        plane.scales,
+        plane.zeros,
+        group,
+    )
+
+
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def _encode_groups(
+    groups: Tensor, dtype: torch.dtype, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes of both planes uint8 [g, G, N], scales [g, N] and zeros uint8 [g, N]."""
+    low = groups.amin(1).clamp_max(0)
+    high = groups.amax(1).clamp_min(0)
+    if symmetric:
+        # The second plane reaches half a step beyond the first's codes 0 to 15.
+        span = torch.maximum(-low, high) / 7.5
+        zero = torch.full_like(span, SYMMETRIC_ZERO)
+    else:
+        span = (high - low) / 15
+        zero = (-low / span).nan_to_num(SYMMETRIC_ZERO).round().clamp(0, 15)
+    smallest = torch.finfo(dtype).tiny
+    best = None
+    for share in _SHRINK:
+        scale = (span * share).clamp_min(smallest).to(dtype)
+        coded = _encode(groups, scale.float()[:, None], zero[:, None])
+        first, second, error = coded
+        if best is None:
+            best = [first, second, scale, error]
+            continue
+        better = error < best[3]
+        best[2] = torch.where(better, scale, best[2])
+        best[3] = torch.where(better, error, best[3])
+        best[0] = torch.where(better[:, None], first, best[0])
+        best[1] = torch.where(better[:, None], second, best[1])
+    assert best is not None
+    return best[0], best[1], best[2], zero.to(torch.uint8)
+
+
+def _encode(
+    groups: Tensor, scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of both planes, uint8 [g, G, N], and the weighed squared error [g, N]."""
+    steps = groups / scale
+    first = (steps + zero).round().clamp_(0, 15)
+    rest = (steps - (first - zero)) * STEPS
+    second = (rest + SYMMETRIC_ZERO).round().clamp_(0, 15)
+    error = rest.square().sum(1)
+    left = rest - (second - SYMMETRIC_ZERO)
+    error += _EIGHT_BIT_WEIGHT * left.square().sum(1)
+    error *= scale[:, 0].square()
+    return first.to(torch.uint8), second.to(torch.uint8), error
