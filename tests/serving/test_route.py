@@ -23,6 +23,12 @@ def test_triton_reads_no_more_than_pays(read_fraction: float, expected: int) -> 
     assert default_max_sparse_tokens(Backend.TRITON, read_fraction) == expected
 
 
+def test_fp8_gains_for_one_token_only() -> None:
+    assert default_max_sparse_tokens(Backend.TRITON, 0.5, "int4") == 2
+    assert default_max_sparse_tokens(Backend.TRITON, 0.5, "fp8") == 1
+    assert default_max_sparse_tokens(Backend.TRITON, 0.5, "fp8-block") == 1
+
+
 def test_what_covers_the_definition_does_not_depend_on_the_masks() -> None:
     assert default_max_sparse_tokens(Backend.REFERENCE, 1.0) == 16
 

@@ -127,14 +127,16 @@ def backend(directory: Path | None = None) -> Iterator[Finding]:
     if directory is None or not (directory / "config.json").is_file():
         route = choose_route([], device)
     else:
-        from vllm_rsparse.serving.settings import Settings
+        from vllm_rsparse.serving.settings import Settings, format_of
 
         prepared = PreparedDirectory.open(directory)
         settings = Settings.of_quantization_config(
             prepared.config["quantization_config"]
         )
-        read = 1 - prepared.artifact.info.achieved_sparsity
-        route = choose_route([settings.route], device, read)
+        info = prepared.artifact.info
+        weights = format_of(settings.weights or info.weights, info)
+        read = 1 - info.achieved_sparsity
+        route = choose_route([settings.route], device, read, weights)
     yield Finding(
         Level.WARN if route.policy.always_dense else Level.OK,
         "backend",

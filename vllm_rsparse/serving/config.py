@@ -36,6 +36,7 @@ from vllm_rsparse.serving.settings import (
     IN_QUANTIZATION_CONFIG,
     Settings,
     claims,
+    format_of,
     served_weights,
 )
 from vllm_rsparse.serving.weights.factory import checkpoint_weights
@@ -183,6 +184,7 @@ class RSparseConfig(QuantizationConfig):
             [overrides.route, self.settings.route],
             current_platform.device_type,
             1 - artifact.info.achieved_sparsity,
+            format_of(weights, artifact.info),
         )
         facts = exporter.facts(
             artifact.info, route.backend.label, route.policy.max_sparse_tokens

@@ -11,6 +11,9 @@ from enum import StrEnum
 
 from vllm_rsparse import envs
 from vllm_rsparse.errors import RSparseError
+from vllm_rsparse.formats.fp8 import FP8
+from vllm_rsparse.formats.fp8_block import FP8_BLOCK
+from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.op.backends import Backend, resolve_backend
 
 # Where a value came from if no setting names it.
@@ -30,6 +33,9 @@ _DEFAULTS = {
 # The four linears of Llama-3-8B on the H200 at two tokens: 96.5 us where 75% of the
 # channels are read, 8 of them whatever is read; cuBLAS takes 117.4. They meet at 92%.
 _BREAK_EVEN = 0.9
+# With FP8 weights, two tokens at 50% kept took longer than vLLM's own CUTLASS layers:
+# 4.64 against 4.35 ms a step (Llama-3-8B shapes, H100; docs/performance.md).
+_ONE_TOKEN = frozenset({FP8.name, FP8_BLOCK.name})
 
 
 class DenseWeights(StrEnum):
@@ -157,7 +163,10 @@ class RouteRequest:
 
 
 def choose_route(
-    requests: Sequence[RouteRequest], device_type: str, read_fraction: float = 0.5
+    requests: Sequence[RouteRequest],
+    device_type: str,
+    read_fraction: float = 0.5,
+    weight_format: str = FLOAT.name,
 ) -> Route:
     """Choose by the first request that names a value, else by the measured default.
 
@@ -166,6 +175,7 @@ def choose_route(
             before all of them.
         device_type: where the model runs, ``cuda`` or ``cpu``.
         read_fraction: share of the linears' bytes that one token reads, in [0, 1].
+        weight_format: the format of most of the sparse weights.
 
     Raises:
         ValueError: a value that is unknown or cannot run here; names its parameter.
@@ -185,7 +195,7 @@ def choose_route(
             policy_source = request.policy_name
             break
     else:
-        limit = default_max_sparse_tokens(backend, read_fraction)
+        limit = default_max_sparse_tokens(backend, read_fraction, weight_format)
         policy_source = DEFAULT
     return Route(backend, Policy(limit), dense_weights, backend_source, policy_source)
 
@@ -204,7 +214,9 @@ def _dense_weights(requests: Sequence[RouteRequest]) -> DenseWeights:
     return DenseWeights.SHARED
 
 
-def default_max_sparse_tokens(backend: Backend, read_fraction: float = 0.5) -> int:
+def default_max_sparse_tokens(
+    backend: Backend, read_fraction: float = 0.5, weight_format: str = FLOAT.name
+) -> int:
     """The measured switch point of a backend.
 
     Every token has its own mask, and a step reads the masks' union, which on real text
@@ -214,9 +226,11 @@ def default_max_sparse_tokens(backend: Backend, read_fraction: float = 0.5) -> i
     Args:
         backend: resolved.
         read_fraction: f, share of the linears' bytes that one token reads, in [0, 1].
+        weight_format: the format of most of the sparse weights.
     """
     limit = _DEFAULTS[backend]
     if backend is Backend.TRITON:
+        limit = 1 if weight_format in _ONE_TOKEN else limit
         while limit and 1 - (1 - read_fraction) ** limit > _BREAK_EVEN:
             limit -= 1
     return limit

@@ -19,6 +19,7 @@ from vllm_rsparse.artifact.quantization import (
 )
 from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.formats.names import AS_STORED
 from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.serving.route import RouteRequest
 
@@ -107,6 +108,16 @@ class Settings:
         return RouteRequest.of_config(
             self.where, self.backend, self.max_sparse_tokens, self.dense_weights
         )
+
+
+def format_of(weights: str, info: ArtifactInfo) -> str:
+    """The format that most of an artifact's linears have in the engine.
+
+    Args:
+        weights: ``as-stored`` or the name of a load-time format.
+        info: of the artifact.
+    """
+    return info.base.format if weights == AS_STORED else weights
 
 
 def served_weights(
