@@ -32,7 +32,7 @@ from serve_jobs import EngineJob, run_jobs
 from vllm_rsparse.bench.provenance import commit, device_name
 
 # For each engine of a run that starts them together, which share the GPU.
-_TOGETHER = {"gpu_memory_utilization": 0.15, "kv_cache_memory_bytes": 2 << 30}
+_TOGETHER = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -126,7 +126,7 @@ class Benchmark:
             self._job["load_format"] = "dummy"
 
     def run(self) -> list[dict[str, Any]]:
-        """All engines; sparse ones after their calibration. Returns the rows."""
+        """All engines; sparse ones are timed after their calibration. Returns rows."""
         first: list[EngineJob] = []
         sparse: list[EngineJob] = []
         for weights in self._args.weights:
@@ -138,9 +138,8 @@ class Benchmark:
                     for sparsities in self._groups(rho):
                         first.append(self._calibration(weights, sparsities, rho))
                         sparse += self._sparse(weights, sparsities, rho)
-        for jobs in (first, sparse):
-            for job, result in run_jobs(jobs, self._args.together):
-                self._record(job.label, result)
+        for job, result in run_jobs(first + sparse, self._args.together):
+            self._record(job.label, result)
         return self._rows
 
     def _groups(self, rho: float) -> list[list[float]]:

@@ -86,7 +86,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         result["memory_gib"] = max(llm.apply_model(allocated)) / 2**30
     runs = {}
     with held(job, fcntl.LOCK_EX):
-        for sparsity, found in job.get("thresholds", {"dense": None}).items():
+        # Calibrations that started together with this engine are finished now.
+        thresholds = {"dense": None}
+        if "found" in job:
+            thresholds = json.loads(Path(job["found"]).read_text())
+        for sparsity, found in thresholds.items():
             if found is not None:
                 llm.apply_model(partial(set_thresholds, found["thresholds"]))
             runs[sparsity] = times(llm, job)
@@ -255,8 +259,6 @@ def _calibrate(job: dict[str, Any], llm: LLM) -> dict[str, Any]:
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    if job["task"] == "measure" and "found" in job:
-        job["thresholds"] = json.loads(Path(job["found"]).read_text())
     if job.get("load_format") == "rsparse_random":
         import random_weights  # noqa: F401 (registers the format)
     result = {"measure": measure, "calibrate": calibrate}[job["task"]](job)
