@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_rsparse.evaluate.measure import dense_positions
-from vllm_rsparse.evaluate.windows import read_windows
+from vllm_rsparse.texts.documents import read_sources
+from vllm_rsparse.texts.windows import spread_windows
 
 
 class CatsMLP(nn.Module):
@@ -74,8 +75,11 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     calibration, held_out = (
-        read_windows(tokenizer, files, args.window, args.windows).windows
-        for files in (args.calibration_data, args.data)
+        spread_windows(tokenizer, sources, args.window, args.windows).windows
+        for sources in (
+            read_sources(args.calibration_data, "--calibration-data"),
+            read_sources(args.data, "--data"),
+        )
     )
     first = dense_positions(args.window, 0.1)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 
 from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.evaluate.loading import SwitchableModel
-from vllm_rsparse.evaluate.windows import read_windows
+from vllm_rsparse.texts.documents import read_sources
+from vllm_rsparse.texts.windows import spread_windows
 
 ERRORS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 
@@ -63,7 +64,8 @@ def main() -> None:
     args = parser.parse_args()
     prepared = PreparedDirectory.open(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    text = read_windows(tokenizer, args.data, args.window, args.windows)
+    sources = read_sources(args.data, "--data")
+    text = spread_windows(tokenizer, sources, args.window, args.windows)
     scorer = Scorer(prepared, text.windows, args.window // 2)
     print("| error | dense: change (loss) | sparse: change (loss) |")
     print("|---|---|---|")

@@ -35,12 +35,13 @@ from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.bench.provenance import commit
 from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.measure import dense_positions, measure
-from vllm_rsparse.evaluate.windows import read_windows
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.prepare.recipe.files import recipe_json
 from vllm_rsparse.prepare.recipe.recipes import RECIPES
 from vllm_rsparse.text_table import align
+from vllm_rsparse.texts.documents import read_sources
+from vllm_rsparse.texts.windows import spread_windows
 
 START = time.monotonic()
 DOMAINS = ("code", "english")
@@ -127,7 +128,9 @@ class Evaluator:
         tokenizer = AutoTokenizer.from_pretrained(setting.model)
         files = {domain: setting.text / f"heldout-{domain}.txt" for domain in domains}
         self.texts = {
-            domain: read_windows(tokenizer, [file], WINDOW, windows)
+            domain: spread_windows(
+                tokenizer, read_sources([file], "--data"), WINDOW, windows
+            )
             for domain, file in files.items()
         }
         self.device = device

@@ -69,7 +69,8 @@ def test_bad_text(
     directory = write_prepared("any", usable)
     file = tmp_path / "bad.txt"
     for content, message in (
-        (b"", "has 0 tokens, fewer than one window of 512"),
+        (b"", "--data {file}: is empty"),
+        (b"x = 1", "--data has 3 tokens, fewer than one window of 512"),
         (b"caf\xe9", "not UTF-8 text (byte 3)"),
         (None, "No such file"),
     ):
@@ -78,7 +79,7 @@ def test_bad_text(
         else:
             file.write_bytes(content)
         assert main(["evaluate", str(directory), "--data", str(file)]) == 1
-        assert message in capsys.readouterr().err
+        assert message.format(file=file) in capsys.readouterr().err
 
 
 def test_bad_directories(
@@ -120,3 +121,14 @@ def test_artifact_of_another_model(
     edit_json(directory / "config.json", lambda raw: raw.update(num_hidden_layers=2))
     assert main(["evaluate", str(directory), "--data", str(held_out)]) == 1
     assert "belongs to another model" in capsys.readouterr().err
+
+
+def test_chats_for_a_model_without_chat_template(
+    write_prepared: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "chats.jsonl"
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    file.write_text(json.dumps(chat) + "\n")
+    arguments = [str(write_prepared("any", usable)), "--data", str(file)]
+    assert main(["evaluate", *arguments]) == 1
+    assert f"--data {file}, line 1: has" in capsys.readouterr().err

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="UTF-8 text that was not used for calibration",
+        help="text files, or JSONL with `text` or `messages` (chats), not used"
+        " for calibration",
     )
     texts.add_argument(
         "--chat",

@@ -25,10 +25,11 @@ from vllm_rsparse.evaluate.measure import (
 )
 from vllm_rsparse.evaluate.plot import draw
 from vllm_rsparse.evaluate.report import chat_table, table
-from vllm_rsparse.evaluate.windows import read_windows
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
 from vllm_rsparse.model.device import choose_device
-from vllm_rsparse.model.texts import load_tokenizer
+from vllm_rsparse.texts.documents import read_sources
+from vllm_rsparse.texts.tokens import load_tokenizer
+from vllm_rsparse.texts.windows import spread_windows
 
 
 def run_text(
@@ -36,8 +37,9 @@ def run_text(
 ) -> dict[str, Any]:
     """Measure windows of text and print the table; the figures for JSON."""
     first = dense_positions(args.window, args.dense_fraction)
+    sources = read_sources(args.data, "--data")
     tokenizer = load_tokenizer(args.directory)
-    text = read_windows(tokenizer, args.data, args.window, args.max_windows)
+    text = spread_windows(tokenizer, sources, args.window, args.max_windows)
     measured = _measure_vllm if args.engine == "vllm" else _measure_torch
     losses, ran = measured(args, prepared, text.windows, first)
     print(table(losses))

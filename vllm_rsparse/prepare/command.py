@@ -14,6 +14,7 @@ from vllm_rsparse.prepare.options import (
     PrepareOptions,
 )
 from vllm_rsparse.prepare.recipe.recipes import RECIPES
+from vllm_rsparse.texts.documents import TextFile
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--calibration-data",
-        type=Path,
         nargs="+",
         required=True,
-        metavar="FILE",
-        help="UTF-8 text files, similar to what the model will read and write",
+        metavar="FILE[=WEIGHT]",
+        help="text files, or JSONL with `text` or `messages` (chats), similar to"
+        " what the model will read and write; chat.jsonl=2 code.txt=1 takes two thirds"
+        " of the windows from the first",
     )
     parser.add_argument(
         "--recipe",
@@ -126,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         model=args.model,
         output=args.output,
         sparsity=args.sparsity,
-        calibration_data=tuple(args.calibration_data),
+        calibration_data=tuple(map(TextFile.parse, args.calibration_data)),
         rho=args.rho,
         recipe=args.recipe,
         save_recipe=args.save_recipe,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.formats.names import AS_STORED, LOAD_TIME_FORMATS
+from vllm_rsparse.texts.documents import TextFile
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -21,7 +22,8 @@ class PrepareOptions:
         model: local directory or Hub name of the dense base model.
         output: directory to write; it must not exist, unless ``overwrite``.
         sparsity: target s in [0, 1): fraction of the linears' bytes not read.
-        calibration_data: UTF-8 text files.
+        calibration_data: files of text or JSONL (see ``texts.documents``), with weights
+            or without.
         recipe: name of a recipe, or a JSON file (see ``recipes``).
         save_recipe: where to write the recipe with what every linear got.
         rho: share of the kept budget that goes to exact channels, in (0, 1];
@@ -42,7 +44,7 @@ class PrepareOptions:
     model: str
     output: Path
     sparsity: float
-    calibration_data: tuple[Path, ...]
+    calibration_data: tuple[Path | TextFile, ...]
     rho: float | None = None
     samples: int = 16
     tokens: int | None = None
@@ -79,7 +81,7 @@ class PrepareOptions:
         if not 0 <= self.seed < 2**63:
             raise PrepareError(f"--seed must lie in [0, 2**63), got {self.seed}")
         if not self.calibration_data:
-            raise PrepareError("--calibration-data needs at least one text file")
+            raise PrepareError("--calibration-data needs at least one file")
         for name, value, allowed in (
             ("--device", self.device, DEVICES),
             ("--dtype", self.dtype, DTYPES),

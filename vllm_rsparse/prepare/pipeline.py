@@ -29,7 +29,6 @@ from vllm_rsparse.model.device import choose_device
 from vllm_rsparse.model.linears import Linear, find_linears
 from vllm_rsparse.model.quantized import OLD_KEY, base_quantization
 from vllm_rsparse.model.streaming import StreamedModel
-from vllm_rsparse.model.texts import choose_windows, load_tokenizer, read_texts
 from vllm_rsparse.prepare.calibration.layers import calibrate_layers
 from vllm_rsparse.prepare.options import DEFAULT_TOKENS, PrepareOptions
 from vllm_rsparse.prepare.recipe.files import load_recipe, recipe_json
@@ -45,6 +44,9 @@ from vllm_rsparse.prepare.store.output import (
     write_text,
 )
 from vllm_rsparse.prepare.store.run_store import RunStore
+from vllm_rsparse.texts.documents import read_sources
+from vllm_rsparse.texts.tokens import load_tokenizer
+from vllm_rsparse.texts.windows import choose_windows
 
 
 def prepare(options: PrepareOptions) -> ArtifactInfo:
@@ -67,7 +69,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
     if options.save_recipe is not None:
         check_recipe_file(options.save_recipe, options.output)
     recipe = _recipe(options)
-    texts = read_texts(options.calibration_data)
+    texts = read_sources(options.calibration_data, "--calibration-data")
     device = choose_device(options.device)
     checkpoint = Checkpoint(resolve_model(options.model, options.revision))
     linears, stored_dtype = find_linears(checkpoint)

@@ -21,7 +21,6 @@ from vllm_rsparse.evaluate.measure import measure
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.linears import Linear, find_linears
 from vllm_rsparse.model.streaming import StreamedModel
-from vllm_rsparse.model.texts import choose_windows, load_tokenizer, read_texts
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.prepare.recipe.files import load_recipe, recipe_json
@@ -30,6 +29,9 @@ from vllm_rsparse.prepare.recipe.recipes import RECIPES, Recipe
 from vllm_rsparse.prepare.run import Run
 from vllm_rsparse.prepare.search.sensitivity import sensitivities
 from vllm_rsparse.prepare.store.run_store import RunStore
+from vllm_rsparse.texts.documents import read_sources
+from vllm_rsparse.texts.tokens import load_tokenizer
+from vllm_rsparse.texts.windows import choose_windows
 
 SAMPLES, TOKENS = 3, 80
 DENSE_PREFIX = 8  # int(0.1 * TOKENS)
@@ -72,7 +74,7 @@ def make(pyllama: Path, tmp_path: Path, text: Path) -> Prepare:
 def windows_of(pyllama: Path, text: Path, samples: int = SAMPLES) -> Tensor:
     tokenizer = load_tokenizer(pyllama)
     return choose_windows(
-        tokenizer, read_texts((text,)), samples, TOKENS, 0, 4096
+        tokenizer, read_sources((text,), "--calibration-data"), samples, TOKENS, 0, 4096
     ).windows
 
 

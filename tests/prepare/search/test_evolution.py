@@ -14,7 +14,6 @@ from torch import Tensor
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.linears import Linear, find_linears
 from vllm_rsparse.model.streaming import StreamedModel
-from vllm_rsparse.model.texts import choose_windows, load_tokenizer, read_texts
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
@@ -24,6 +23,9 @@ from vllm_rsparse.prepare.search.allocators import ALLOCATORS
 from vllm_rsparse.prepare.search.candidates import Candidates
 from vllm_rsparse.prepare.search.evolution import MIN_RHO, Breeder, Evolution
 from vllm_rsparse.prepare.store.run_store import RESULTS, Key, RunStore
+from vllm_rsparse.texts.documents import read_sources
+from vllm_rsparse.texts.tokens import load_tokenizer
+from vllm_rsparse.texts.windows import choose_windows
 
 TEXT = Path(json.decoder.__file__)
 
@@ -55,9 +57,8 @@ def test_losses_are_those_of_the_whole_model(pyllama: Path, tmp_path: Path) -> N
     model = StreamedModel(checkpoint, torch.device("cpu"), torch.float32)
     linears = find_linears(checkpoint)[0]
     prefix = 4
-    text = choose_windows(
-        load_tokenizer(pyllama), read_texts((TEXT,)), 2, 40, 0, 4096
-    ).windows
+    sources = read_sources((TEXT,), "--calibration-data")
+    text = choose_windows(load_tokenizer(pyllama), sources, 2, 40, 0, 4096).windows
     run = Run(model, tuple(linears), text, prefix, 0, RunStore(tmp_path / "s", {}))
     candidates = Candidates(run, LinearPlan(0.0, MIN_RHO))
     plans = {linear.name: LinearPlan(0.4, 0.9) for linear in linears}

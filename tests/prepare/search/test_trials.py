@@ -13,7 +13,6 @@ from torch import Tensor
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.linears import Linear, find_linears
 from vllm_rsparse.model.streaming import StreamedModel
-from vllm_rsparse.model.texts import choose_windows, load_tokenizer, read_texts
 from vllm_rsparse.prepare.recipe.plan import LinearPlan, uniform
 from vllm_rsparse.prepare.recipe.planned import Planned
 from vllm_rsparse.prepare.recipe.recipes import RECIPES, TRY, Recipe
@@ -24,6 +23,9 @@ from vllm_rsparse.prepare.search.sensitivity import SensitivityPass, sensitiviti
 from vllm_rsparse.prepare.search.states import LayerStates
 from vllm_rsparse.prepare.search.trials import TRIED_TOKENS, choose
 from vllm_rsparse.prepare.store.run_store import RunStore
+from vllm_rsparse.texts.documents import read_sources
+from vllm_rsparse.texts.tokens import load_tokenizer
+from vllm_rsparse.texts.windows import choose_windows
 
 SPARSITY, DENSE_PREFIX, INF = 0.5, 8, float("inf")
 TRIED = ("a", "a, corrected", "b", "b, corrected", "half evenly", "without factors")
@@ -133,7 +135,7 @@ def test_on_the_reference_model(pyllama: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint(pyllama)
     model = StreamedModel(checkpoint, torch.device("cpu"), torch.float32)
     linears = tuple(find_linears(checkpoint)[0])
-    text = read_texts((Path(json.decoder.__file__),))
+    text = read_sources((Path(json.decoder.__file__),), "--calibration-data")
     windows = choose_windows(load_tokenizer(pyllama), text, 3, 80, 0, 4096).windows
     sizes = {linear.name: linear.shape[0] * linear.shape[1] for linear in linears}
     total = sum(sizes.values())
