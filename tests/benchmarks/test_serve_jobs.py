@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines of ``bench_serve.py`` as processes, with a worker that only prints."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = """
+import json, os, sys
+job = json.loads(sys.argv[1])
+print("INFO Using MacheteLinearKernel for CompressedTensorsWNA16")
+print("INFO Model loading took 5.32 GiB memory and 4.1 seconds")
+print(json.dumps({"runs": {}, "limit": os.environ.get("VLLM_RSPARSE_LIMIT")}))
+sys.exit(job["status"])
+"""
+
+
+@pytest.fixture
+def jobs(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(repository / "benchmarks")
+    import serve_jobs
+
+    (tmp_path / "serve_worker.py").write_text(WORKER)
+    monkeypatch.setattr(serve_jobs, "HERE", tmp_path)
+    yield serve_jobs
+    sys.modules.pop("serve_jobs")
+
+
+def test_a_row_has_what_vllm_logged(jobs, tmp_path: Path) -> None:
+    settings = {"limit": 2, "other": None}
+    job = jobs.EngineJob("a", {"status": 0}, tmp_path / "log", settings)
+    assert job.run() == {
+        "runs": {},
+        "limit": "2",
+        "vllm_kernels": ["MacheteLinearKernel"],
+        "model_gib": 5.32,
+    }
+
+
+def test_a_failure_shows_the_end_of_its_log(jobs, tmp_path: Path) -> None:
+    job = jobs.EngineJob("a", {"status": 3}, tmp_path / "log")
+    with pytest.raises(RuntimeError, match=r"(?s)the end of .*log:.*Machete"):
+        job.run()
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_results_keep_the_order_of_the_jobs(jobs, tmp_path: Path, together) -> None:
+    many = [
+        jobs.EngineJob(name, {"status": 0}, tmp_path / name, {"limit": name})
+        for name in "abc"
+    ]
+    found = [(job.label, row["limit"]) for job, row in jobs.run_jobs(many, together)]
+    assert found == [("a", "a"), ("b", "b"), ("c", "c")]
