@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from vllm_rsparse.testing.families import PARTS
 from vllm_rsparse.testing.server import ServerProcess
 
 # Importlib mode does not put it there: for served.py, which test files import.
@@ -29,9 +30,9 @@ CHAT_TEMPLATE = "{% for m in messages %}# {{ m.content }}\n{% endfor %}def "
 class SparseLinear(torch.nn.Module):
     """y = W s(x) + U V (x - s(x)) + correction, dense above ``limit`` tokens."""
 
-    def __init__(self, linear, name, tensors, limit):
+    def __init__(self, weight, bias, name, tensors, limit):
         super().__init__()
-        self.weight, self.bias, self.limit = linear.weight, linear.bias, limit
+        self.weight, self.bias, self.limit = weight, bias, limit
         keys = tensors.keys()
         self.threshold = tensors.get_tensor(f"{name}.thresholds")
         if f"{name}.u" in keys:
@@ -50,6 +51,17 @@ class SparseLinear(torch.nn.Module):
         kept = x * (x.abs() > self.threshold)
         y = kept @ self.weight.T + (x - kept) @ self.low_rank.T
         return y + self.correction + bias
+
+
+class FusedLinear(torch.nn.Module):
+    """Linears of one input; their outputs side by side."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(parts)
+
+    def forward(self, x):
+        return torch.cat([part(x) for part in self.parts], dim=-1)
 
 
 class WithAdapter(torch.nn.Module):
@@ -80,11 +92,23 @@ class PlainPyTorch:
             attn_implementation="eager",
         )
         self.model_dir = model_dir
+        listed = json.loads((model_dir / "rsparse/rsparse.json").read_text())["linears"]
         with safe_open(model_dir / "rsparse/rsparse.safetensors", "pt") as tensors:
             for name, linear in list(self.model.named_modules()):
-                if isinstance(linear, torch.nn.Linear) and ".layers." in name:
-                    sparse = SparseLinear(linear, name, tensors, limit)
-                    self.model.set_submodule(name, sparse)
+                parent, _, label = name.rpartition(".")
+                names = [f"{parent}.{part}" for part in PARTS.get(label, (label,))]
+                if not isinstance(linear, torch.nn.Linear) or names[0] not in listed:
+                    continue
+                sizes = [listed[name]["shape"][0] for name in names]
+                weights = linear.weight.split(sizes)
+                biases = [None] * len(names)
+                if linear.bias is not None:
+                    biases = linear.bias.split(sizes)
+                parts = [
+                    SparseLinear(weight, bias, name, tensors, limit)
+                    for name, weight, bias in zip(names, weights, biases, strict=True)
+                ]
+                self.model.set_submodule(name, FusedLinear(parts))
 
     def add_adapter(self, directory):
         """Put a LoRA adapter in peft's file format on the linears."""

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each supported architecture through prepare and vLLM, on small random models.
+"""Families through prepare and vLLM as a whole, on small random models.
 
-The reference model is a Llama; here are the families whose decoder differs: sliding
-windows (Mistral), biases on q, k, v (Qwen2), norms on q and k (Qwen3), capped logits
-and windows in every other layer (Gemma).
+The reference model is a Llama; here are the families whose decoder differs in what it
+computes around its linears. ``tests/serving/test_parallel_families.py`` has the layers
+of all.
 """
 
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -15,8 +13,10 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-import transformers
 from served import assert_same_scores, score_offline
+
+from vllm_rsparse.cli import main
+from vllm_rsparse.testing.families import FAMILIES
 
 pytestmark = pytest.mark.serve
 
@@ -32,41 +32,23 @@ SIZES = {
     # Large weights: logits far apart, so that an error shows.
     "initializer_range": 0.1,
 }
-FAMILIES = {
-    "Mistral": {"sliding_window": 64},
-    "Qwen2": {},
-    "Qwen3": {},
-    "Gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 64},
-    "Gemma3": {"sliding_window": 64, "query_pre_attn_scalar": 64},
-}
 
 
-@pytest.fixture
-def base(request, tmp_path, pyllama):
-    """A random model of the family, with the reference model's tokenizer."""
-    family = request.param
-    kind = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
-    config = getattr(transformers, kind)(**SIZES, **FAMILIES[family])
-    model = getattr(transformers, f"{family}ForCausalLM")(config).bfloat16()
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            torch.nn.init.normal_(parameter, std=0.5)  # zeros would hide its absence
-    directory = tmp_path / family
-    model.save_pretrained(directory)
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3"])
+def test_log_probabilities_equal_plain_pytorch(
+    family, tmp_path, pyllama, plain_pytorch
+):
+    torch.manual_seed(0)
+    base, prepared = tmp_path / "base", tmp_path / "prepared"
+    FAMILIES[family].save(base, SIZES)
     for file in pyllama.glob("tokenizer*"):
-        (directory / file.name).write_bytes(file.read_bytes())
-    return directory
-
-
-@pytest.mark.parametrize("base", FAMILIES, indirect=True)
-def test_log_probabilities_equal_plain_pytorch(base, tmp_path, plain_pytorch):
+        (base / file.name).write_bytes(file.read_bytes())
     text = Path(sysconfig.get_path("stdlib")) / "argparse.py"
-    prepared = tmp_path / "prepared"
-    command = [Path(sys.executable).parent / "vllm-rsparse", "prepare", base, prepared]
+    command = ["prepare", base, prepared, "--device", "cpu"]
     command += ["--sparsity", "0.5", "--recipe", "uniform", "--rho", "0.8"]
     command += ["--calibration-samples", "4", "--calibration-tokens", "256"]
     command += ["--calibration-data", text]
-    subprocess.run(command, check=True)
+    assert main([str(word) for word in command]) == 0
 
     tokens = torch.randint(2, SIZES["vocab_size"], (192,)).tolist()
     served = score_offline(prepared, tokens, tmp_path)

@@ -15,7 +15,7 @@ from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
 from vllm_rsparse.model.families import DENSE
 from vllm_rsparse.model.linears import find_linears
 
-KINDS = [kind.name for kind in DENSE.layer(0)]
+KINDS = [kind.name for kind in DENSE.spec]
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], None]
 
 

@@ -17,7 +17,7 @@ from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.observers import LayerInputs
 
 LAYERS = 3
-KINDS = [kind.name for kind in DENSE.layer(0)]
+KINDS = [kind.name for kind in DENSE.spec]
 COMMON = {
     "vocab_size": 101,
     "hidden_size": 48,

@@ -1,84 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model structure: the one table of which linears a decoder layer has.
 
-A *kind* of linear is the same in every family that has it: which kinds share its input,
-how the engine fuses it and splits it between ranks. A *family* lists the kinds of each
-of its layers, and where the layers are in the checkpoint. Nothing else in the package
-contains model structure.
+A *family* lists the kinds (``kinds``) of each of its layers, and where the layers are
+in the checkpoint. Nothing else in the package contains model structure.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_rsparse.model.kinds import (
+    ATTENTION,
+    DELTA_NET,
+    GATED_MLP,
+    LinearKind,
+    alone,
+)
 from vllm_rsparse.model.names import LinearName, label_of
-
-
-@dataclass(frozen=True)
-class LinearKind:
-    """A linear by its place in a decoder layer.
-
-    Attributes:
-        name: within the layer, "self_attn.q_proj".
-        input_group: the first kind that reads the same input; may be this one.
-        engine_layer: the layer of the engine that computes it, "self_attn.qkv_proj".
-        shard: its index among the linears that the engine fuses into that layer.
-        row_parallel: tensor-parallel ranks split its input instead of its output.
-        factors_pay: low-rank factors are worth their bytes.
-    """
-
-    name: str
-    input_group: str
-    engine_layer: str
-    shard: int = 0
-    row_parallel: bool = False
-    factors_pay: bool = False
-
-    @property
-    def label(self) -> str:
-        """Its short form, "q_proj"."""
-        return label_of(self.name)
-
-    @property
-    def reads_first(self) -> bool:
-        """Whether the shared input is taken from this kind."""
-        return self.name == self.input_group
-
-
-def _fused(
-    engine_layer: str, *names: str, factors_pay: Iterable[str] = ()
-) -> tuple[LinearKind, ...]:
-    """Column-parallel linears of one input, which the engine fuses in this order."""
-    return tuple(
-        LinearKind(
-            name, names[0], engine_layer, shard, factors_pay=name in set(factors_pay)
-        )
-        for shard, name in enumerate(names)
-    )
-
-
-def _alone(name: str, *, row_parallel: bool = False) -> LinearKind:
-    """A linear that the engine does not fuse with another."""
-    return LinearKind(name, name, name, row_parallel=row_parallel)
-
-
-_ATTENTION = (
-    *_fused(
-        "self_attn.qkv_proj",
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        # Directions worth their bytes account for 7 to 62% of the loss of these two,
-        # and for at most 11% elsewhere (down_proj; gate, up, v, o: 3%; bundled model
-        # at 60%).
-        factors_pay=("self_attn.q_proj", "self_attn.k_proj"),
-    ),
-    _alone("self_attn.o_proj", row_parallel=True),
-)
-_GATED_MLP = (
-    *_fused("mlp.gate_up_proj", "mlp.gate_proj", "mlp.up_proj"),
-    _alone("mlp.down_proj", row_parallel=True),
-)
 
 
 @dataclass(frozen=True)
@@ -124,6 +62,12 @@ def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return heads, kv, kv
 
 
+def _delta_heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    values = config["linear_num_value_heads"] * config["linear_value_head_dim"]
+    return keys, keys, values
+
+
 def _halves(config: Mapping[str, Any]) -> tuple[int, int]:
     return 1, 1
 
@@ -134,6 +78,11 @@ _QKV = FusedTensor(
     _heads,
 )
 _GATE_UP = FusedTensor("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), _halves)
+_DELTA_QKV = FusedTensor(
+    "linear_attn.in_proj_qkv",
+    ("linear_attn.in_proj_q", "linear_attn.in_proj_k", "linear_attn.in_proj_v"),
+    _delta_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -159,8 +108,23 @@ class LayerSpec:
         """The module that holds a kind together with others; None for its own."""
         return next((fused for fused in self.fused if kind in fused.parts), None)
 
+    def without(self, lacking: Collection[str]) -> "LayerSpec":
+        """The same layer without the linears whose names start with one of these."""
 
-_SEVEN = (*_ATTENTION, *_GATED_MLP)
+        def stays(kind: str) -> bool:
+            return not kind.startswith(tuple(lacking))
+
+        return LayerSpec(
+            tuple(kind for kind in self.kinds if stays(kind.name)),
+            tuple(fused for fused in self.fused if stays(fused.module)),
+        )
+
+
+_SEVEN = (*ATTENTION, *GATED_MLP)
+
+
+def _has_all(config: Mapping[str, Any], index: int) -> tuple[str, ...]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -169,7 +133,9 @@ class Family:
 
     Attributes:
         architectures: as ``config.json`` names them.
-        spec: the linears of a layer.
+        spec: every linear that a layer may have.
+        lacks: of the language model's config and a layer's index, the linears that this
+            layer does not have, by what their names start with.
         text_config: key of the part of ``config.json`` that describes the language
             model; None where it is all of it.
         paths: where a checkpoint may hold what transformers' class of the language
@@ -179,13 +145,19 @@ class Family:
 
     architectures: tuple[str, ...] = ()
     spec: LayerSpec = LayerSpec(_SEVEN)
+    lacks: Callable[[Mapping[str, Any], int], Collection[str]] = _has_all
     text_config: str | None = None
     paths: tuple[str, ...] = ("model",)
     heads: tuple[str, ...] = ("lm_head",)
 
-    def layer(self, index: int) -> LayerSpec:
-        """The linears of a decoder layer."""
-        return self.spec
+    def layer(self, config: Mapping[str, Any], index: int) -> LayerSpec:
+        """The linears of a decoder layer.
+
+        Args:
+            config: of the language model.
+            index: of the layer.
+        """
+        return self.spec.without(self.lacks(config, index))
 
     def language_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part of ``config.json`` that describes the language model."""
@@ -194,6 +166,19 @@ class Family:
         part = config.get(self.text_config)
         return part if isinstance(part, Mapping) else {}
 
+
+def _other_mixer(config: Mapping[str, Any], index: int) -> tuple[str, ...]:
+    """Every ``full_attention_interval``-th layer has attention, the rest DeltaNet."""
+    types = config.get("layer_types")
+    if types is None:
+        interval = config.get("full_attention_interval", 4)
+        attention = (index + 1) % interval == 0
+    else:
+        attention = types[index] == "full_attention"
+    return ("linear_attn.",) if attention else ("self_attn.",)
+
+
+_HYBRID = LayerSpec((*DELTA_NET, *_SEVEN), (_DELTA_QKV,))
 
 # Llama, Mistral, Qwen2, Qwen3, Gemma and others with the same seven linears: every
 # architecture that no other family lists.
@@ -208,9 +193,23 @@ FAMILIES = (
     ),
     Family(("Phi3ForCausalLM",), LayerSpec(_SEVEN, (_QKV, _GATE_UP))),
     Family(("Glm4ForCausalLM",), LayerSpec(_SEVEN, (_GATE_UP,))),
+    Family(
+        ("Qwen3_5ForCausalLM",),
+        _HYBRID,
+        _other_mixer,
+        # The first is what fine-tuning of the model with vision may write.
+        paths=("model.language_model", "model"),
+    ),
+    Family(
+        ("Qwen3_5ForConditionalGeneration",),
+        _HYBRID,
+        _other_mixer,
+        text_config="text_config",
+        paths=("model.language_model",),
+    ),
 )
 
-_KINDS = {kind.name: kind for kind in _SEVEN}
+_KINDS = {kind.name: kind for family in (DENSE, *FAMILIES) for kind in family.spec}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -228,7 +227,7 @@ def kind_of(name: str | LinearName) -> LinearKind:
     A kind that no family has is not fused, and column-parallel.
     """
     kind = name.kind if isinstance(name, LinearName) else name
-    return _KINDS.get(kind) or _alone(kind)
+    return _KINDS.get(kind) or alone(kind)
 
 
 def kinds_of_engine_layer(name: str) -> tuple[LinearKind, ...]:
@@ -238,7 +237,7 @@ def kinds_of_engine_layer(name: str) -> tuple[LinearKind, ...]:
         name: within the decoder layer, "self_attn.qkv_proj".
     """
     found = [kind for kind in _KINDS.values() if kind.engine_layer == name]
-    return tuple(sorted(found, key=lambda kind: kind.shard)) or (_alone(name),)
+    return tuple(sorted(found, key=lambda kind: kind.shard)) or (alone(name),)
 
 
 def by_engine_layer(names: Iterable[str]) -> list[list[str]]:

@@ -51,8 +51,18 @@ class LanguageModel:
         self.layer_path = f"{self._body}.layers"
 
     def layer(self, index: int) -> LayerSpec:
-        """The linears of a decoder layer."""
-        return self.family.layer(index)
+        """The linears of a decoder layer.
+
+        Raises:
+            CheckpointError: config.json does not describe this layer.
+        """
+        try:
+            return self.family.layer(self.config, index)
+        except (ValueError, LookupError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.checkpoint.directory / 'config.json'}: does not give the type"
+                f" of layer {index} ({type(error).__name__}: {error})"
+            ) from error
 
     def stored_linear(self, index: int, kind: str) -> tuple[str, FusedTensor | None]:
         """The checkpoint's module that holds a linear, and how it is fused, if it is.

@@ -17,7 +17,8 @@ FLOAT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _SUPPORTED = (
     "supported are dense decoders whose layers have q, k, v, o, gate, up and down"
     " projections (Llama, Mistral, Qwen2, Qwen3 and the like), also fused in Phi-3 and"
-    " GLM-4, and in the language model of Mistral 3 and Gemma 3 with vision"
+    " GLM-4, and in the language model of Mistral 3 and Gemma 3 with vision; and"
+    " Qwen3.5 with its Gated DeltaNet layers"
 )
 # Tensor names (within a layer) that mark an architecture which is out of scope.
 _FOREIGN_TENSORS = {
@@ -107,7 +108,7 @@ def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
 
 
 def _refuse_tensors(model: LanguageModel) -> None:
-    known = {fused.module for fused in model.layer(0).fused}
+    known = {fused.module for fused in model.family.spec.fused}
     for name in model.checkpoint.tensors:
         parsed = LinearName.parse(name)
         if parsed.path != model.layer_path:
@@ -129,7 +130,7 @@ def _refuse_quantized(model: LanguageModel) -> None:
         return
     for changed, what in (
         (model.family.text_config is not None, "wraps a language model"),
-        (bool(model.layer(0).fused), "has fused linears"),
+        (bool(model.family.spec.fused), "has fused linears"),
     ):
         if changed:
             raise CheckpointError(

@@ -20,6 +20,14 @@ _VISION = {
     "vision_use_head": False,
     "patch_size": 14,
 }
+_QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 8,
+    "num_position_embeddings": 16,
+    "out_hidden_size": 0,  # the language model's
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class RandomFamily:
         options: of the config, besides the sizes; these include ``head_dim`` unless it
             is None here.
         wraps: model type of the language model that this architecture wraps.
+        vision: options of the vision model's config.
         vision_tower: path of its tensors in published checkpoints, where transformers
             writes another.
     """
@@ -41,6 +50,7 @@ class RandomFamily:
     config: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     wraps: str = ""
+    vision: Mapping[str, Any] = field(default_factory=lambda: _VISION)
     vision_tower: str = "vision_tower"
 
     def save(self, directory: Path, sizes: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -74,10 +84,13 @@ class RandomFamily:
         )
         if self.wraps:
             tied = values.pop("tie_word_embeddings")
+            vision = dict(self.vision)
+            if "out_hidden_size" in vision:
+                vision["out_hidden_size"] = values["hidden_size"]
             text = {"model_type": self.wraps, "tie_word_embeddings": tied, **values}
             config = config_class(
                 text_config=text,
-                vision_config=_VISION,
+                vision_config=vision,
                 tie_word_embeddings=tied,
             )
         else:
@@ -91,6 +104,14 @@ class RandomFamily:
                     parameter.normal_(std=0.5)  # zeros would hide its absence
         config.architectures = [f"{self.architecture}{ending}"]
         return model.eval()
+
+
+# What a fused tensor of a checkpoint holds, in the order of its rows.
+PARTS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkv": ("in_proj_q", "in_proj_k", "in_proj_v"),
+}
 
 
 def separate(
@@ -110,23 +131,36 @@ def separate(
     result = {}
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
-        if "vision" in name or not module.endswith("_proj"):
-            continue
         parent, _, label = module.rpartition(".")
+        takes_part = label.endswith("_proj") or label in {"in_proj_qkv", "in_proj_z"}
+        if not takes_part or "vision" in name or "visual" in name:
+            continue
         if label == "qkv_proj":
             head = len(tensor) // (heads + 2 * kv_heads)
             parts = tensor.split([heads * head, kv_heads * head, kv_heads * head])
-            labels = ["q_proj", "k_proj", "v_proj"]
         elif label == "gate_up_proj":
-            parts, labels = tensor.chunk(2), ["gate_proj", "up_proj"]
+            parts = tensor.chunk(2)
+        elif label == "in_proj_qkv":
+            parts = tensor.split([_DELTA_KEYS, _DELTA_KEYS, _DELTA_VALUES])
         else:
-            parts, labels = (tensor,), [label]
-        for part, part_label in zip(parts, labels, strict=True):
+            parts = (tensor,)
+        for part, part_label in zip(parts, PARTS.get(label, (label,)), strict=True):
             result[f"{parent}.{part_label}.{suffix}"] = part
     return result
 
 
+# Gated DeltaNet: 8 heads of keys, 16 of values, 16 channels each. (To run, and not only
+# to be built, vLLM's layer needs 128 on a CPU.)
+_DELTA_KEYS, _DELTA_VALUES = 128, 256
+_DELTA_NET = {
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 _TIED, _UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 
 # What each is here for: sliding windows (Mistral), biases on q, k, v (Qwen2), norms on
 # q and k (Qwen3), capped logits and windows in every other layer (Gemma).
@@ -163,4 +197,14 @@ FAMILIES = {
     "HunYuan dense": RandomFamily("HunYuanDenseV1", options=_UNTIED),
     "Cohere": RandomFamily("Cohere", options={**_TIED, "head_dim": None}),
     "Ernie 4.5": RandomFamily("Ernie4_5", options=_UNTIED),
+    # A recurrent layer, then one of gated attention.
+    "Qwen3.5": RandomFamily(
+        "Qwen3_5", "Qwen3_5Text", {**_UNTIED, **_DELTA_NET, **_HYBRID}
+    ),
+    "Qwen3.5 vision": RandomFamily(
+        "Qwen3_5",
+        options={**_UNTIED, **_DELTA_NET, **_HYBRID},
+        wraps="qwen3_5_text",
+        vision=_QWEN_VISION,
+    ),
 }

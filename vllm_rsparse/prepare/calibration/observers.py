@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Collect the inputs of the linears of one decoder layer during calibration."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -13,12 +14,12 @@ from vllm_rsparse.model.linears import Linear
 
 
 def input_channels(linears: Iterable[Linear]) -> int:
-    """Channels of the distinct inputs of the first layer's linears, added up."""
-    return sum(
-        linear.shape[1]
-        for linear in linears
-        if linear.layer == 0 and linear.kind == linear.input_group
-    )
+    """Channels of the distinct inputs of a layer's linears, in the largest layer."""
+    channels: Counter[int] = Counter()
+    for linear in linears:
+        if linear.kind == linear.input_group:
+            channels[linear.layer] += linear.shape[1]
+    return max(channels.values())
 
 
 class LayerInputs:
