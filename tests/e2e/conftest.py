@@ -20,9 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vllm_rsparse.testing.families import PARTS
 from vllm_rsparse.testing.server import ServerProcess
 
-# Importlib mode does not put it there: for served.py, which test files import.
-sys.path.insert(0, str(Path(__file__).parent))
-
 BIN = Path(sys.executable).parent
 CHAT_TEMPLATE = "{% for m in messages %}# {{ m.content }}\n{% endfor %}def "
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-from served import assert_same_scores, score_offline
 
 from vllm_rsparse.cli import main
 from vllm_rsparse.testing.families import FAMILIES
+
+from .served import assert_same_scores, score_offline
 
 pytestmark = pytest.mark.serve
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 pytest.importorskip("vllm")
-from served import ALWAYS, NEW_TOKENS, PROMPTS, complete
+from .served import ALWAYS, NEW_TOKENS, PROMPTS, complete
 
 pytestmark = pytest.mark.serve
 

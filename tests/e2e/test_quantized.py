@@ -16,7 +16,13 @@ import torch
 
 pytest.importorskip("vllm")
 from safetensors.torch import load_file
-from served import (
+from transformers import AutoTokenizer
+
+from vllm_rsparse.artifact.tensors import Artifact
+from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING
+from vllm_rsparse.testing.quantized import write_plain, write_quantized
+
+from .served import (
     ALWAYS,
     PROMPTS,
     assert_same_scores,
@@ -24,11 +30,6 @@ from served import (
     complete,
     score_offline,
 )
-from transformers import AutoTokenizer
-
-from vllm_rsparse.artifact.tensors import Artifact
-from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING
-from vllm_rsparse.testing.quantized import write_plain, write_quantized
 
 pytestmark = pytest.mark.serve
 

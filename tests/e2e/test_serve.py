@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 pytest.importorskip("vllm")
-from served import ALWAYS, NEW_TOKENS, PROMPTS, assert_same_tokens, client, complete
-
 from vllm_rsparse.testing.server import ServerError
+
+from .served import ALWAYS, NEW_TOKENS, PROMPTS, assert_same_tokens, client, complete
 
 pytestmark = pytest.mark.serve
 

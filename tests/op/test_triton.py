@@ -94,7 +94,9 @@ class TestAgainstReference:
     @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
     def test_every_count_of_kept_channels(self, config: LaunchConfig) -> None:
         case = make_case(k=37, shard_sizes=(20,), ranks=(4,), constants=False)
-        for count in range(38):
+        # Around whole blocks; the interpreter takes half a second for each.
+        few = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 36, 37)
+        for count in few if DEVICE == "cpu" else range(38):
             case.operands.thresholds.fill_(float("inf"))
             case.operands.thresholds[0, torch.randperm(37)[:count]] = -1.0
             assert_close(rsparse_linear(*case.args(), config), case.expected())
@@ -158,10 +160,12 @@ class TestMask:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_IDS)
 def test_bitwise_repeatable(config: LaunchConfig) -> None:
-    case = make_case(16 if config is DOT else 3, k=500, dtype=torch.bfloat16)
+    # The interpreter runs programs one after the other: there is little to repeat.
+    k, times = (150, 1) if DEVICE == "cpu" else (500, 50)
+    case = make_case(16 if config is DOT else 3, k=k, dtype=torch.bfloat16)
     config = replace(config, split_k=3)
     first = rsparse_linear(*case.args(), config)
-    for _ in range(2 if DEVICE == "cpu" else 50):
+    for _ in range(times):
         assert torch.equal(rsparse_linear(*case.args(), config), first)
 
 

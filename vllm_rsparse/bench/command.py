@@ -37,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", nargs="+", type=int, default=[1, 2], help="tokens per call"
     )
     parser.add_argument(
-        "--sparsity", type=float, default=0.5, help="with --shapes (default: 0.5)"
+        "--sparsity",
+        nargs="+",
+        type=float,
+        default=[0.5],
+        help="with --shapes; several are timed on the same weights (default: 0.5)",
     )
     parser.add_argument(
         "--rho",
@@ -59,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, and write the rows if requested."""
-    layers = _layers(args)
+    measured = _layers(args)
     dtype = getattr(torch, args.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = resolve_backend("auto", device)
@@ -68,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
             raise SettingError("--tune needs a CUDA device, and there is none")
         from vllm_rsparse.bench.tuner import tune
 
-        path = tune(layers, args.tokens, dtype, provenance())
+        path = tune(
+            [budgets[0] for budgets in measured], args.tokens, dtype, provenance()
+        )
         print(f"wrote {path}", file=sys.stderr)
         tuning.forget_tables()
     bandwidth = read_bandwidth(device)
@@ -76,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
     rows = [
         row
         for tokens in args.tokens
-        for layer in layers
-        for row in measure_layer(layer, tokens, dtype, device, backend, bandwidth)
+        for budgets in measured
+        for row in measure_layer(budgets, tokens, dtype, device, backend, bandwidth)
     ]
     print(table(rows))
     if args.output:
@@ -86,58 +92,64 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _layers(args: argparse.Namespace) -> list[Layer]:
+def _layers(args: argparse.Namespace) -> list[list[Layer]]:
+    """Every layer to measure, with its budgets."""
     if min(args.tokens) < 1:
         raise SettingError(f"--tokens must be at least 1, got {min(args.tokens)}")
     if args.directory is not None:
         artifact = open_artifact(args.directory)
-        return layers_of(artifact.info, args.tensor_parallel_size)
-    if not 0.0 <= args.sparsity < 1.0 or not 0.0 < args.rho <= 1.0:
+        return [
+            [layer] for layer in layers_of(artifact.info, args.tensor_parallel_size)
+        ]
+    if not all(0.0 <= s < 1.0 for s in args.sparsity) or not 0.0 < args.rho <= 1.0:
         raise SettingError(
             "--sparsity must lie in [0, 1) and --rho in (0, 1], got"
-            f" {args.sparsity} and {args.rho}"
+            f" {' '.join(map(str, args.sparsity))} and {args.rho}"
         )
-    layers = [
-        layer.with_budget(args.sparsity, args.rho)
-        for name in args.shapes
-        for layer in SHAPES[name]
+    layers = dict.fromkeys(layer for name in args.shapes for layer in SHAPES[name])
+    return [
+        [layer.with_budget(sparsity, args.rho) for sparsity in args.sparsity]
+        for layer in layers
     ]
-    return list(dict.fromkeys(layers))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The printed table: each layer, then the sum over the model's layers."""
+    """The printed table: for each budget every layer, then the sum over the model's."""
     lines = [["tokens", "layer", "N x K", "read", "dense us", "sparse us", "", "GB/s"]]
     for tokens in dict.fromkeys(row["tokens"] for row in rows):
-        chosen = [row for row in rows if row["tokens"] == tokens]
-        pairs = list(zip(chosen[::2], chosen[1::2], strict=True))
-        for dense, sparse in pairs:
-            lines.append(
-                [
-                    str(tokens),
-                    f"{dense['count']} x {dense['layer']}",
-                    f"{dense['n']} x {dense['k']}",
-                    f"{sparse['kept']:.3f}",
-                    f"{dense['us']:.1f}",
-                    f"{sparse['us']:.1f}",
-                    f"{dense['us'] / sparse['us']:.2f}x",
-                    f"{sparse['gbps']} ({sparse['share']:.0%})",
-                ]
-            )
-        sums = [
-            sum(row["us"] * row["count"] for row in side)
-            for side in zip(*pairs, strict=True)
-        ]
-        lines.append(
-            [
-                str(tokens),
-                "all",
-                "",
-                "",
-                f"{sums[0]:.1f}",
-                f"{sums[1]:.1f}",
-                f"{sums[0] / sums[1]:.2f}x",
-                "",
-            ]
-        )
+        layers: list[list[dict[str, Any]]] = []
+        for row in rows:
+            if row["tokens"] == tokens:
+                if row["method"] == "dense":
+                    layers.append([])
+                layers[-1].append(row)
+        for budget in range(1, len(layers[0])):
+            pairs = [(group[0], group[budget]) for group in layers]
+            lines.extend(_lines(tokens, pairs))
     return align(lines)
+
+
+def _lines(
+    tokens: int, pairs: list[tuple[dict[str, Any], dict[str, Any]]]
+) -> list[list[str]]:
+    """A line per layer of one budget, and their sum."""
+    lines = [
+        [
+            str(tokens),
+            f"{dense['count']} x {dense['layer']}",
+            f"{dense['n']} x {dense['k']}",
+            f"{sparse['kept']:.3f}",
+            f"{dense['us']:.1f}",
+            f"{sparse['us']:.1f}",
+            f"{dense['us'] / sparse['us']:.2f}x",
+            f"{sparse['gbps']} ({sparse['share']:.0%})",
+        ]
+        for dense, sparse in pairs
+    ]
+    dense_us, sparse_us = (
+        sum(row["us"] * row["count"] for row in side)
+        for side in zip(*pairs, strict=True)
+    )
+    ratio = f"{dense_us / sparse_us:.2f}x"
+    totals = [f"{dense_us:.1f}", f"{sparse_us:.1f}", ratio, ""]
+    return [*lines, [str(tokens), "all", "", "", *totals]]

@@ -50,8 +50,15 @@ _LLAMA_3_8B = (
     Layer("gate_up", (14336, 14336), 4096),
     Layer("down", (4096,), 14336),
 )
+_LLAMA_3_2_1B = (
+    Layer("qkv", (2048, 512, 512), 2048),
+    Layer("o", (2048,), 2048),
+    Layer("gate_up", (8192, 8192), 2048),
+    Layer("down", (2048,), 8192),
+)
 # Mistral-7B has the shapes of Llama-3-8B.
 SHAPES: dict[str, tuple[Layer, ...]] = {
+    "llama-3.2-1b": _LLAMA_3_2_1B,
     "llama-3-8b": _LLAMA_3_8B,
     "llama-3-70b-tp4": (
         Layer("qkv", (2048, 256, 256), 8192),

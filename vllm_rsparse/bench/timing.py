@@ -28,7 +28,7 @@ def time_calls(
         replays: timed replays, after two warm-up replays.
     """
     if not torch.cuda.is_available():
-        return _time_on_cpu(calls, replays)
+        return time_rounds([calls], replays)[0]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -51,14 +51,23 @@ def time_calls(
     return _quantiles([a.elapsed_time(b) * 1e3 / count for a, b in events[2:]])
 
 
-def _time_on_cpu(calls: Sequence[Callable[[], object]], replays: int) -> Timing:
-    times = []
-    for _ in range(replays + 1):
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        times.append((time.perf_counter() - start) * 1e6 / len(calls))
-    return _quantiles(times[1:])
+def time_rounds(
+    groups: Sequence[Sequence[Callable[[], object]]], rounds: int = 15
+) -> list[Timing]:
+    """Time groups of calls on the CPU in turns, so that all meet the same disturbance.
+
+    Args:
+        groups: what to compare; each is timed as a whole, per call.
+        rounds: timed rounds over all groups, after one warm-up round.
+    """
+    times: list[list[float]] = [[] for _ in groups]
+    for _ in range(rounds + 1):
+        for group, taken in zip(groups, times, strict=True):
+            start = time.perf_counter()
+            for call in group:
+                call()
+            taken.append((time.perf_counter() - start) * 1e6 / len(group))
+    return [_quantiles(taken[1:]) for taken in times]
 
 
 def _quantiles(times: list[float]) -> Timing:

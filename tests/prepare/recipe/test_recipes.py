@@ -52,6 +52,7 @@ def make(pyllama: Path, tmp_path: Path, text: Path) -> Prepare:
         recipe: str, name: str = "out", **options: Any
     ) -> tuple[Path, ArtifactInfo]:
         values: dict[str, Any] = {
+            "model": str(pyllama),
             "sparsity": 0.5,
             "samples": SAMPLES,
             "tokens": TOKENS,
@@ -59,7 +60,6 @@ def make(pyllama: Path, tmp_path: Path, text: Path) -> Prepare:
         }
         info = prepare(
             PrepareOptions(
-                model=str(pyllama),
                 output=tmp_path / name,
                 calibration_data=(text,),
                 recipe=recipe,
@@ -207,10 +207,13 @@ def test_peers_spend_no_bytes_on_factors_unless_asked_to(make: Prepare) -> None:
     assert {e.rho for e in make("wina", "c", rho=0.9)[1].linears.values()} == {0.9}
 
 
-def test_a_saved_recipe_gives_the_same_artifact(make: Prepare, tmp_path: Path) -> None:
+def test_a_saved_recipe_gives_the_same_artifact(
+    make: Prepare, tiny_llama: Path, tmp_path: Path
+) -> None:
     saved = tmp_path / "recipe.json"
-    _, first = make("best", "first", save_recipe=saved)
-    _, again = make(str(saved), "again")
+    model = str(tiny_llama)
+    _, first = make("best", "first", model=model, save_recipe=saved)
+    _, again = make(str(saved), "again", model=model)
     assert again.tensors_sha256 == first.tensors_sha256
     assert load_recipe(str(saved)).linears == {
         name: LinearPlan(entry.sparsity, entry.rho)

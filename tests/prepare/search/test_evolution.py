@@ -136,9 +136,9 @@ def test_plans_keep_to_the_budget_and_differ(joint: bool, sparsity: float) -> No
 @pytest.mark.usefixtures("small_search")
 @pytest.mark.parametrize("recipe", ["evolutionary", "evolutionary-joint", "greedy"])
 def test_an_interrupted_search_goes_on(
-    pyllama: Path, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = prepare(options(pyllama, tmp_path / "whole", recipe))
+    whole = prepare(options(tiny_llama, tmp_path / "whole", recipe))
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
     # What the search, not the calibration after it, has found.
@@ -156,7 +156,7 @@ def test_an_interrupted_search_goes_on(
         # One candidate at a time, however fast this machine is.
         patch.setattr(evolution, "NOTE_EVERY", 0.0)
         with pytest.raises(KeyboardInterrupt):
-            prepare(options(pyllama, tmp_path / "out", recipe))
+            prepare(options(tiny_llama, tmp_path / "out", recipe))
     # The staging directory is gone.
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"whole", "out.search"}
@@ -169,7 +169,7 @@ def test_an_interrupted_search_goes_on(
         searched.extend(results)
 
     monkeypatch.setattr(RunStore, "record", counting)
-    again = prepare(options(pyllama, tmp_path / "out", recipe))
+    again = prepare(options(tiny_llama, tmp_path / "out", recipe))
     assert again.tensors_sha256 == whole.tensors_sha256
     assert len(searched) == (4 if recipe == "greedy" else 4 + 2 * 2)
     assert len(set(searched)) == len(searched)
@@ -177,10 +177,10 @@ def test_an_interrupted_search_goes_on(
 
 
 @pytest.mark.usefixtures("small_search")
-def test_seeds(pyllama: Path, tmp_path: Path) -> None:
+def test_seeds(tiny_llama: Path, tmp_path: Path) -> None:
     digests = [
         prepare(
-            options(pyllama, tmp_path / str(i), "evolutionary-joint", seed)
+            options(tiny_llama, tmp_path / str(i), "evolutionary-joint", seed)
         ).tensors_sha256
         for i, seed in enumerate((0, 0, 1))
     ]
