@@ -144,7 +144,7 @@ class _Sparse(nn.Module):
 
 def _make_sparse(model: Any, prepared: Path) -> None:
     entries = json.loads((prepared / "rsparse/rsparse.json").read_text())["linears"]
-    dense = ("in_proj_a", "in_proj_b")
+    dense = ("in_proj_a", "in_proj_b", "shared_expert_gate", "router.proj")
     with safe_open(prepared / "rsparse/rsparse.safetensors", "pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     for name, linear in list(model.get_decoder().layers.named_modules()):

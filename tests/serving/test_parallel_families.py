@@ -8,7 +8,6 @@ linears. Eight ranks share two key-value heads, and 515 tokens divide by none of
 
 import importlib.util
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from vllm.model_executor.model_loader.utils import (
     initialize_model,
     process_weights_after_loading,
 )
+from vllm.model_executor.models import registry
 
 from vllm_rsparse.plugin import register
 from vllm_rsparse.serving.linear import RSparseLinearMethod
@@ -54,17 +54,39 @@ SIZES = {
 }
 
 
-# A module that has every name.
+TORCHVISION = (
+    "torchvision",
+    "torchvision/io",
+    "torchvision/transforms",
+    "torchvision/transforms/functional",
+    "torchvision/transforms/v2",
+    "torchvision/transforms/v2/functional",
+)
+# A module that has every name, each a class that has every attribute.
 ANY_NAME = """
+__version__ = "0.28.0"
+
+
+class Anything(type):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
 def __getattr__(name):
     if name.startswith("__"):
         raise AttributeError(name)
-    return type(name, (), {})
+    return Anything(name, (), {})
 """
 
 
 class FakeGroup(SimpleNamespace):
     """One rank of a group whose collectives leave the joining to the test."""
+
+    @property
+    def device_group(self):
+        return SimpleNamespace(rank=lambda: 0, size=lambda: self.world_size)
 
     def all_reduce(self, x):
         return x
@@ -104,20 +126,19 @@ class Base:
 def torchvision(tmp_path_factory):
     """A stand-in where it is not installed, which is where PyTorch is a CPU build.
 
-    vLLM's classes of models with vision import names from it, also in a process of its
-    own, and use them to prepare images.
+    vLLM's classes of models with vision import names from it, which they use to prepare
+    images.
     """
     if importlib.util.find_spec("torchvision"):
         yield
         return
     root = tmp_path_factory.mktemp("torchvision")
-    for module in ("", "io", "transforms", "transforms/v2", "transforms/v2/functional"):
-        folder = root / "torchvision" / module
+    for module in TORCHVISION:
+        folder = root / module
         folder.mkdir()
         (folder / "__init__.py").write_text(ANY_NAME)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(root)
-        patch.setenv("PYTHONPATH", str(root), prepend=os.pathsep)
         yield
     for name in [name for name in sys.modules if name.startswith("torchvision")]:
         del sys.modules[name]
@@ -154,6 +175,14 @@ def checkpoint(request, tmp_path_factory, write_artifact):
     return Base(directory, tensors, linears, artifact)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def inspected_here():
+    """vLLM looks at a model's class in this process; a new one takes seconds each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+        yield
+
+
 @pytest.fixture
 def build(checkpoint, monkeypatch):
     """Call with tensor rank and size, pipeline rank and size: that rank's model."""
@@ -166,6 +195,9 @@ def build(checkpoint, monkeypatch):
         for name, group in (
             ("_TP", FakeGroup(rank_in_group=rank, world_size=size)),
             ("_PP", FakeGroup(rank_in_group=stage, world_size=stages)),
+            ("_EP", FakeGroup(rank_in_group=0, world_size=1)),
+            ("_DP", FakeGroup(rank_in_group=0, world_size=1)),
+            ("_PCP", FakeGroup(rank_in_group=0, world_size=1)),
         ):
             monkeypatch.setattr(parallel_state, name, group)
         world = FakeGroup(rank_in_group=0, world_size=1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_rsparse.artifact.reads import token_shares
 from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry
 from vllm_rsparse.model.names import LinearName, label_of
 from vllm_rsparse.text_table import align
@@ -120,7 +121,22 @@ def _bytes_per_token(info: ArtifactInfo) -> str:
             )
         ),
     ]
-    return align(rows)
+    return align(rows) + _token_shares(info)
+
+
+def _token_shares(info: ArtifactInfo) -> str:
+    """A line about the whole model; empty if not known."""
+    shares = token_shares(info)
+    if not shares:
+        return ""
+    names = {
+        "linears": "these linears",
+        "experts": "routed experts (dense)",
+        "others": "other weights of the layers",
+        "head": "lm_head",
+    }
+    parts = [f"{names.get(k, k)} {v:.1%}" for k, v in shares.items() if v]
+    return f"\nof all weights that a token reads: {', '.join(parts)}"
 
 
 def _provenance(info: ArtifactInfo) -> str:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_rsparse.model.experts import Experts, number_of_experts
 from vllm_rsparse.model.kinds import (
     ATTENTION,
     DELTA_NET,
     GATED_MLP,
+    SHARED_EXPERT,
     LinearKind,
     alone,
 )
@@ -141,6 +143,7 @@ class Family:
         paths: where a checkpoint may hold what transformers' class of the language
             model alone calls "model".
         heads: and what it calls "lm_head".
+        experts: routed experts, which some of its layers have.
     """
 
     architectures: tuple[str, ...] = ()
@@ -149,6 +152,7 @@ class Family:
     text_config: str | None = None
     paths: tuple[str, ...] = ("model",)
     heads: tuple[str, ...] = ("lm_head",)
+    experts: Experts | None = None
 
     def layer(self, config: Mapping[str, Any], index: int) -> LayerSpec:
         """The linears of a decoder layer.
@@ -178,11 +182,24 @@ def _other_mixer(config: Mapping[str, Any], index: int) -> tuple[str, ...]:
     return ("linear_attn.",) if attention else ("self_attn.",)
 
 
+def _no_mlp(config: Mapping[str, Any], index: int) -> tuple[str, ...]:
+    """Layers with experts have no MLP, except for the shared expert."""
+    step = config.get("decoder_sparse_step", 1)
+    dense = index in (config.get("mlp_only_layers") or ()) or (index + 1) % step != 0
+    if dense or not number_of_experts(config):
+        return ("mlp.shared_expert.",)
+    absent = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    if not config.get("shared_expert_intermediate_size"):
+        absent.append("mlp.shared_expert.")
+    return tuple(absent)
+
+
 _HYBRID = LayerSpec((*DELTA_NET, *_SEVEN), (_DELTA_QKV,))
 
 # Llama, Mistral, Qwen2, Qwen3, Gemma and others with the same seven linears: every
 # architecture that no other family lists.
 DENSE = Family()
+_HYBRID_EXPERTS = LayerSpec((*DELTA_NET, *ATTENTION, *SHARED_EXPERT), (_DELTA_QKV,))
 FAMILIES = (
     Family(
         ("Mistral3ForConditionalGeneration", "Gemma3ForConditionalGeneration"),
@@ -206,6 +223,27 @@ FAMILIES = (
         _other_mixer,
         text_config="text_config",
         paths=("model.language_model",),
+    ),
+    Family(
+        ("Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM"),
+        LayerSpec((*_SEVEN, *SHARED_EXPERT)),
+        _no_mlp,
+        experts=Experts(),
+    ),
+    Family(
+        ("Qwen3_5MoeForCausalLM",),
+        _HYBRID_EXPERTS,
+        _other_mixer,
+        paths=("model.language_model", "model"),
+        experts=Experts(),
+    ),
+    Family(
+        ("Qwen3_5MoeForConditionalGeneration",),
+        _HYBRID_EXPERTS,
+        _other_mixer,
+        text_config="text_config",
+        paths=("model.language_model",),
+        experts=Experts(),
     ),
 )
 

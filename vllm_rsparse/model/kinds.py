@@ -88,3 +88,12 @@ DELTA_NET = (
     ),
     alone("linear_attn.out_proj", row_parallel=True),
 )
+# What every token goes through next to the routed experts that it chooses.
+SHARED_EXPERT = (
+    *fused(
+        "mlp.shared_expert.gate_up_proj",
+        "mlp.shared_expert.gate_proj",
+        "mlp.shared_expert.up_proj",
+    ),
+    alone("mlp.shared_expert.down_proj", row_parallel=True),
+)

@@ -7,10 +7,11 @@ tensors go by the names of that class ("model.layers.0.input_layernorm.weight"),
 every linear on its own ("model.layers.0.self_attn.q_proj.weight").
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vllm_rsparse.errors import CheckpointError
@@ -21,6 +22,7 @@ from vllm_rsparse.model.names import LinearName
 
 _BODY, _HEAD = "model.", "lm_head."
 _LAYERS = "model.layers"
+_EMBEDDING = "model.embed_tokens.weight"
 _WEIGHT = ".weight"
 
 
@@ -75,6 +77,12 @@ class LanguageModel:
         module = kind if fused is None else fused.module
         return str(LinearName(self.layer_path, index, module)), fused
 
+    @property
+    def head_tensor(self) -> str:
+        """The checkpoint's name of the output projection, or of what it is tied to."""
+        name = "lm_head.weight" if self.has("lm_head.weight") else _EMBEDDING
+        return self._stored(name)[0]
+
     def has(self, name: str) -> bool:
         """Whether ``read`` knows a name."""
         return self.checkpoint.has(self._stored(name)[0])
@@ -96,7 +104,15 @@ class LanguageModel:
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         stored = {name: self._stored(name) for name in names}
-        tensors = self.checkpoint.read({source for source, _, _ in stored.values()})
+        parts = {
+            source: parts
+            for source, _, _ in stored.values()
+            if (parts := self._expert_parts(source)) is not None
+        }
+        whole = {source for source, _, _ in stored.values()} - parts.keys()
+        tensors = self.checkpoint.read(whole)
+        for source, experts in parts.items():
+            tensors[source] = self._stacked(experts)
         result = {}
         for name, (source, kind, fused) in stored.items():
             tensor = tensors[source]
@@ -167,6 +183,23 @@ class LanguageModel:
         if not name.endswith(_WEIGHT) or parsed.path != _LAYERS or parsed.layer is None:
             return False
         return any(kind.name == parsed.kind for kind in self.layer(parsed.layer))
+
+    def _expert_parts(self, source: str) -> list[list[str]] | None:
+        """Names of what is stacked to a tensor that the checkpoint does not have."""
+        experts = self.family.experts
+        path, _, tensor = source.rpartition(".")
+        if experts is None or self.checkpoint.has(source):
+            return None
+        if LinearName.parse(path).kind != experts.module:
+            return None
+        return experts.parts(path, tensor, self.config)
+
+    def _stacked(self, experts: Sequence[Sequence[str]]) -> Tensor:
+        """[experts, N, K] from the linears of each, one below the other."""
+        tensors = self.checkpoint.read(name for parts in experts for name in parts)
+        return torch.stack(
+            [torch.cat([tensors[name] for name in parts]) for parts in experts]
+        )
 
     def _stored(self, name: str) -> tuple[str, str, FusedTensor | None]:
         """The checkpoint's tensor, and the kind that is part of it."""

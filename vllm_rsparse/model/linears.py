@@ -17,14 +17,16 @@ FLOAT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _SUPPORTED = (
     "supported are dense decoders whose layers have q, k, v, o, gate, up and down"
     " projections (Llama, Mistral, Qwen2, Qwen3 and the like), also fused in Phi-3 and"
-    " GLM-4, and in the language model of Mistral 3 and Gemma 3 with vision; and"
-    " Qwen3.5 with its Gated DeltaNet layers"
+    " GLM-4, and in the language model of Mistral 3 and Gemma 3 with vision; Qwen3.5"
+    " with its Gated DeltaNet layers; and what is not a routed expert in Qwen3 and"
+    " Qwen3.5 mixtures of experts"
 )
+_EXPERTS = "a mixture of experts"
 # Tensor names (within a layer) that mark an architecture which is out of scope.
 _FOREIGN_TENSORS = {
-    ".experts.": "a mixture of experts",
-    ".block_sparse_moe.": "a mixture of experts",
-    ".shared_expert.": "a mixture of experts",
+    ".experts.": _EXPERTS,
+    ".block_sparse_moe.": _EXPERTS,
+    ".shared_expert.": _EXPERTS,
     ".kv_a_proj_with_mqa.": "multi-head latent attention (MLA)",
     ".kv_b_proj.": "multi-head latent attention (MLA)",
     ".qkv_proj.": "a checkpoint with fused linears (qkv_proj)",
@@ -109,11 +111,16 @@ def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
 
 def _refuse_tensors(model: LanguageModel) -> None:
     known = {fused.module for fused in model.family.spec.fused}
+    foreign = {
+        part: what
+        for part, what in _FOREIGN_TENSORS.items()
+        if what != _EXPERTS or model.family.experts is None
+    }
     for name in model.checkpoint.tensors:
         parsed = LinearName.parse(name)
         if parsed.path != model.layer_path:
             continue
-        for part, what in _FOREIGN_TENSORS.items():
+        for part, what in foreign.items():
             if (
                 part in f".{parsed.kind}"
                 and parsed.kind.rpartition(".")[0] not in known
@@ -131,6 +138,7 @@ def _refuse_quantized(model: LanguageModel) -> None:
     for changed, what in (
         (model.family.text_config is not None, "wraps a language model"),
         (bool(model.family.spec.fused), "has fused linears"),
+        (model.family.experts is not None, "is a mixture of experts"),
     ):
         if changed:
             raise CheckpointError(
@@ -163,13 +171,15 @@ def _refuse_config(config: dict[str, Any], where: str) -> None:
     language = family.language_config(config)
     for key, what in (
         ("kv_lora_rank", "multi-head latent attention (MLA)"),
-        ("num_local_experts", "a mixture of experts"),
-        ("num_experts", "a mixture of experts"),
-        ("n_routed_experts", "a mixture of experts"),
+        ("num_local_experts", _EXPERTS),
+        ("num_experts", _EXPERTS),
+        ("n_routed_experts", _EXPERTS),
         ("vision_config", "a vision-language model"),
         ("audio_config", "an audio model"),
     ):
         if key == "vision_config" and family.text_config is not None:
+            continue
+        if what == _EXPERTS and family.experts is not None:
             continue
         value = config.get(key) or language.get(key)
         if value:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_rsparse.model.families import FusedTensor, LayerSpec
+from vllm_rsparse.model.kinds import SHARED_EXPERT
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.names import LinearName, label_of
 
@@ -45,11 +46,50 @@ def linear_modules(
     found: dict[str, tuple[nn.Module, str]] = {}
     for index, layer in enumerate(getattr(model.get_decoder(), "layers", ())):
         spec = language_model.layer(index)
-        split_fused(layer, spec, language_model.config)
+        expose_linears(layer, spec, language_model.config)
         for kind in spec:
             name = LinearName(language_model.layer_path, index, kind.name)
             found[str(name)] = (layer, kind.name)
     return found
+
+
+def expose_linears(
+    layer: nn.Module, spec: LayerSpec, config: Mapping[str, Any]
+) -> None:
+    """Give every linear of a decoder layer a module and inputs [windows, tokens, K].
+
+    The layer computes what it did.
+
+    Args:
+        layer: of transformers' model.
+        spec: its linears.
+        config: of the language model.
+
+    Raises:
+        ValueError: the config does not fit a fused weight.
+    """
+    split_fused(layer, spec, config)
+    if any(kind in SHARED_EXPERT for kind in spec):
+        _keep_windows(layer.get_submodule("mlp"), "shared_expert")
+
+
+def _keep_windows(block: nn.Module, name: str) -> None:
+    """Undo that a block joins all windows before it calls a module of its own."""
+    shapes: list[torch.Size] = []
+
+    def note(block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        shapes[:] = [args[0].shape]
+
+    def part(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].view(shapes[0]),)
+
+    def join(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return out.flatten(0, -2)
+
+    block.register_forward_pre_hook(note)
+    module = block.get_submodule(name)
+    module.register_forward_pre_hook(part)
+    module.register_forward_hook(join)
 
 
 def split_fused(layer: nn.Module, spec: LayerSpec, config: Mapping[str, Any]) -> None:

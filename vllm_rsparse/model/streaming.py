@@ -25,7 +25,7 @@ from vllm_rsparse.model.finite import check_weight
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.memory import release_freed_memory
-from vllm_rsparse.model.modules import split_fused
+from vllm_rsparse.model.modules import expose_linears
 
 # In transformers' class of the language model alone.
 _LAYERS = "model.layers"
@@ -69,7 +69,7 @@ class StreamedModel:
         self._layers = layers
         for index, layer in enumerate(layers):
             spec = self._tensors.layer(index)
-            split_fused(layer, spec, self._tensors.config)
+            expose_linears(layer, spec, self._tensors.config)
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     @property

@@ -4,7 +4,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from vllm_rsparse import __version__
 from vllm_rsparse.artifact.quantization import QUANT_METHOD, QuantizationSettings
+from vllm_rsparse.artifact.reads import TOKEN_READS
 from vllm_rsparse.artifact.schema import ArtifactInfo, BaseWeights
 from vllm_rsparse.artifact.tensors import (
     ARTIFACT_DIR,
@@ -26,8 +27,10 @@ from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
 from vllm_rsparse.model.device import choose_device
+from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.linears import Linear, find_linears
 from vllm_rsparse.model.quantized import OLD_KEY, base_quantization
+from vllm_rsparse.model.reads import token_reads
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.layers import calibrate_layers
 from vllm_rsparse.prepare.options import DEFAULT_TOKENS, PrepareOptions
@@ -133,6 +136,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
                 },
                 "calibration": text.provenance
                 | {"device": device.type, "dtype": _name(dtype)},
+                TOKEN_READS: asdict(token_reads(LanguageModel(checkpoint), linears)),
                 "svd": {"largest_residual": calibrated.residuals},
             },
         )

@@ -21,6 +21,7 @@ from vllm_rsparse.artifact.quantization import (
     QUANT_METHOD,
     QuantizationSettings,
 )
+from vllm_rsparse.artifact.reads import covered
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.formats.plain import FLOAT
@@ -197,10 +198,12 @@ class RSparseConfig(QuantizationConfig):
             hf_config.quantization_config = self._written(decision, artifact)
         logger.info(
             "rsparse: backend %s; target sparsity %.3f, %.3f on the calibration"
-            " text; artifact %s",
+            " text; %d linears%s; artifact %s",
             route.describe(),
             artifact.info.sparsity,
             artifact.info.achieved_sparsity,
+            len(artifact.info.linears),
+            covered(artifact.info),
             artifact.directory,
         )
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small random checkpoints of every family that is tested, by transformers' classes."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,7 +134,7 @@ def separate(
         module, _, suffix = name.rpartition(".")
         parent, _, label = module.rpartition(".")
         takes_part = label.endswith("_proj") or label in {"in_proj_qkv", "in_proj_z"}
-        if not takes_part or "vision" in name or "visual" in name:
+        if not takes_part or re.search(r"vision|visual|\.experts\b", name):
             continue
         if label == "qkv_proj":
             head = len(tensor) // (heads + 2 * kv_heads)
@@ -158,6 +159,8 @@ _DELTA_NET = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_SHARED = {"shared_expert_intermediate_size": 48}
 _TIED, _UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
@@ -197,6 +200,22 @@ FAMILIES = {
     "HunYuan dense": RandomFamily("HunYuanDenseV1", options=_UNTIED),
     "Cohere": RandomFamily("Cohere", options={**_TIED, "head_dim": None}),
     "Ernie 4.5": RandomFamily("Ernie4_5", options=_UNTIED),
+    # Routed experts, and what stands next to them.
+    "Qwen3 MoE": RandomFamily("Qwen3Moe", options={**_UNTIED, **_EXPERTS}),
+    "Qwen2 MoE": RandomFamily(
+        "Qwen2Moe", options={**_UNTIED, **_EXPERTS, **_SHARED, "head_dim": None}
+    ),
+    "Qwen3.5 MoE": RandomFamily(
+        "Qwen3_5Moe",
+        "Qwen3_5MoeText",
+        {**_UNTIED, **_EXPERTS, **_SHARED, **_DELTA_NET, **_HYBRID},
+    ),
+    "Qwen3.5 MoE vision": RandomFamily(
+        "Qwen3_5Moe",
+        options={**_UNTIED, **_EXPERTS, **_SHARED, **_DELTA_NET, **_HYBRID},
+        wraps="qwen3_5_moe_text",
+        vision=_QWEN_VISION,
+    ),
     # A recurrent layer, then one of gated attention.
     "Qwen3.5": RandomFamily(
         "Qwen3_5", "Qwen3_5Text", {**_UNTIED, **_DELTA_NET, **_HYBRID}
