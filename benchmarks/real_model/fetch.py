@@ -134,8 +134,14 @@ def pip(*arguments: object) -> None:
         raise SystemExit(f"pip {arguments[0]}: {errors[-1] if errors else 'failed'}")
 
 
-def convert(file: Path, target: Path) -> None:
-    """Write config, tokenizer and bfloat16 weights of a Llama or Qwen2 GGUF file."""
+def convert(file: Path, target: Path, tokenizer: Path | None = None) -> None:
+    """Write config, tokenizer and bfloat16 weights of a Llama or Qwen2 GGUF file.
+
+    Args:
+        file: to read.
+        target: folder to write.
+        tokenizer: folder with the tokenizer, converted before; half of the time.
+    """
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
@@ -156,8 +162,11 @@ def convert(file: Path, target: Path) -> None:
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.save_pretrained(part)
+    if tokenizer is None:
+        made = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    else:
+        made = AutoTokenizer.from_pretrained(tokenizer)
+    made.save_pretrained(part)
     (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     (part / "generation_config.json").write_text(json.dumps(generation) + "\n")
@@ -221,6 +230,9 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("name", nargs="?", choices=SOURCES)
     source.add_argument("--gguf", metavar="FILE", type=Path, help="a local file")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", type=Path, help="take the tokenizer from there"
+    )
     parser.add_argument("target", metavar="DIR", type=Path)
     args = parser.parse_args()
     if args.target.exists():
@@ -228,7 +240,7 @@ def main() -> None:
     download = args.target.with_name(f"{args.target.name}.download")
     file = args.gguf or fetch(args.name, download)
     require_reader(download / "packages")
-    convert(file, args.target)
+    convert(file, args.target, args.tokenizer)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ and freed. The skeleton is on the meta device. The embedding is loaded, and the 
 own forward runs with its decoder layers replaced by recorders, which yields the first
 hidden states and the arguments (rotary embeddings, attention masks by layer type) of
 each layer. After that one layer at a time is loaded, run and freed, so peak memory does
-not depend on the number of layers.
+not depend on the number of layers. On CUDA, the weights of as many layers as fit stay.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,13 +20,18 @@ from torch import Tensor, nn
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.model.attention import attention_implementation
-from vllm_rsparse.model.checkpoint import Checkpoint
+from vllm_rsparse.model.checkpoint import FLOAT_DTYPES, Checkpoint
 from vllm_rsparse.model.finite import check_weight
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.memory import release_freed_memory
 from vllm_rsparse.model.modules import expose_linears
 
+# On CUDA, the share of the free memory for the weights of layers that stay there, and
+# the tokens that run together (whole windows). On a CPU, layers are read from the page
+# cache each time, and windows run alone.
+KEPT_SHARE = 0.4
+CUDA_TOKENS = 8192
 # In transformers' class of the language model alone.
 _LAYERS = "model.layers"
 
@@ -71,6 +76,13 @@ class StreamedModel:
             spec = self._tensors.layer(index)
             expose_linears(layer, spec, self._tensors.config)
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        # On CUDA reading and copying a layer takes longer than running it.
+        self._kept: dict[str, dict[str, Tensor]] = {}
+        self._room, self._tokens_at_once = 0, 1
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            self._room = int(KEPT_SHARE * free)
+            self._tokens_at_once = CUDA_TOKENS
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -109,6 +121,10 @@ class StreamedModel:
             module.to("meta")
         return torch.cat(hidden)
 
+    def batches(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states [samples, tokens, hidden] as many windows as run together."""
+        return hidden.split(max(1, self._tokens_at_once // hidden.shape[1]))
+
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """The decoder layer with its weights, which the end of the block frees."""
@@ -121,7 +137,20 @@ class StreamedModel:
             release_freed_memory()
 
     def weight(self, linear: Linear) -> Tensor:
-        """A linear's weight [N, K], on the CPU, in the checkpoint's dtype."""
+        """A linear's weight [N, K] in the checkpoint's dtype.
+
+        It is on the device if its layer is materialised in that dtype, else on the CPU.
+        """
+        name, _ = self._tensors.stored_linear(linear.layer, linear.kind)
+        stored = FLOAT_DTYPES[self.checkpoint.linear_dtype(name)]
+        loaded = self._layers[linear.layer].get_submodule(linear.kind).weight
+        if (
+            isinstance(loaded, Tensor)
+            and not loaded.is_meta
+            and loaded.dtype == stored
+            and self.load_time is None
+        ):
+            return loaded.detach()
         return self._tensors.read_weights([linear.name])[linear.name]
 
     def scales(self, linear: Linear) -> Tensor | None:
@@ -130,17 +159,17 @@ class StreamedModel:
 
     @torch.no_grad()
     def run_layer(self, index: int, hidden: Tensor) -> None:
-        """Replace hidden states by the layer's output, in place, window by window.
+        """Replace hidden states by the layer's output, in place.
 
         Args:
             index: a layer that is materialised now.
             hidden: [samples, tokens, hidden].
         """
-        for row in range(len(hidden)):
-            hidden[row] = self.call_layer(index, hidden[row : row + 1])[0]
+        for part in self.batches(hidden):
+            part.copy_(self.call_layer(index, part))
 
     def call_layer(self, index: int, hidden: Tensor) -> Tensor:
-        """Output [1, tokens, hidden] of a materialised layer for one window.
+        """Output of a materialised layer for windows [windows, tokens, hidden].
 
         Differentiable by ``hidden`` where gradients are enabled.
         """
@@ -192,6 +221,21 @@ class StreamedModel:
             del self._base.forward
 
     def _materialise(self, module: nn.Module, prefix: str) -> None:
+        state = self._kept.get(prefix)
+        if state is None:
+            state = self._read(module, prefix)
+            size = sum(tensor.nbytes for tensor in state.values())
+            if size <= self._room:
+                self._room -= size
+                self._kept[prefix] = state
+        module.load_state_dict(state, assign=True)
+        module.requires_grad_(False)
+        for name, submodule in module.named_modules():
+            if submodule._non_persistent_buffers_set:
+                self._initialise_buffers(submodule, f"{prefix}.{name}".rstrip("."))
+
+    def _read(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """A module's state from the checkpoint, on the device."""
         expected = module.state_dict()
         stored = self._tensors.read(f"{prefix}.{name}" for name in expected)
         state = {}
@@ -205,11 +249,7 @@ class StreamedModel:
                     " models"
                 )
             state[name] = self._converted(f"{prefix}.{name}", tensor, meta.dtype)
-        module.load_state_dict(state, assign=True)
-        module.requires_grad_(False)
-        for name, submodule in module.named_modules():
-            if submodule._non_persistent_buffers_set:
-                self._initialise_buffers(submodule, f"{prefix}.{name}".rstrip("."))
+        return state
 
     def _converted(self, name: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """A tensor of the checkpoint on the device, refused where it is not finite."""

@@ -11,11 +11,11 @@ from torch import Tensor
 from vllm_rsparse.errors import NotFiniteError
 from vllm_rsparse.prepare.calibration import thresholds
 from vllm_rsparse.prepare.calibration.dropped import count_dropped
+from vllm_rsparse.prepare.calibration.order import around_rank, kth_smallest
 from vllm_rsparse.prepare.calibration.thresholds import (
     KEEP_ALL,
     channel_thresholds,
     column_norms,
-    kth_smallest,
     score_threshold,
 )
 
@@ -48,6 +48,22 @@ def test_kth_smallest_does_not_depend_on_the_chunks() -> None:
         yield values[:0]
 
     assert kth_smallest(chunks, 1234) == values.sort().values[1233].item()
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("sampled", ["some", "misleading", "none"])
+def test_around_rank_does_not_depend_on_the_sample(name: str, sampled: str) -> None:
+    values = DISTRIBUTIONS[name]()
+    sample = {"some": values[::7], "misleading": values.max().repeat(5000) * 2}
+    given = sample.get(sampled, values[:0])
+    ordered = values.sort().values
+    for k in {1, 2, len(values) // 3, len(values) // 2, len(values) - 1, len(values)}:
+        if 1 <= k <= len(values):
+            expected = ordered[k - 1]
+            above = ordered[ordered > expected]
+            found = around_rank(lambda: iter(values.split(617)), given, k, len(values))
+            following = above[0] if len(above) else expected
+            assert found == (expected.item(), following.item())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.nan])

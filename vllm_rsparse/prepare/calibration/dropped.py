@@ -74,13 +74,14 @@ def count_dropped(
         leading: tokens whose masks are kept; one byte per token and channel.
     """
     k = x.shape[1]
-    kept = 0
+    # On the device, so that counting does not wait for it.
+    kept = torch.zeros((), dtype=torch.int64, device=x.device)
     sums = torch.zeros(k, dtype=torch.float64, device=x.device)
     products = torch.zeros(k if outer else 0, k, dtype=torch.float64, device=x.device)
     masks = []
     for rows in row_chunks(x):
         mask = kept_mask(rows, thresholds)
-        kept += int(mask.sum())
+        kept += mask.sum()
         if total or outer:
             dropped = rows.masked_fill(mask, 0)
             sums += dropped.sum(0, dtype=torch.float64)
@@ -92,7 +93,7 @@ def count_dropped(
             leading -= len(rows)
     return Dropped(
         x,
-        kept,
+        int(kept),
         sums if total or outer else None,
         products if outer else None,
         masks,

@@ -14,7 +14,11 @@ from tqdm import tqdm
 from vllm_rsparse.artifact.schema import LinearEntry
 from vllm_rsparse.artifact.tensors import LinearTensors, scales_name
 from vllm_rsparse.model.linears import Linear
-from vllm_rsparse.prepare.calibration.linear import CalibratedLinear, calibrate_linear
+from vllm_rsparse.prepare.calibration.linear import (
+    ERROR_TOKENS,
+    CalibratedLinear,
+    calibrate_linear,
+)
 from vllm_rsparse.prepare.calibration.observers import LayerInputs, input_channels
 from vllm_rsparse.prepare.calibration.propagate import (
     sparse_linears,
@@ -134,15 +138,23 @@ def run_sparse(run: Run, planned: Planned, label: str) -> Tensor:
         total=len(run.linears), desc=label, unit="linear", leave=False
     ) as progress:
         for layer in run.layers:
-            _LayerCalibration(run, planned, progress).on_sparse(layer, hidden)
+            calibration = _LayerCalibration(run, planned, progress, error_tokens=0)
+            calibration.on_sparse(layer, hidden)
     return hidden
 
 
 class _LayerCalibration:
     """Calibrates the linears of one layer."""
 
-    def __init__(self, run: Run, planned: Planned, progress: tqdm) -> None:
+    def __init__(
+        self,
+        run: Run,
+        planned: Planned,
+        progress: tqdm,
+        error_tokens: int = ERROR_TOKENS,
+    ) -> None:
         self._run = run
+        self._error_tokens = error_tokens
         self._planned = planned
         self._progress = progress
         self.tensors: dict[str, Tensor] = {}
@@ -153,10 +165,11 @@ class _LayerCalibration:
         """Use the dense layer's activations; hidden states pass through it."""
         model = self._run.model
         inputs = LayerInputs(layer, hidden.shape[0] * hidden.shape[1])
-        with model.layer(layer.index) as module, inputs.observe(module):
-            model.run_layer(layer.index, hidden)
-        for linear in layer:
-            self._calibrate(linear, inputs.of(linear))
+        with model.layer(layer.index) as module:
+            with inputs.observe(module):
+                model.run_layer(layer.index, hidden)
+            for linear in layer:
+                self._calibrate(linear, inputs.of(linear))
 
     def on_sparse(self, layer: LayerLinears, hidden: Tensor) -> None:
         """Use activations that each linear, once sparse, changes for the later ones."""
@@ -183,6 +196,7 @@ class _LayerCalibration:
             None if scale is None else scale.to(device),
             self._planned.corrected,
             None if metric is None else metric.to(device),
+            self._error_tokens,
         )
         for name, tensor in result.tensors.named(linear.name).items():
             self.tensors[name] = tensor.cpu()

@@ -48,6 +48,7 @@ def calibrate_linear(
     scale: Tensor | None = None,
     correction: bool = False,
     metric: Tensor | None = None,
+    error_tokens: int = ERROR_TOKENS,
 ) -> CalibratedLinear:
     """Thresholds, factors and their error for one linear.
 
@@ -60,11 +61,12 @@ def calibrate_linear(
         correction: add the mean contribution of the dropped part, a constant.
         metric: [N, N], the cost of an error of the output; with it factors are
             regressed (see ``regress``), without it they are the weight's SVD.
+        error_tokens: leading tokens of ``x`` that the relative error is measured on; 0
+            leaves it out.
 
     Returns:
         Tensors in the artifact's dtypes, and the entry with the kept fraction (counted
-        as at run time) on all of ``x``, and the relative error on its first
-        ``ERROR_TOKENS`` tokens.
+        as at run time) on all of ``x``, and the relative error.
     """
     n, k = weight.shape
     scale = column_norms(weight) if scale is None else scale
@@ -75,7 +77,7 @@ def calibrate_linear(
         thresholds,
         total=correction,
         outer=rank > 0 and metric is not None,
-        leading=ERROR_TOKENS,
+        leading=error_tokens,
     )
     tensors = LinearTensors(thresholds)
     factors = None
@@ -96,7 +98,9 @@ def calibrate_linear(
         rho=plan.rho,
         rank=rank,
         kept_fraction=dropped.kept_fraction,
-        relative_error=relative_error(weight, dropped, tensors),
+        relative_error=relative_error(weight, dropped, tensors)
+        if error_tokens > 0
+        else None,
         correction=correction,
     )
     return CalibratedLinear(tensors, entry, factors)
@@ -121,7 +125,7 @@ def relative_error(weight: Tensor, dropped: Dropped, tensors: LinearTensors) -> 
     w = weight.to(dtype)
     u = None if tensors.u is None else tensors.u.to(dtype)
     v = None if tensors.v is None else tensors.v.to(dtype)
-    error = energy = 0.0
+    error, energy = torch.zeros(2, dtype=torch.float64, device=w.device)
     for x, d in dropped.leading():
         difference = d @ w.mT
         if u is not None and v is not None:
@@ -133,6 +137,6 @@ def relative_error(weight: Tensor, dropped: Dropped, tensors: LinearTensors) -> 
     return math.sqrt(error / energy) if energy > 0 else 0.0
 
 
-def _energy(y: Tensor) -> float:
+def _energy(y: Tensor) -> Tensor:
     # float64, because float32's running sum is off by 5e-5 at 10^5 elements.
-    return torch.linalg.vector_norm(y, dtype=torch.float64).item() ** 2
+    return torch.linalg.vector_norm(y, dtype=torch.float64) ** 2

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.model.streaming import StreamedModel
-from vllm_rsparse.prepare.calibration.thresholds import CHUNK_ELEMENTS
+from vllm_rsparse.prepare.calibration.thresholds import chunk_elements
 
 
 @torch.no_grad()
@@ -52,12 +52,12 @@ def divergence(
         dense: the same of the dense model.
         dense_prefix: leading positions of each window that are not counted.
     """
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     counted = [x[:, dense_prefix:].flatten(0, 1) for x in (state, dense)]
     with model.head() as head:
-        chunk = max(1, CHUNK_ELEMENTS // model.vocab_size)
+        chunk = max(1, chunk_elements(model.device) // model.vocab_size)
         for rows, wanted in zip(*(part.split(chunk) for part in counted), strict=True):
             logs, other = (head(x).float().log_softmax(-1) for x in (rows, wanted))
-            total += (other.exp() * (other - logs)).sum(dtype=torch.float64).item()
-    result = total / len(counted[0])
+            total += (other.exp() * (other - logs)).sum(dtype=torch.float64)
+    result = total.item() / len(counted[0])
     return result if math.isfinite(result) else math.inf

@@ -58,14 +58,14 @@ def stage_input(
     rows: list[Tensor] = []
 
     def reach(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows.append(args[0][0, dense_prefix:])
+        rows.append(args[0][:, dense_prefix:].flatten(0, 1))
         raise _Reached
 
     handle = layer.get_submodule(linear.kind).register_forward_pre_hook(reach)
     try:
-        for window in hidden.split(1):
+        for windows in model.batches(hidden):
             with suppress(_Reached):
-                model.call_layer(linear.layer, window)
+                model.call_layer(linear.layer, windows)
     finally:
         handle.remove()
     x = torch.cat(rows)

@@ -7,17 +7,17 @@ known, so the threshold of channel j is t / ||W[:, j]||.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from vllm_rsparse.errors import NotFiniteError
+from vllm_rsparse.prepare.calibration.order import SAMPLE, around_rank
 
-# Elements of activations per chunk: bounds the size of temporaries.
+# Elements of activations per chunk: bounds the size of temporaries. On CUDA 64 times as
+# many, for every chunk starts a dozen kernels.
 CHUNK_ELEMENTS = 1 << 20
-_LOW_BITS = 16
-_INFINITY_BUCKET = 0x7F80  # upper 16 bits of +inf; NaNs lie in and above it
+_CUDA_SHIFT = 6
 KEEP_ALL = -1.0
 
 
@@ -52,16 +52,9 @@ def score_threshold(x: Tensor, norms: Tensor, keep: float) -> float:
     dropped = total - round(keep * total)
     if dropped == 0:
         return KEEP_ALL
-    largest_dropped = kth_smallest(lambda: _scores(x, norms), dropped)
-    smallest_kept = min(
-        (
-            scores[scores > largest_dropped].min().item()
-            for scores in _scores(x, norms)
-            if (scores > largest_dropped).any()
-        ),
-        default=largest_dropped,
+    return midway(
+        *around_rank(lambda: _scores(x, norms), _sample(x, norms), dropped, total)
     )
-    return midway(largest_dropped, smallest_kept)
 
 
 def midway(largest_dropped: float, smallest_kept: float) -> float:
@@ -74,38 +67,6 @@ def midway(largest_dropped: float, smallest_kept: float) -> float:
     return middle if middle < smallest_kept else largest_dropped
 
 
-def kth_smallest(chunks: Callable[[], Iterator[Tensor]], k: int) -> float:
-    """The k-th smallest (k >= 1) of non-negative float32 values given in chunks.
-
-    Non-negative floats have the order of their bit patterns. One pass counts the upper
-    16 bits, a second one the lower 16 bits within the bucket that contains rank k.
-
-    Args:
-        chunks: called twice; yields flat float32 tensors, the same both times.
-        k: rank, from 1 to the number of values.
-
-    Raises:
-        NotFiniteError: a value is NaN or infinite.
-    """
-    high = _histogram(_bits(chunk) >> _LOW_BITS for chunk in chunks())
-    if int(high[_INFINITY_BUCKET:].sum()) > 0:
-        raise NotFiniteError(
-            "calibration activations contain NaN or infinity; use --dtype bfloat16 or"
-            " float32, and check that the base model works"
-        )
-    bucket, k = _locate(high, k)
-
-    def lower() -> Iterator[Tensor]:
-        for chunk in chunks():
-            bits = _bits(chunk)
-            bits = bits[(bits >> _LOW_BITS) == bucket]
-            yield bits & ((1 << _LOW_BITS) - 1)
-
-    low, _ = _locate(_histogram(lower()), k)
-    pattern = torch.tensor((bucket << _LOW_BITS) | low, dtype=torch.int32)
-    return pattern.view(torch.float32).item()
-
-
 def channel_thresholds(score: float, norms: Tensor) -> Tensor:
     """t / ||W[:, j]|| as float32 [K]; +inf where the column is zero."""
     thresholds = score / norms
@@ -114,7 +75,12 @@ def channel_thresholds(score: float, norms: Tensor) -> Tensor:
 
 def row_chunks(x: Tensor) -> Iterator[Tensor]:
     """Consecutive blocks of rows of x [tokens, K] with bounded size."""
-    yield from x.split(max(1, CHUNK_ELEMENTS // x.shape[1]))
+    yield from x.split(max(1, chunk_elements(x.device) // x.shape[1]))
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Elements that are processed together on a device."""
+    return CHUNK_ELEMENTS << _CUDA_SHIFT if device.type == "cuda" else CHUNK_ELEMENTS
 
 
 def _scores(x: Tensor, norms: Tensor) -> Iterator[Tensor]:
@@ -122,20 +88,12 @@ def _scores(x: Tensor, norms: Tensor) -> Iterator[Tensor]:
         yield rows.abs().float().mul_(norms).flatten()
 
 
-def _bits(values: Tensor) -> Tensor:
-    return values.view(torch.int32)
-
-
-def _histogram(chunks: Iterator[Tensor]) -> Tensor:
-    counts = torch.zeros(1 << _LOW_BITS, dtype=torch.int64)
-    for chunk in chunks:
-        counts = counts.to(chunk.device)
-        counts += torch.bincount(chunk, minlength=1 << _LOW_BITS)
-    return counts.cpu()
-
-
-def _locate(counts: Tensor, k: int) -> tuple[int, int]:
-    """The bucket that contains rank k, and the rank within it."""
-    cumulative = counts.cumsum(0)
-    bucket = int(torch.searchsorted(cumulative, k))
-    return bucket, k - int(cumulative[bucket] - counts[bucket])
+def _sample(x: Tensor, norms: Tensor) -> Tensor:
+    """Scores of elements spread evenly over tokens and channels; all of a small x."""
+    channels = x.shape[1]
+    step = max(1, x.numel() // SAMPLE)
+    # A step that shares no factor with the number of channels visits all of them.
+    while math.gcd(step, channels) != 1:
+        step += 1
+    picked = torch.arange(0, x.numel(), step, device=x.device)
+    return x.flatten()[picked].abs().float() * norms[picked % channels]
