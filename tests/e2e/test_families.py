@@ -36,7 +36,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize(
-    "family", ["Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Qwen2 MoE"]
+    "family", ["Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Gemma4", "Qwen2 MoE"]
 )
 def test_log_probabilities_equal_plain_pytorch(
     family, tmp_path, pyllama, plain_pytorch

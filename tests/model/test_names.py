@@ -59,6 +59,17 @@ def test_a_shard_that_is_not_listed_is_named() -> None:
     assert behind == names("q_proj", "k_proj", "v_proj")
 
 
+def test_keys_stand_for_values_where_the_checkpoint_has_none() -> None:
+    engine = EngineNames(names("q_proj", "k_proj"))
+
+    def behind(has_values: bool) -> list[str]:
+        return engine.behind(f"{ATTENTION}.qkv_proj", lambda name: has_values)
+
+    assert behind(has_values=False) == names("q_proj", "k_proj", "k_proj")
+    # An artifact that lacks them is incomplete.
+    assert behind(has_values=True) == names("q_proj", "k_proj", "v_proj")
+
+
 def test_a_draft_model_has_its_own_prefix() -> None:
     engine = EngineNames(names("gate_proj"))
     assert engine.behind(f"draft_model.{ATTENTION}.gate_proj") == names("gate_proj")

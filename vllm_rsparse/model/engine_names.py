@@ -28,7 +28,9 @@ class EngineNames:
         for rename in renames:
             self._move(rename)
 
-    def behind(self, prefix: str) -> list[str]:
+    def behind(
+        self, prefix: str, has: Callable[[LinearName], bool] = lambda name: True
+    ) -> list[str]:
         """Checkpoint names of a layer's shards, in the order of its output.
 
         A shard that the artifact does not list has its name in the engine.
@@ -36,13 +38,18 @@ class EngineNames:
         Args:
             prefix: what the engine calls the layer,
                 "model.layers.0.self_attn.qkv_proj".
+            has: whether the checkpoint has a linear, by config.json and its name in the
+                engine; asked only where the artifact does not list it.
         """
         layer = LinearName.parse(prefix.removeprefix(_DRAFT))
         if str(layer) in self._listed:
             return [self._listed[str(layer)]]
-        shards = [
-            str(layer.of_kind(kind.name)) for kind in kinds_of_engine_layer(layer.kind)
-        ]
+        shards = []
+        for kind in kinds_of_engine_layer(layer.kind):
+            shard = layer.of_kind(kind.name)
+            if kind.copied and str(shard) not in self._listed and not has(shard):
+                shard = layer.of_kind(kind.copied)
+            shards.append(str(shard))
         return [self._listed.get(shard, shard) for shard in shards]
 
     def _move(self, rename: Callable[[str], str | None]) -> None:

@@ -194,12 +194,24 @@ def _no_mlp(config: Mapping[str, Any], index: int) -> tuple[str, ...]:
     return tuple(absent)
 
 
+def _keys_for_values(config: Mapping[str, Any], index: int) -> tuple[str, ...]:
+    """Gemma 4's global layers may have no values of their own."""
+    types = config.get("layer_types")
+    # transformers' default: every sixth layer.
+    is_global = (index + 1) % 6 == 0 if types is None else types[index] != _SLIDING
+    last = index == config["num_hidden_layers"] - 1
+    copied = config.get("attention_k_eq_v") and (is_global or last)
+    return ("self_attn.v_proj",) if copied else ()
+
+
+_SLIDING = "sliding_attention"
 _HYBRID = LayerSpec((*DELTA_NET, *_SEVEN), (_DELTA_QKV,))
 
 # Llama, Mistral, Qwen2, Qwen3, Gemma and others with the same seven linears: every
 # architecture that no other family lists.
 DENSE = Family()
 _HYBRID_EXPERTS = LayerSpec((*DELTA_NET, *ATTENTION, *SHARED_EXPERT), (_DELTA_QKV,))
+_GEMMA_EXPERTS = Experts("experts", chosen_key="top_k_experts")
 FAMILIES = (
     Family(
         ("Mistral3ForConditionalGeneration", "Gemma3ForConditionalGeneration"),
@@ -223,6 +235,18 @@ FAMILIES = (
         _other_mixer,
         text_config="text_config",
         paths=("model.language_model",),
+    ),
+    Family(
+        ("Gemma4ForCausalLM",),
+        lacks=_keys_for_values,
+        experts=_GEMMA_EXPERTS,
+    ),
+    Family(
+        ("Gemma4ForConditionalGeneration",),
+        lacks=_keys_for_values,
+        text_config="text_config",
+        paths=("model.language_model",),
+        experts=_GEMMA_EXPERTS,
     ),
     Family(
         ("Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM"),

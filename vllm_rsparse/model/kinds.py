@@ -5,8 +5,9 @@ A kind is the same in every family that has it: which kinds share its input, how
 engine fuses it and splits it between ranks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from vllm_rsparse.model.names import label_of
 
@@ -22,6 +23,8 @@ class LinearKind:
         shard: its index among the linears that the engine fuses into that layer.
         row_parallel: tensor-parallel ranks split its input instead of its output.
         factors_pay: low-rank factors are worth their bytes.
+        copied: the kind whose weight the engine loads in its place into layers which,
+            by config.json, do not have it; None if it is in every layer.
     """
 
     name: str
@@ -30,6 +33,7 @@ class LinearKind:
     shard: int = 0
     row_parallel: bool = False
     factors_pay: bool = False
+    copied: str | None = None
 
     @property
     def label(self) -> str:
@@ -43,12 +47,20 @@ class LinearKind:
 
 
 def fused(
-    engine_layer: str, *names: str, factors_pay: Iterable[str] = ()
+    engine_layer: str,
+    *names: str,
+    factors_pay: Iterable[str] = (),
+    copied: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[LinearKind, ...]:
     """Column-parallel linears of one input, which the engine fuses in this order."""
     return tuple(
         LinearKind(
-            name, names[0], engine_layer, shard, factors_pay=name in set(factors_pay)
+            name,
+            names[0],
+            engine_layer,
+            shard,
+            factors_pay=name in set(factors_pay),
+            copied=copied.get(name),
         )
         for shard, name in enumerate(names)
     )
@@ -69,6 +81,8 @@ ATTENTION = (
         # and for at most 11% elsewhere (down_proj; gate, up, v, o: 3%; bundled model
         # at 60%).
         factors_pay=("self_attn.q_proj", "self_attn.k_proj"),
+        # Gemma 4's global layers take their keys for values.
+        copied={"self_attn.v_proj": "self_attn.k_proj"},
     ),
     alone("self_attn.o_proj", row_parallel=True),
 )

@@ -18,8 +18,8 @@ _SUPPORTED = (
     "supported are dense decoders whose layers have q, k, v, o, gate, up and down"
     " projections (Llama, Mistral, Qwen2, Qwen3 and the like), also fused in Phi-3 and"
     " GLM-4, and in the language model of Mistral 3 and Gemma 3 with vision; Qwen3.5"
-    " with its Gated DeltaNet layers; and what is not a routed expert in Qwen3 and"
-    " Qwen3.5 mixtures of experts"
+    " with its Gated DeltaNet layers; Gemma 4; and what is not a routed expert in"
+    " Qwen3, Qwen3.5 and Gemma 4 mixtures of experts"
 )
 _EXPERTS = "a mixture of experts"
 # Tensor names (within a layer) that mark an architecture which is out of scope.
@@ -176,6 +176,8 @@ def _refuse_config(config: dict[str, Any], where: str) -> None:
         ("n_routed_experts", _EXPERTS),
         ("vision_config", "a vision-language model"),
         ("audio_config", "an audio model"),
+        ("num_kv_shared_layers", "a model whose layers share keys and values"),
+        ("hidden_size_per_layer_input", "a model with per-layer embeddings"),
     ):
         if key == "vision_config" and family.text_config is not None:
             continue

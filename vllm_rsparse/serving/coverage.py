@@ -46,12 +46,18 @@ class Coverage:
         self._renames.append(rename)
         self._names = None
 
-    def claim(self, artifact: Artifact, prefix: str) -> list[str] | None:
+    def claim(
+        self,
+        artifact: Artifact,
+        prefix: str,
+        has: Callable[[LinearName], bool] = lambda name: True,
+    ) -> list[str] | None:
         """Checkpoint names of a layer's shards, or None if the artifact lists none.
 
         Args:
             artifact: what was prepared.
             prefix: what the engine calls the layer.
+            has: whether the checkpoint has a linear, by its name in the engine.
 
         Raises:
             ArtifactError: it lists some of them and not others, or lists the same
@@ -59,7 +65,7 @@ class Coverage:
         """
         if self._names is None:
             self._names = EngineNames(artifact.info.linears, self._renames)
-        names = self._names.behind(prefix)
+        names = self._names.behind(prefix, has)
         listed = [name for name in names if name in artifact.info.linears]
         if len(listed) < len(names):
             _refuse_gap(artifact, names, listed)

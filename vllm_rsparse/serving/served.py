@@ -17,6 +17,8 @@ from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.metrics.counters import Counters, Settings, open_counters
+from vllm_rsparse.model.families import family_of
+from vllm_rsparse.model.names import LinearName
 from vllm_rsparse.op.observers import add_observer, remove_observer
 from vllm_rsparse.serving.agreement import (
     Report,
@@ -173,7 +175,16 @@ class ServedModel:
             # Noted now: a draft model has a config of its own while it is built, and
             # the served model's again when its weights are processed.
             self._engine = get_current_vllm_config()
-        return self.coverage.claim(self.artifact, prefix)
+        return self.coverage.claim(self.artifact, prefix, self._checkpoint_has)
+
+    def _checkpoint_has(self, name: LinearName) -> bool:
+        """Whether config.json gives a linear to its decoder layer."""
+        if self._engine is None or name.layer is None:
+            return True
+        model = self._engine.model_config
+        family = family_of({"architectures": model.hf_config.architectures})
+        layer = family.layer(vars(model.hf_text_config), name.layer)
+        return any(kind.name == name.kind for kind in layer)
 
     def check_coverage(self) -> None:
         """Refuse an artifact that lists a linear which this model does not have, once.

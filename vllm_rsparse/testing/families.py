@@ -163,6 +163,16 @@ _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size":
 _SHARED = {"shared_expert_intermediate_size": 48}
 _TIED, _UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 
+_GEMMA4 = {
+    **_TIED,
+    **_GEMMA,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "attention_k_eq_v": True,
+    "global_head_dim": 64,
+    "num_global_key_value_heads": 2,
+    "hidden_size_per_layer_input": 0,
+}
+_GEMMA4_VISION = {**_VISION, "head_dim": 8, "num_key_value_heads": 8}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 
 # What each is here for: sliding windows (Mistral), biases on q, k, v (Qwen2), norms on
@@ -215,6 +225,22 @@ FAMILIES = {
         options={**_UNTIED, **_EXPERTS, **_SHARED, **_DELTA_NET, **_HYBRID},
         wraps="qwen3_5_moe_text",
         vision=_QWEN_VISION,
+    ),
+    # Layers of two head sizes, the second without values.
+    "Gemma4": RandomFamily("Gemma4", "Gemma4Text", _GEMMA4),
+    "Gemma4 MoE": RandomFamily(
+        "Gemma4",
+        "Gemma4Text",
+        {
+            **_GEMMA4,
+            "enable_moe_block": True,
+            "num_experts": 8,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
+    "Gemma4 vision": RandomFamily(
+        "Gemma4", options=_GEMMA4, wraps="gemma4_text", vision=_GEMMA4_VISION
     ),
     # A recurrent layer, then one of gated attention.
     "Qwen3.5": RandomFamily(
