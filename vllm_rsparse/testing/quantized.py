@@ -56,7 +56,7 @@ def _write(
 ) -> None:
     target.mkdir(parents=True)
     for file in source.iterdir():
-        if file.suffix == ".json":
+        if file.suffix in (".json", ".jinja"):
             (target / file.name).write_text(file.read_text())
     config = json.loads((source / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | changes))
