@@ -51,9 +51,10 @@ def token_reads(model: LanguageModel, linears: Iterable[Linear]) -> TokenReads:
 
 def _size(model: LanguageModel, name: str) -> int:
     """Elements of a matrix, or of a stack of matrices; 0 for a vector."""
+    info = model.checkpoint.tensors.get(name)
+    if info is not None:
+        return math.prod(info.shape) if len(info.shape) > 1 else 0
+    # Packed: the checkpoint has its parts.
     module, _, suffix = name.rpartition(".")
     shape = model.checkpoint.linear_shape(module) if suffix == "weight" else None
-    if shape is not None:
-        return math.prod(shape)
-    info = model.checkpoint.tensors.get(name)
-    return math.prod(info.shape) if info is not None and len(info.shape) > 1 else 0
+    return 0 if shape is None else math.prod(shape)
