@@ -131,6 +131,8 @@ def write_files(
             "kept_fraction": 0.5,
             CORRECTION[version]: "correction" in mine,
         }
+        if mine["thresholds"].dim() == 2:
+            entries[name]["full_fraction"] = 0.1
     stored = {
         f"{name}.{CORRECTION[version] if key == 'correction' else key}": tensor
         for name, mine in tensors.items()
@@ -156,8 +158,8 @@ def write_artifact() -> Callable[..., dict[str, dict[str, torch.Tensor]]]:
     """Write an artifact with random tensors, independently of ``prepare``.
 
     Called with the directory and a dict of linears, name -> (N, K, rank, has a
-    correction); returns the tensors it wrote, name -> {"thresholds", "u", "v",
-    "correction"}.
+    correction), and how many planes the weights have; returns the tensors it wrote,
+    name -> {"thresholds", "u", "v", "correction"}.
     """
 
     def write(
@@ -166,11 +168,15 @@ def write_artifact() -> Callable[..., dict[str, dict[str, torch.Tensor]]]:
         dtype: torch.dtype = torch.float32,
         version: int = 2,
         more: dict[str, torch.Tensor] | None = None,
+        planes: int = 1,
         **values: Any,
     ) -> dict[str, dict[str, torch.Tensor]]:
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         for name, (n, k, rank, corrected) in linears.items():
             mine = {"thresholds": torch.rand(k)}
+            if planes == 2:
+                factors = torch.tensor([1.0, 2.0])
+                mine["thresholds"] = torch.outer(factors, mine["thresholds"])
             if rank:
                 mine["u"] = torch.randn(n, rank).to(dtype)
                 mine["v"] = (torch.randn(rank, k) / k**0.5).to(dtype)

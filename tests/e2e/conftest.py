@@ -25,10 +25,15 @@ CHAT_TEMPLATE = "{% for m in messages %}# {{ m.content }}\n{% endfor %}def "
 
 
 class SparseLinear(torch.nn.Module):
-    """y = W s(x) + U V (x - s(x)) + correction, dense above ``limit`` tokens."""
+    """y = W s(x) + U V (x - s(x)) + correction, dense above ``limit`` tokens.
 
-    def __init__(self, weight, bias, name, tensors, limit):
+    With two rows of thresholds, ``first`` is the first plane of W and s_2 the second
+    row's: y = first s_1(x) + (W - first) s_2(x) + ...
+    """
+
+    def __init__(self, weight, bias, name, tensors, limit, first=None):
         super().__init__()
+        self.first = first
         self.weight, self.bias, self.limit = weight, bias, limit
         keys = tensors.keys()
         self.threshold = tensors.get_tensor(f"{name}.thresholds")
@@ -45,6 +50,10 @@ class SparseLinear(torch.nn.Module):
         bias = 0 if self.bias is None else self.bias
         if x.numel() // x.shape[-1] > self.limit:
             return x @ self.weight.T + bias
+        if self.first is not None:
+            kept, both = (x * (x.abs() > row) for row in self.threshold)
+            y = kept @ self.first.T + both @ (self.weight - self.first).T
+            return y + self.correction + bias
         kept = x * (x.abs() > self.threshold)
         y = kept @ self.weight.T + (x - kept) @ self.low_rank.T
         return y + self.correction + bias
@@ -75,10 +84,11 @@ class WithAdapter(torch.nn.Module):
 class PlainPyTorch:
     """The model with the formula in its linears, one prompt at a time, greedy.
 
-    ``weights`` is a directory of the dequantised model where ``model_dir`` is not.
+    ``weights`` is a directory of the dequantised model where ``model_dir`` is not, and
+    ``first`` the first planes of its linears by name where there are two.
     """
 
-    def __init__(self, model_dir, limit, weights=None):
+    def __init__(self, model_dir, limit, weights=None, first=None):
         config = AutoConfig.from_pretrained(model_dir)
         del config.quantization_config
         self.model = AutoModelForCausalLM.from_pretrained(
@@ -89,6 +99,7 @@ class PlainPyTorch:
             attn_implementation="eager",
         )
         self.model_dir = model_dir
+        planes = first or {}
         listed = json.loads((model_dir / "rsparse/rsparse.json").read_text())["linears"]
         with safe_open(model_dir / "rsparse/rsparse.safetensors", "pt") as tensors:
             for name, linear in list(self.model.named_modules()):
@@ -102,7 +113,7 @@ class PlainPyTorch:
                 if linear.bias is not None:
                     biases = linear.bias.split(sizes)
                 parts = [
-                    SparseLinear(weight, bias, name, tensors, limit)
+                    SparseLinear(weight, bias, name, tensors, limit, planes.get(name))
                     for name, weight, bias in zip(names, weights, biases, strict=True)
                 ]
                 self.model.set_submodule(name, FusedLinear(parts))

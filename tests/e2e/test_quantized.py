@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING
+from vllm_rsparse.formats.int8_planes import PLANES_WHILE_LOADING
 from vllm_rsparse.testing.quantized import write_plain, write_quantized
 
 from .served import (
@@ -49,10 +50,12 @@ def quantized(pyllama, tmp_path_factory):
     return make
 
 
-def prepare(base, output, *options):
+UNIFORM = ("--sparsity", "0.4", "--recipe", "uniform")
+
+
+def prepare(base, output, *options, target=UNIFORM):
     binary = Path(sys.executable).parent / "vllm-rsparse"
-    command = [binary, "prepare", base, output, *options]
-    command += ["--sparsity", "0.4", "--recipe", "uniform"]
+    command = [binary, "prepare", base, output, *options, *target]
     command += ["--calibration-samples", "4", "--calibration-tokens", "256"]
     texts = Path(sysconfig.get_path("stdlib")).glob("arg*.py")
     subprocess.run([*command, "--calibration-data", *texts], check=True)
@@ -83,6 +86,27 @@ def test_log_probabilities_equal_plain_pytorch(
         for limit in (int(ALWAYS), 0)
     )
     assert_same_scores(served, sparse, dense)
+
+
+def test_tokens_of_two_planes_equal_plain_pytorch(
+    pyllama, tmp_path, serve, plain_pytorch
+):
+    """Prompts on the dense route, with eight bits; compiled."""
+    prepared = tmp_path / "prepared"
+    target = ("--bits", "3.2", "--recipe", "wina")
+    prepare(pyllama, prepared, "--weights", "int8-planes", target=target)
+    tensors, first = load_file(pyllama / "model.safetensors"), {}
+    for name in Artifact(prepared / "rsparse").info.linears:
+        stored = PLANES_WHILE_LOADING.encode(tensors[f"{name}.weight"])
+        first[name], second = stored.format.dequantise_planes(stored)
+        tensors[f"{name}.weight"] = first[name] + second
+    write_plain(pyllama, tmp_path / "plain", tensors)
+    with serve(prepared, eager=False, VLLM_RSPARSE_MAX_SPARSE_TOKENS="1") as server:
+        tokens = [complete(server, prompt)[0] for prompt in PROMPTS]
+    reference = plain_pytorch(prepared, 1, weights=tmp_path / "plain", first=first)
+    assert_same_tokens(tokens, reference)
+    dense = plain_pytorch(prepared, limit=0, weights=tmp_path / "plain")
+    assert tokens != [dense.generate(p, len(tokens[0]))[0] for p in PROMPTS]
 
 
 def test_two_ranks_with_prompts_on_the_dense_route(quantized, serve, plain_pytorch):

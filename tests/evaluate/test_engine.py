@@ -48,7 +48,7 @@ def test_figures_of_two_engines(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     up, down = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
-    kept = {up: 0.5, down: 0.25}
+    kept = {up: [0.5], down: [0.25]}
     engines = {
         False: Scores([math.log(0.5)] * 4, [1, 2, 3, 4], {}, RUN),
         True: Scores([math.log(0.25)] * 4, [1, 2, 9, 4], kept, RUN),
@@ -92,7 +92,7 @@ def test_kept_channels_are_counted_by_linear() -> None:
         layers.forget_layer(number)
     # Another observer sees the same calls.
     assert [(seen[0], seen[3]) for seen in others] == [(number, False), (number, True)]
-    assert counts.fractions() == {"q": 3 / 6, "k": 2 / 6}
+    assert counts.fractions() == {"q": [3 / 6], "k": [2 / 6]}
 
 
 def test_an_engine_that_fails(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,11 @@ from vllm_rsparse.formats.base import StoredWeight, WeightFormatError
 from vllm_rsparse.formats.int4 import INT4
 from vllm_rsparse.formats.int8_planes import (
     INT8_PLANES,
+    PLANES_WHILE_LOADING,
     encode_planes,
-    group_of,
 )
 from vllm_rsparse.formats.nibbles import pack_nibbles, unpack_nibbles
+from vllm_rsparse.formats.plane_bits import group_of, plane_bits
 from vllm_rsparse.testing.cases import relative_error
 
 
@@ -105,9 +106,31 @@ def test_bytes_by_plane() -> None:
 
 
 def test_the_group_is_the_largest_that_divides() -> None:
-    assert [group_of(k) for k in (4096, 576, 96)] == [128, 64, 32]
-    with pytest.raises(WeightFormatError, match="none divides 100"):
-        group_of(100)
+    assert [group_of(k) for k in (4096, 576, 96, 100)] == [128, 64, 32, None]
+    with pytest.raises(ValueError, match="divides 100"):
+        plane_bits(100)
+    with pytest.raises(WeightFormatError, match="none divides this number"):
+        PLANES_WHILE_LOADING.encode(torch.randn(8, 100))
+
+
+@pytest.mark.parametrize("k", [4096, 576, 96])
+def test_bits_are_those_of_the_tensors(k: int) -> None:
+    stored = PLANES_WHILE_LOADING.encode(torch.randn(16, k))
+    assert stored.scales is not None
+    assert stored.scales.dtype == torch.bfloat16
+    bits = [8 * size / 16 for size in INT8_PLANES.plane_bytes(stored, 16)]
+    assert plane_bits(k) == tuple(bits)
+
+
+def test_a_rank_has_the_groups_of_the_whole_linear() -> None:
+    """576 channels have groups of 64, the 192 of each of three ranks would too."""
+    weight = torch.randn(16, 576).half()
+    whole = PLANES_WHILE_LOADING.encode(weight).dequantise()
+    part = PLANES_WHILE_LOADING.encode(weight[:, 192:384], None, 576)
+    assert part.group == 64
+    assert torch.equal(part.dequantise(), whole[:, 192:384])
+    with pytest.raises(WeightFormatError, match=r"288 of 576.*splits a group of 64"):
+        PLANES_WHILE_LOADING.encode(weight[:, :288], None, 576)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +140,7 @@ def test_the_group_is_the_largest_that_divides() -> None:
         ({"data": torch.zeros(2, 64, 2)}, "got float32"),
         ({"n": 12}, "N must be a multiple of 8"),
         ({"group": 64, "k": 64, "scales": None}, "there are none"),
-        ({"group": 48}, "groups of 48.*32, 64, 128"),
+        ({"group": 48}, "groups of 48.*128, 64, 32"),
         ({"zeros": torch.zeros(2, 16, dtype=torch.int32)}, "zeros must be"),
     ],
     ids=str,

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_rsparse.artifact.reads import token_shares
 from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry
+from vllm_rsparse.formats.plane_bits import plane_bits
 from vllm_rsparse.model.names import LinearName, label_of
 from vllm_rsparse.text_table import align
 
@@ -27,6 +28,7 @@ class _Figure:
 _FIGURES = (
     _Figure("sparsity (factors counted)", lambda e: _sparsity(e), "{:.3f}"),
     _Figure("kept fraction", lambda e: e.kept_fraction, "{:.3f}"),
+    _Figure("kept fraction, second plane", lambda e: e.full_fraction, "{:.3f}"),
     _Figure("rank", lambda e: e.rank, "{:.0f}"),
     _Figure("relative error", lambda e: e.relative_error, "{:.3f}"),
 )
@@ -100,13 +102,15 @@ def _table(figure: _Figure, grid: _Grid) -> str:
 
 def _bytes_per_token(info: ArtifactInfo) -> str:
     """What one decoded token reads: weights, and the float32 vectors of the method."""
-    width = _DTYPE_BYTES[info.dtype]
     entries = info.linears.values()
-    dense = width * sum(entry.dense_elements for entry in entries)
+    dense = sum(_stored_bytes(info, entry) for entry in entries)
+    width = _DTYPE_BYTES[info.dtype]
     factors = width * sum(entry.rank * sum(entry.shape) for entry in entries)
-    columns = width * sum(entry.read_elements for entry in entries) - factors
+    columns = sum(entry.read_fraction * _stored_bytes(info, entry) for entry in entries)
     vectors = 4 * sum(
-        entry.shape[1] + entry.shape[0] * entry.correction for entry in entries
+        entry.shape[1] * (1 if entry.full_fraction is None else 2)
+        + entry.shape[0] * entry.correction
+        for entry in entries
     )
     rows = [
         ["bytes read per token", "MiB", "of dense"],
@@ -139,14 +143,30 @@ def _token_shares(info: ArtifactInfo) -> str:
     return f"\nof all weights that a token reads: {', '.join(parts)}"
 
 
+def _stored_bytes(info: ArtifactInfo, entry: LinearEntry) -> float:
+    """Bytes of a linear's weight in the engine, with the scales of groups."""
+    if info.served_format == "int8-planes":
+        bits = sum(plane_bits(entry.shape[1]))
+    elif info.served_format == "int4":
+        bits = 4 + (16 / info.base.group if info.base.group else 0)
+    elif info.served_format in ("fp8", "fp8-block"):
+        bits = 8
+    else:
+        bits = 8 * _DTYPE_BYTES[info.dtype]
+    return bits / 8 * entry.dense_elements
+
+
 def _provenance(info: ArtifactInfo) -> str:
     header = {
         "target sparsity": info.sparsity,
         "achieved sparsity": round(info.achieved_sparsity, 4),
+        "weights": info.served_format,
         "linears": len(info.linears),
         "dtype": info.dtype,
         "tensors_sha256": info.tensors_sha256,
     }
+    if info.bits_read is not None:
+        header["bits read of a weight"] = round(info.bits_read, 3)
     lines = [f"{key}: {_compact(value)}" for key, value in header.items()]
     lines += [
         f"{_compact(key)}: {_compact(value)}" for key, value in info.provenance.items()

@@ -5,6 +5,8 @@ These are the objects that the package works with, and the schema of the newest 
 version; ``versions`` reads the older ones. docs/format.md describes the format.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import (
@@ -18,6 +20,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from vllm_rsparse.formats.names import AS_STORED, LOAD_TIME_FORMATS, WEIGHT_FORMATS
+from vllm_rsparse.formats.plane_bits import group_of, plane_bits
 from vllm_rsparse.validation import CONFIG, must, one_of, sha256
 
 FORMAT_VERSION = 2
@@ -73,6 +76,8 @@ class LinearEntry:
         kept_fraction: fraction of channels kept, counted on the calibration tokens.
         relative_error: ||y_sparse - y|| / ||y|| on the calibration tokens, or None.
         correction: whether the artifact has a constant correction [N] for it.
+        full_fraction: where the weight is read in two planes, the fraction of channels
+            that are read with both; ``kept_fraction`` is of those with at least one.
     """
 
     shape: Shape = must("be [N, K], two positive integers")
@@ -82,17 +87,46 @@ class LinearEntry:
     kept_fraction: StrictFloat = share()
     relative_error: StrictFloat | None = must("be a number or null", default=None)
     correction: StrictBool = must("be true or false", default=False)
+    full_fraction: StrictFloat | None = must(
+        "lie in [0, kept_fraction]", default=None, ge=0, le=1
+    )
 
     @model_validator(mode="after")
     def _sizes(self) -> "LinearEntry":
         check_shape_and_rank(self.shape, self.rank)
+        if self.full_fraction is None:
+            return self
+        if self.full_fraction > self.kept_fraction:
+            raise ValueError(
+                f"full_fraction is {self.full_fraction}, more than kept_fraction,"
+                f" {self.kept_fraction}"
+            )
+        if group_of(self.shape[1]) is None:
+            raise ValueError(
+                f"full_fraction is for weights in two planes, and {self.shape[1]} input"
+                " channels are no multiple of a group"
+            )
         return self
 
     @property
     def read_elements(self) -> float:
         """Weight elements that a decoded token reads: kept columns and both factors."""
         n, k = self.shape
-        return self.kept_fraction * n * k + self.rank * (n + k)
+        return self.read_fraction * n * k + self.rank * (n + k)
+
+    @property
+    def read_fraction(self) -> float:
+        """Share of the weight's bits that a decoded token reads."""
+        if self.full_fraction is None:
+            return self.kept_fraction
+        first, second = plane_bits(self.shape[1])
+        bits = first * self.kept_fraction + second * self.full_fraction
+        return bits / (first + second)
+
+    def counted(self, kept: Sequence[float]) -> "LinearEntry":
+        """The entry with fractions that were counted elsewhere, by plane."""
+        full = kept[1] if len(kept) > 1 else None
+        return replace(self, kept_fraction=kept[0], full_fraction=full)
 
     @property
     def dense_elements(self) -> int:
@@ -153,11 +187,30 @@ class ArtifactInfo:
         """Model-level sparsity on the calibration tokens, factors counted."""
         return model_sparsity(self.linears)
 
+    @property
+    def bits_read(self) -> float | None:
+        """Mean bits that a decoded token reads of a weight; None: not in planes."""
+        return bits_read(self.linears)
+
 
 def model_sparsity(linears: dict[str, LinearEntry]) -> float:
     """1 - (elements a decoded token reads) / (dense elements), over all linears."""
     read = sum(entry.read_elements for entry in linears.values())
     return 1.0 - read / sum(entry.dense_elements for entry in linears.values())
+
+
+def bits_read(linears: Mapping[str, LinearEntry]) -> float | None:
+    """Mean bits per weight that a decoded token reads, scales and zero points included.
+
+    None where the weights are not read in planes.
+    """
+    bits = 0.0
+    for entry in linears.values():
+        if entry.full_fraction is None:
+            return None
+        stored = sum(plane_bits(entry.shape[1]))
+        bits += entry.read_fraction * stored * entry.dense_elements
+    return bits / sum(entry.dense_elements for entry in linears.values())
 
 
 def factor_rank(n: int, k: int, sparsity: float, rho: float) -> int:

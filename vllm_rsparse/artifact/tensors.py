@@ -4,7 +4,7 @@
 docs/format.md describes the format. DIR/rsparse.json has provenance and one entry per
 linear (LinearEntry); DIR/rsparse.safetensors has, for each linear::
 
-    NAME.thresholds   float32 [K]
+    NAME.thresholds   float32 [K]             ([2, K] for weights in two planes)
     NAME.u            weight's dtype [N, r]   (absent when r = 0)
     NAME.v            weight's dtype [r, K]   (absent when r = 0)
     NAME.correction   float32 [N]             (only when used; version 1: NAME.bias)
@@ -26,7 +26,7 @@ from torch import Tensor
 from vllm_rsparse.artifact.schema import FORMAT_VERSION, LinearEntry
 from vllm_rsparse.artifact.versions import CORRECTION_SUFFIX, read_info
 from vllm_rsparse.errors import ArtifactError
-from vllm_rsparse.formats.registry import load_time_format
+from vllm_rsparse.formats.registry import format_of_name, load_time_format
 
 ARTIFACT_DIR = "rsparse"
 JSON_NAME = "rsparse.json"
@@ -135,7 +135,7 @@ class Artifact:
         """
         entry = self.entry(name)
         with safe_open(self.tensors_path, framework="pt") as tensors:
-            thresholds = tensors.get_slice(f"{name}.thresholds")[columns]
+            thresholds = tensors.get_slice(f"{name}.thresholds")[self._columns(columns)]
             u = v = correction = None
             if entry.rank > 0:
                 u = tensors.get_slice(f"{name}.u")[rows]
@@ -145,6 +145,11 @@ class Artifact:
         if torch.isnan(thresholds).any():
             raise ArtifactError(
                 f"{self.tensors_path}: {name}.thresholds contains NaN; prepare again"
+            )
+        if self.planes > 1 and (thresholds[0] > thresholds[1]).any():
+            raise ArtifactError(
+                f"{self.tensors_path}: {name}.thresholds has a channel whose second"
+                " plane is read where the first is not; prepare again"
             )
         others = {f"{name}.u": u, f"{name}.v": v, self._correction(name): correction}
         for key, tensor in others.items():
@@ -181,6 +186,15 @@ class Artifact:
                 " prepare again"
             )
         return scales
+
+    @property
+    def planes(self) -> int:
+        """Planes in which the weights are read; each has a row of thresholds."""
+        return format_of_name(self.info.served_format).planes
+
+    def _columns(self, columns: slice) -> slice | tuple[slice, slice]:
+        """Input channels of thresholds, [K] or [planes, K]."""
+        return columns if self.planes == 1 else (slice(None), columns)
 
     @property
     def has_scales(self) -> bool:
@@ -221,7 +235,14 @@ class Artifact:
         expected: dict[str, tuple[list[int], tuple[str, ...]]] = {}
         for name, entry in self.info.linears.items():
             n, k = entry.shape
-            expected[f"{name}.thresholds"] = ([k], ("F32",))
+            if (entry.full_fraction is None) != (self.planes == 1):
+                state = "lacks" if entry.full_fraction is None else "has"
+                raise ArtifactError(
+                    f"{self.json_path}: {name} {state} full_fraction, but the weights"
+                    f" are {self.info.served_format}; prepare the model again"
+                )
+            rows = [] if self.planes == 1 else [self.planes]
+            expected[f"{name}.thresholds"] = ([*rows, k], ("F32",))
             if entry.rank > 0:
                 expected[f"{name}.u"] = ([n, entry.rank], _FLOAT_DTYPES)
                 expected[f"{name}.v"] = ([entry.rank, k], _FLOAT_DTYPES)

@@ -122,6 +122,9 @@ def write_info(info: ArtifactInfo) -> str:
     raw["base"] = {key: value for key, value in raw["base"].items() if value}
     if info.weights == AS_STORED:
         del raw["weights"]
+    for entry in raw["linears"].values():
+        if entry["full_fraction"] is None:
+            del entry["full_fraction"]
     return json.dumps(raw, indent=1) + "\n"
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,15 @@ class Scores:
     Attributes:
         log_probabilities: of the label of each counted prediction, window after window.
         likeliest: the most likely token at each of them.
-        kept: fraction of channels kept, by linear of the checkpoint, over all
-            positions; empty for a dense engine.
+        kept: fraction of channels kept by each plane of the weight (one where it is
+            read whole), by linear of the checkpoint, over all positions; empty for a
+            dense engine.
         run: what it ran on.
     """
 
     log_probabilities: list[float]
     likeliest: list[int]
-    kept: dict[str, float]
+    kept: dict[str, list[float]]
     run: EngineRun
 
 
@@ -103,7 +104,7 @@ def measure_served(
     for one in prepared:
         sparse = run_engine(one, windows, first, dtype, sparse=True)
         entries = {
-            name: replace(entry, kept_fraction=sparse.kept[name])
+            name: entry.counted(sparse.kept[name])
             for name, entry in one.artifact.info.linears.items()
         }
         pairs = zip(dense.likeliest, sparse.likeliest, strict=True)

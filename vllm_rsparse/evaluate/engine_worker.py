@@ -23,7 +23,8 @@ class KeptChannels:
 
     def __init__(self) -> None:
         self._names: dict[int, list[str]] = {}
-        self._kept: Counter[str] = Counter()
+        # By linear and plane of its weight.
+        self._kept: Counter[tuple[str, int]] = Counter()
         self._seen: Counter[str] = Counter()
 
     def watch(self, model: torch.nn.Module) -> None:
@@ -34,9 +35,12 @@ class KeptChannels:
                 self._names[method.layer_number] = method.names
         add_observer(self._observe)
 
-    def fractions(self) -> dict[str, float]:
-        """Kept fraction by linear; empty if no call was sparse."""
-        return {name: self._kept[name] / self._seen[name] for name in self._seen}
+    def fractions(self) -> dict[str, list[float]]:
+        """Fractions kept by each plane, by linear; empty if no call was sparse."""
+        found: dict[str, list[float]] = {name: [] for name in self._seen}
+        for (name, _), kept in sorted(self._kept.items()):
+            found[name].append(kept / self._seen[name])
+        return found
 
     def _observe(
         self, layer: int, x: Tensor, operands: SparseOperands, dense: bool
@@ -45,8 +49,10 @@ class KeptChannels:
         if dense or names is None:
             return
         kept = kept_mask(x, operands.thresholds).sum(dim=(1, 2)).tolist()
-        for name, count in zip(names, kept, strict=True):
-            self._kept[name] += count
+        # A row for each linear and the first plane, then for the next.
+        for index, count in enumerate(kept):
+            self._kept[names[index % len(names)], index // len(names)] += count
+        for name in names:
             self._seen[name] += x.numel()
 
 

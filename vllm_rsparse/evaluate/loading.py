@@ -39,12 +39,16 @@ class SwitchableLinear(nn.Module):
         self.v: Tensor | None = None
         self.correction: Tensor | None = None
         # On the device, so that counting does not wait for it.
-        self._kept = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
+        self._kept = torch.zeros(2, dtype=torch.int64, device=linear.weight.device)
 
     @property
-    def kept(self) -> int:
-        """Channels kept, summed over the sparse positions seen since ``restart``."""
-        return int(self._kept)
+    def kept(self) -> list[int]:
+        """Channels kept by each plane of the weight (one where it is read whole).
+
+        Summed over the sparse positions seen since ``restart``.
+        """
+        planes = 1 if self.served is None else self.served.format.planes
+        return self._kept[:planes].tolist()
 
     def restart(self) -> None:
         """Count from zero."""
@@ -55,13 +59,18 @@ class SwitchableLinear(nn.Module):
         if self.sparse is None or self.thresholds is None:
             return self.linear(x)
         weight, bias = self.linear.weight, self.linear.bias
+        planes: tuple[Tensor, ...] = (weight,)
         if self.served is not None:
-            weight = self.served.dequantise().to(weight.dtype)
+            planes = self.served.format.dequantise_planes(self.served)
         sparse = self.sparse.unsqueeze(-1)
-        mask = kept_mask(x, self.thresholds)
-        self._kept += (mask & sparse).sum()
-        mask |= ~sparse
-        y = functional.linear(x.masked_fill(~mask, 0), weight, bias)
+        rows = self.thresholds.view(-1, x.shape[-1])
+        masks = kept_mask(x.flatten(0, 1), rows).view(-1, *x.shape)
+        self._kept[: len(rows)] += (masks & sparse).sum((1, 2, 3))
+        masks |= ~sparse
+        mask = masks[0]
+        y = functional.linear(x.masked_fill(~mask, 0), planes[0].to(x.dtype), bias)
+        for plane, more in zip(planes[1:], masks[1:], strict=True):
+            y = y + functional.linear(x.masked_fill(~more, 0), plane.to(x.dtype))
         if self.u is not None and self.v is not None:
             dropped = x.masked_fill(mask, 0)
             y = y + functional.linear(functional.linear(dropped, self.v), self.u)

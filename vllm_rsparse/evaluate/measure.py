@@ -9,7 +9,7 @@ counted, for the dense figures too.
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -87,18 +87,24 @@ class Passage:
 
 @dataclass
 class _Sums:
-    """Of one candidate; ``kl`` has an entry for each passage."""
+    """Of one candidate; ``kl`` has an entry for each passage.
+
+    ``kept`` counts channels by linear, and by plane of its weight.
+    """
 
     nll: float = 0.0
     kl: list[float] = field(default_factory=list)
     agree: int = 0
-    kept: Counter[str] = field(default_factory=Counter)
+    kept: dict[str, Counter[int]] = field(default_factory=dict)
 
     def entries(self, artifact: Artifact, sparse_tokens: int) -> dict[str, LinearEntry]:
         """The artifact's entries with the kept fraction as counted here."""
         return {
-            name: replace(
-                entry, kept_fraction=self.kept[name] / (sparse_tokens * entry.shape[1])
+            name: entry.counted(
+                [
+                    self.kept[name][plane] / (sparse_tokens * entry.shape[1])
+                    for plane in range(artifact.planes)
+                ]
             )
             for name, entry in artifact.info.linears.items()
         }
@@ -173,7 +179,8 @@ def measure_passages(
                 sparse = batch.logits(model, sparse=one is not None)
                 batch.compare(dense, sparse, total)
                 for name in () if one is None else one.artifact.info.linears:
-                    total.kept[name] += model.linears[name].kept
+                    counts = total.kept.setdefault(name, Counter())
+                    counts.update(dict(enumerate(model.linears[name].kept)))
             progress.update(len(batch.passages))
     tokens = sum(passage.counted for passage in passages)
     perplexity = math.exp(dense_nll / tokens)

@@ -119,7 +119,12 @@ class Fp8WhileLoading(LoadTimeFormat):
         """See the base class."""
         return channel_scales(weight)
 
-    def encode(self, weight: Tensor, scales: Tensor | None = None) -> StoredWeight:
+    def encode(
+        self,
+        weight: Tensor,
+        scales: Tensor | None = None,
+        channels: int | None = None,
+    ) -> StoredWeight:
         """See the base class."""
         return quantise_fp8(
             weight, channel_scales(weight) if scales is None else scales

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight, WeightFormat, WeightFormatError
-from vllm_rsparse.formats.int4 import (
-    GROUPS,
-    INT4,
-    SCALE_DTYPES,
-    SYMMETRIC_ZERO,
-    store_int4,
-)
+from vllm_rsparse.formats.fp8 import FP8
+from vllm_rsparse.formats.fp8_block import FP8_BLOCK
+from vllm_rsparse.formats.int4 import INT4, SCALE_DTYPES, SYMMETRIC_ZERO, store_int4
+from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.formats.nibbles import PER_WORD, pack_nibbles
+from vllm_rsparse.formats.plain import FLOAT
+from vllm_rsparse.formats.plane_bits import GROUPS, group_of
 from vllm_rsparse.formats.require import require_tensor
 
 # Steps of the second plane in a step of the first.
@@ -106,21 +105,6 @@ def _plane(weight: StoredWeight, plane: int, zeros: Tensor | None) -> StoredWeig
     return StoredWeight(INT4, data, n, k, weight.scales, zeros, weight.group)
 
 
-def group_of(k: int) -> int:
-    """The group of a linear with K input channels: the largest that divides K.
-
-    Raises:
-        WeightFormatError: none does.
-    """
-    for group in sorted(GROUPS, reverse=True):
-        if k % group == 0:
-            return group
-    raise WeightFormatError(
-        f"a linear with {k} input channels: the format int8-planes has groups of"
-        f" {', '.join(map(str, GROUPS))} of them, and none divides {k}"
-    )
-
-
 def encode_planes(
     weight: Tensor, group: int, dtype: torch.dtype, *, symmetric: bool = False
 ) -> StoredWeight:
@@ -133,7 +117,7 @@ def encode_planes(
 
     Args:
         weight: [N, K], any floating dtype, finite.
-        group: G, input channels that share a scale; see ``group_of``.
+        group: G, input channels that share a scale.
         dtype: of the scales.
         symmetric: a zero point of 8 everywhere.
 
@@ -220,3 +204,41 @@ def _encode(
     error += _EIGHT_BIT_WEIGHT * left.square().sum(1)
     error *= scale[:, 0].square()
     return first.to(torch.uint8), second.to(torch.uint8), error
+
+
+class PlanesWhileLoading(LoadTimeFormat):
+    """Float or FP8 weights, rounded to two planes with scales in bfloat16.
+
+    One dtype of scales, whatever the weight's, makes the planes the same wherever they
+    are made: ``prepare`` reads a checkpoint in its own dtype, and the engine in the
+    activations'.
+    """
+
+    name = "int8-planes"
+    format = INT8_PLANES
+    bases = (FLOAT.name, FP8.name, FP8_BLOCK.name)
+
+    def encode(
+        self,
+        weight: Tensor,
+        scales: Tensor | None = None,
+        channels: int | None = None,
+    ) -> StoredWeight:
+        """See the base class."""
+        k = weight.shape[1]
+        group = group_of(channels or k)
+        if group is None:
+            raise WeightFormatError(
+                f"a linear with {channels or k} input channels: the format int8-planes"
+                f" has groups of {', '.join(map(str, GROUPS))} of them, and none"
+                " divides this number; use --weights fp8"
+            )
+        if k % group:
+            raise WeightFormatError(
+                f"a rank would hold {k} of {channels} input channels, which splits a"
+                f" group of {group}: use fewer tensor-parallel ranks"
+            )
+        return encode_planes(weight, group, torch.bfloat16)
+
+
+PLANES_WHILE_LOADING = PlanesWhileLoading()

@@ -44,13 +44,20 @@ class LoadTimeFormat(ABC):
         raise NotImplementedError(f"{self.name} has no scales in the artifact")
 
     @abstractmethod
-    def encode(self, weight: Tensor, scales: Tensor | None = None) -> StoredWeight:
+    def encode(
+        self,
+        weight: Tensor,
+        scales: Tensor | None = None,
+        channels: int | None = None,
+    ) -> StoredWeight:
         """Quantize a weight into the layout of the kernels, on its device.
 
         Args:
             weight: [N, K] in any float dtype: a linear, several fused ones, or this
                 rank's part of them.
             scales: float32 [N] from the artifact; None takes those of ``weight``.
+            channels: input channels of the whole linear, where ``weight`` has a part of
+                them; None: K.
 
         Raises:
             WeightFormatError: a shape that the format does not have.

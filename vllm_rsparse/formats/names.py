@@ -7,4 +7,4 @@ A test compares them with ``registry``.
 WEIGHT_FORMATS = ("float", "fp8", "fp8-block", "int4", "int8-planes")
 # Weights are served as the checkpoint stores them, or quantized while they load.
 AS_STORED = "as-stored"
-LOAD_TIME_FORMATS = ("fp8",)
+LOAD_TIME_FORMATS = ("fp8", "int8-planes")

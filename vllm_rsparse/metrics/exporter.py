@@ -43,7 +43,11 @@ def facts(info: ArtifactInfo, backend: str, max_sparse_tokens: int) -> Facts:
     channels: dict[str, int] = {}
     for name, entry in info.linears.items():
         label = LinearName.parse(name).label
-        kept[label] = kept.get(label, 0) + entry.kept_fraction * entry.shape[1]
+        # As it is counted: planes of a weight are seen and kept one by one.
+        fraction = entry.kept_fraction
+        if entry.full_fraction is not None:
+            fraction = (fraction + entry.full_fraction) / 2
+        kept[label] = kept.get(label, 0) + fraction * entry.shape[1]
         channels[label] = channels.get(label, 0) + entry.shape[1]
     return Facts(
         {

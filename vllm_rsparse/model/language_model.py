@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.errors import CheckpointError
+from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.model.checkpoint import FLOAT_DTYPES, Checkpoint
 from vllm_rsparse.model.families import FusedTensor, LayerSpec, family_of
@@ -138,6 +139,20 @@ class LanguageModel:
             dtype = FLOAT_DTYPES.get(self.checkpoint.linear_dtype(module))
             weights[linear] = tensors[name].to(dtype or tensors[name].dtype)
         return weights
+
+    def read_stored(self, linear: str) -> StoredWeight:
+        """Read a weight as it is quantized while it loads.
+
+        Args:
+            linear: the name that it has in an artifact.
+
+        Raises:
+            CheckpointError: as ``read``.
+        """
+        if self.load_time is None:
+            raise ValueError("the weights are served as the checkpoint stores them")
+        name = self._weight_name(linear)
+        return self.load_time.encode(self._read([name])[name])
 
     def read_scales(self, linear: str) -> Tensor | None:
         """What the artifact has to know of a weight that is quantized while it loads.

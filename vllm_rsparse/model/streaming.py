@@ -153,6 +153,21 @@ class StreamedModel:
             return loaded.detach()
         return self._tensors.read_weights([linear.name])[linear.name]
 
+    @property
+    def plane_count(self) -> int:
+        """Planes in which the linears' weights are read; 1: whole."""
+        return 1 if self.load_time is None else self.load_time.format.planes
+
+    def planes(self, linear: Linear) -> tuple[Tensor, ...]:
+        """What each plane of a linear's weight stands for, [N, K], on the CPU.
+
+        Float32; a weight that is read whole is that of ``weight``.
+        """
+        if self.plane_count == 1:
+            return (self.weight(linear),)
+        stored = self._tensors.read_stored(linear.name)
+        return stored.format.dequantise_planes(stored)
+
     def scales(self, linear: Linear) -> Tensor | None:
         """Scales that the artifact holds of a linear's weight: float32 [N], or None."""
         return self._tensors.read_scales(linear.name)

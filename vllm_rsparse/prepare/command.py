@@ -30,12 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="directory to write, which vllm serve loads",
     )
-    parser.add_argument(
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument(
         "--sparsity",
         type=float,
-        required=True,
         metavar="S",
         help="fraction of the linears' bytes that decoding skips, for example 0.5",
+    )
+    target.add_argument(
+        "--bits",
+        type=float,
+        metavar="B",
+        help="with --weights int8-planes: mean bits of a weight that decoding reads,"
+        " for example 4.2",
     )
     parser.add_argument(
         "--calibration-data",
@@ -128,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
         model=args.model,
         output=args.output,
         sparsity=args.sparsity,
+        bits=args.bits,
         calibration_data=tuple(map(TextFile.parse, args.calibration_data)),
         rho=args.rho,
         recipe=args.recipe,
@@ -148,6 +156,12 @@ def run(args: argparse.Namespace) -> int:
 
     info = prepare(options)
     print(summary(info))
+    if info.bits_read is not None:
+        logger.info(
+            "%.2f bits read of a weight (target %.2f), scales included",
+            info.bits_read,
+            options.bits,
+        )
     logger.info(
         "achieved sparsity %.3f (target %.3f), factors counted, on the calibration"
         " text; written to %s",

@@ -12,6 +12,9 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = (AS_STORED, *LOAD_TIME_FORMATS)
 DEFAULT_TOKENS = 4096
+# The format whose channels are read with 8, 4 or 0 bits.
+IN_PLANES = "int8-planes"
+MIN_BITS, MAX_BITS = 1.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class PrepareOptions:
     Attributes:
         model: local directory or Hub name of the dense base model.
         output: directory to write; it must not exist, unless ``overwrite``.
-        sparsity: target s in [0, 1): fraction of the linears' bytes not read.
+        sparsity: target s in [0, 1): fraction of the linears' bytes not read. None
+            where ``bits`` is given.
         calibration_data: files of text or JSONL (see ``texts.documents``), with weights
             or without.
         recipe: name of a recipe, or a JSON file (see ``recipes``).
@@ -33,6 +37,8 @@ class PrepareOptions:
         device: where calibration runs ("auto": CUDA if available).
         dtype: compute dtype of calibration ("auto": float32 on CPU, the checkpoint's
             on CUDA).
+        bits: mean bits of a weight that a token reads, where weights are read in
+            planes, scales and zero points included; instead of ``sparsity``.
         weights: "as-stored", or the format that the linears' weights are quantized to
             while they load, for calibration and when served.
         copy_weights: copy the base's files instead of linking to them.
@@ -43,7 +49,7 @@ class PrepareOptions:
 
     model: str
     output: Path
-    sparsity: float
+    sparsity: float | None
     calibration_data: tuple[Path | TextFile, ...]
     rho: float | None = None
     samples: int = 16
@@ -56,11 +62,13 @@ class PrepareOptions:
     overwrite: bool = False
     revision: str | None = None
     recipe: str = "best"
+    bits: float | None = None
     save_recipe: Path | None = None
 
     def __post_init__(self) -> None:
+        self._check_target()
         # Written as `not (a <= x < b)` so that NaN is refused too.
-        if not 0.0 <= self.sparsity < 1.0:
+        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
             raise PrepareError(
                 f"--sparsity must lie in [0, 1), got {self.sparsity}: 0.5 skips half of"
                 " the bytes of the linear layers"
@@ -91,3 +99,28 @@ class PrepareOptions:
                 raise PrepareError(
                     f"{name} must be one of {', '.join(allowed)}, got {value!r}"
                 )
+
+    def _check_target(self) -> None:
+        """Sparsity for weights that are read whole, bits for those in planes."""
+        if self.weights == IN_PLANES:
+            if self.sparsity is not None or self.bits is None:
+                raise PrepareError(
+                    f"--weights {IN_PLANES} takes --bits, the mean bits of a weight"
+                    " that a token reads, and no --sparsity: --bits 4.2 reads as much"
+                    " as INT4 does"
+                )
+            if not MIN_BITS <= self.bits <= MAX_BITS:
+                raise PrepareError(
+                    f"--bits must lie in [{MIN_BITS:g}, {MAX_BITS:g}], got {self.bits}:"
+                    " 4.2 reads as much as INT4 does, 3.2 a quarter less"
+                )
+        elif self.bits is not None:
+            raise PrepareError(
+                f"--bits {self.bits} is for weights that are read in planes; add"
+                f" --weights {IN_PLANES}, or use --sparsity"
+            )
+        elif self.sparsity is None:
+            raise PrepareError(
+                "--sparsity is missing: 0.5 skips half of the bytes of the linear"
+                " layers"
+            )

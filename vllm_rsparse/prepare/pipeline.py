@@ -2,7 +2,7 @@
 """``prepare`` from end to end."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -22,8 +22,9 @@ from vllm_rsparse.artifact.tensors import (
     file_sha256,
 )
 from vllm_rsparse.artifact.versions import write_info
-from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.errors import CheckpointError, PrepareError
 from vllm_rsparse.formats.plain import FLOAT
+from vllm_rsparse.formats.plane_bits import GROUPS, group_of, plane_bits
 from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
 from vllm_rsparse.model.device import choose_device
@@ -35,9 +36,9 @@ from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.layers import calibrate_layers
 from vllm_rsparse.prepare.options import DEFAULT_TOKENS, PrepareOptions
 from vllm_rsparse.prepare.recipe.files import load_recipe, recipe_json
-from vllm_rsparse.prepare.recipe.recipes import Recipe
+from vllm_rsparse.prepare.recipe.recipes import RECIPES, Recipe
 from vllm_rsparse.prepare.run import Run, dense_prefix
-from vllm_rsparse.prepare.search.allocators import allocator_of
+from vllm_rsparse.prepare.search.allocators import allocator_of, takes_planes
 from vllm_rsparse.prepare.search.planning import plan_linears
 from vllm_rsparse.prepare.store.identity import run_identity
 from vllm_rsparse.prepare.store.output import (
@@ -96,11 +97,12 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
         output.with_name(f"{output.name}.search"),
         run_identity(recipe, options, model, text.windows),
     )
+    sparsity = _sparsity(options, linears)
     prefix = dense_prefix(text.windows) if recipe.activations == "sparse" else 0
     run = Run(model, tuple(linears), text.windows, prefix, options.seed, store)
     with staged, store:
         with _hint_when_out_of_memory():
-            planned = plan_linears(run, recipe, options.sparsity)
+            planned = plan_linears(run, recipe, sparsity)
             calibrated = calibrate_layers(
                 run,
                 planned,
@@ -109,7 +111,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
             )
         digest = file_sha256(staged.artifact / TENSORS_NAME)
         info = ArtifactInfo(
-            sparsity=options.sparsity,
+            sparsity=sparsity,
             linears=calibrated.entries,
             dtype=stored_dtype,
             tensors_sha256=digest,
@@ -123,7 +125,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
                 "base_directory": str(checkpoint.directory),
                 "recipe": {
                     "name": recipe.name,
-                    "sparsity": options.sparsity,
+                    "sparsity": sparsity,
                     "rho": recipe.rho,
                 },
                 "method": {
@@ -148,7 +150,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
             quant_method=QUANT_METHOD,
             artifact=ARTIFACT_DIR,
             artifact_sha256=digest,
-            sparsity=options.sparsity,
+            sparsity=sparsity,
             weights=None if load_time is None else load_time.name,
             base=base_quantization(checkpoint.config),
         )
@@ -168,7 +170,35 @@ def _recipe(options: PrepareOptions) -> Recipe:
     if options.rho is not None:
         recipe = replace(recipe, rho=options.rho)
     allocator_of(recipe)
+    if options.bits is not None and not takes_planes(recipe):
+        raise PrepareError(
+            f"recipe {recipe.name!r} does not allocate bits: with --bits use one of"
+            f" {', '.join(name for name, one in RECIPES.items() if takes_planes(one))}"
+        )
     return recipe
+
+
+def _sparsity(options: PrepareOptions, linears: Sequence[Linear]) -> float:
+    """The fraction of the linears' bits that tokens shall not read.
+
+    Raises:
+        CheckpointError: the weights are to be read in planes, and a linear cannot be.
+    """
+    if options.sparsity is not None:
+        return options.sparsity
+    assert options.bits is not None  # as the options check
+    stored = elements = 0.0
+    for linear in linears:
+        n, k = linear.shape
+        if group_of(k) is None or n % 8:
+            raise CheckpointError(
+                f"{linear.name} is [{n}, {k}]: --weights {options.weights} needs a"
+                f" multiple of {GROUPS[-1]} input channels, and of 8 output channels;"
+                " use --weights fp8"
+            )
+        stored += n * k * sum(plane_bits(k))
+        elements += n * k
+    return max(0.0, 1 - options.bits * elements / stored)
 
 
 def _base_weights(

@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The closing table of ``prepare``: one row per kind of linear."""
 
-from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry, model_sparsity
+from collections.abc import Callable
+
+from vllm_rsparse.artifact.schema import (
+    ArtifactInfo,
+    LinearEntry,
+    bits_read,
+    model_sparsity,
+)
 from vllm_rsparse.model.names import LinearName, label_of
 from vllm_rsparse.text_table import align
 
@@ -11,9 +18,16 @@ def summary(info: ArtifactInfo) -> str:
 
     Achieved sparsity counts kept columns and factors on the calibration tokens.
     """
-    rows: list[tuple[str, ...]] = [
-        ("linear", "target", "achieved", "mean rank", "rel. error")
-    ]
+    header: tuple[str, ...] = (
+        "linear",
+        "target",
+        "achieved",
+        "mean rank",
+        "rel. error",
+    )
+    if info.bits_read is not None:
+        header = ("linear", "bits", "at 8 bits", "at 4", "at 0", "rel. error")
+    rows: list[tuple[str, ...]] = [header]
     kinds: dict[str, dict[str, LinearEntry]] = {}
     for name, entry in info.linears.items():
         kinds.setdefault(LinearName.parse(name).kind, {})[name] = entry
@@ -23,19 +37,40 @@ def summary(info: ArtifactInfo) -> str:
 
 
 def _row(label: str, entries: dict[str, LinearEntry]) -> tuple[str, ...]:
+    bits = bits_read(entries)
+    if bits is not None:
+        return _bits_row(label, entries, bits)
     dense = sum(entry.dense_elements for entry in entries.values())
     target = sum(e.sparsity * e.dense_elements for e in entries.values()) / dense
     rank = sum(entry.rank for entry in entries.values()) / len(entries)
-    errors = [
-        entry.relative_error
-        for entry in entries.values()
-        if entry.relative_error is not None
-    ]
-    error = f"{sum(errors) / len(errors):.3f}" if errors else "-"
     return (
         label,
         f"{target:.3f}",
         f"{model_sparsity(entries):.3f}",
         f"{rank:.1f}",
-        error,
+        _mean_error(entries),
     )
+
+
+def _bits_row(
+    label: str, entries: dict[str, LinearEntry], bits: float
+) -> tuple[str, ...]:
+    """Of weights in planes: how many of the channels are read with 8, 4 and 0 bits."""
+    dense = sum(entry.dense_elements for entry in entries.values())
+
+    def mean(value: Callable[[LinearEntry], float]) -> float:
+        return sum(value(e) * e.dense_elements for e in entries.values()) / dense
+
+    kept = mean(lambda entry: entry.kept_fraction)
+    full = mean(lambda entry: entry.full_fraction or 0.0)
+    shares = (f"{share:.0%}" for share in (full, kept - full, 1 - kept))
+    return label, f"{bits:.2f}", *shares, _mean_error(entries)
+
+
+def _mean_error(entries: dict[str, LinearEntry]) -> str:
+    errors = [
+        entry.relative_error
+        for entry in entries.values()
+        if entry.relative_error is not None
+    ]
+    return f"{sum(errors) / len(errors):.3f}" if errors else "-"

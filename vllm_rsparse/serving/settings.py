@@ -18,9 +18,9 @@ from vllm_rsparse.artifact.quantization import (
     read_quantization,
 )
 from vllm_rsparse.artifact.schema import ArtifactInfo
-from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.errors import ArtifactError, SettingError
 from vllm_rsparse.formats.names import AS_STORED
-from vllm_rsparse.formats.registry import load_time_format
+from vllm_rsparse.formats.registry import format_of_name, load_time_format
 from vllm_rsparse.serving.route import RouteRequest
 
 logger = logging.getLogger(__name__)
@@ -144,6 +144,13 @@ def served_weights(
     load_time = load_time_format(chosen, where)
     if load_time is not None:
         load_time.check_base(info.base.format, model)
+    wanted = format_of_name(info.base.format if load_time is None else chosen)
+    if wanted.planes != format_of_name(info.served_format).planes:
+        raise SettingError(
+            f"{where} is {chosen}, but the artifact's thresholds are for weights"
+            f" {info.weights}: one of them is read in planes and the other is not;"
+            f" prepare the model with --weights {chosen}"
+        )
     if chosen != info.weights:
         logger.warning(
             "rsparse: the artifact was calibrated on weights %s, and %s serves them"

@@ -160,6 +160,8 @@ class _LayerCalibration:
         self.tensors: dict[str, Tensor] = {}
         self.entries: dict[str, LinearEntry] = {}
         self.residuals: dict[str, float] = {}
+        # Of the linear that was calibrated last.
+        self._planes: list[Tensor] = []
 
     def on_dense(self, layer: LayerLinears, hidden: Tensor) -> None:
         """Use the dense layer's activations; hidden states pass through it."""
@@ -179,17 +181,18 @@ class _LayerCalibration:
                 x = stage_input(model, stage[0], module, hidden, prefix)
                 for linear in stage:
                     result = self._calibrate(linear, x)
-                    sparse.install(linear.kind, result.tensors, prefix)
+                    first = self._planes[0] if len(self._planes) > 1 else None
+                    sparse.install(linear.kind, result.tensors, prefix, first)
             model.run_layer(layer.index, hidden)
 
     def _calibrate(self, linear: Linear, x: Tensor) -> CalibratedLinear:
         model = self._run.model
-        weight = model.weight(linear)
+        self._planes = [plane.to(model.device) for plane in model.planes(linear)]
         scale = self._planned.scales.get(linear.name)
         metric = self._planned.metrics.get(linear.name)
         device = model.device
         result = calibrate_linear(
-            weight.to(device),
+            self._planes,
             x,
             self._planned.plans[linear.name],
             _seed(self._run.seed, linear.name),
@@ -219,9 +222,10 @@ def _specs(run: Run, planned: Planned, dtype: torch.dtype) -> dict[str, TensorSp
     for linear in run.linears:
         n, k = linear.shape
         rank = planned.plans[linear.name].rank(linear.shape)
+        rows = () if run.model.plane_count == 1 else (run.model.plane_count,)
         with torch.device("meta"):
             tensors = LinearTensors(
-                torch.empty(k),
+                torch.empty(*rows, k),
                 torch.empty(n, rank, dtype=dtype) if rank > 0 else None,
                 torch.empty(rank, k, dtype=dtype) if rank > 0 else None,
                 torch.empty(n) if planned.corrected else None,

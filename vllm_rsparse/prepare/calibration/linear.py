@@ -2,6 +2,7 @@
 """One linear: weight, calibration inputs and plan in, tensors and entry out."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +12,7 @@ from vllm_rsparse.artifact.schema import LinearEntry
 from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.prepare.calibration.dropped import Dropped, count_dropped
 from vllm_rsparse.prepare.calibration.factors import Factors, truncated_svd
+from vllm_rsparse.prepare.calibration.planes import plane_thresholds
 from vllm_rsparse.prepare.calibration.regress import regressed
 from vllm_rsparse.prepare.calibration.thresholds import (
     channel_thresholds,
@@ -41,7 +43,7 @@ class CalibratedLinear:
 
 @torch.inference_mode()
 def calibrate_linear(
-    weight: Tensor,
+    planes: Sequence[Tensor],
     x: Tensor,
     plan: LinearPlan,
     seed: int,
@@ -53,7 +55,8 @@ def calibrate_linear(
     """Thresholds, factors and their error for one linear.
 
     Args:
-        weight: [N, K] in the checkpoint's dtype, on the device of ``x``.
+        planes: the weight [N, K] in the checkpoint's dtype, on the device of ``x``; or
+            what each of its planes stands for, if it is read in several.
         x: calibration inputs [tokens, K].
         plan: sparsity and rho.
         seed: of the randomised methods.
@@ -68,16 +71,25 @@ def calibrate_linear(
         Tensors in the artifact's dtypes, and the entry with the kept fraction (counted
         as at run time) on all of ``x``, and the relative error.
     """
+    weight = planes[0] if len(planes) == 1 else sum_of(planes)
     n, k = weight.shape
     scale = column_norms(weight) if scale is None else scale
-    thresholds = channel_thresholds(score_threshold(x, scale, plan.keep), scale)
-    rank = plan.rank((n, k))
-    dropped = count_dropped(
-        x,
-        thresholds,
-        total=correction,
-        outer=rank > 0 and metric is not None,
-        leading=error_tokens,
+    if len(planes) == 1:
+        thresholds = channel_thresholds(score_threshold(x, scale, plan.keep), scale)
+        rows = [thresholds]
+    else:
+        thresholds = plane_thresholds(planes, x, scale, 1 - plan.sparsity)
+        rows = list(thresholds)
+    rank = plan.rank((n, k)) if len(planes) == 1 else 0
+    dropped, *later = (
+        count_dropped(
+            x,
+            row,
+            total=correction,
+            outer=rank > 0 and metric is not None,
+            leading=error_tokens,
+        )
+        for row in rows
     )
     tensors = LinearTensors(thresholds)
     factors = None
@@ -90,7 +102,7 @@ def calibrate_linear(
         u, v = factors.u.to(weight.dtype), factors.v.to(weight.dtype)
         tensors = replace(tensors, u=u, v=v)
     if correction:
-        lost = mean_lost(weight, dropped, tensors)
+        lost = mean_lost(planes, [dropped, *later], tensors)
         tensors = replace(tensors, correction=lost)
     entry = LinearEntry(
         shape=(n, k),
@@ -98,36 +110,56 @@ def calibrate_linear(
         rho=plan.rho,
         rank=rank,
         kept_fraction=dropped.kept_fraction,
-        relative_error=relative_error(weight, dropped, tensors)
+        relative_error=relative_error(planes, [dropped, *later], tensors)
         if error_tokens > 0
         else None,
         correction=correction,
+        full_fraction=later[0].kept_fraction if later else None,
     )
     return CalibratedLinear(tensors, entry, factors)
 
 
-def mean_lost(weight: Tensor, dropped: Dropped, tensors: LinearTensors) -> Tensor:
-    """E[W d - U V d] over the tokens, float32 [N]; d is the dropped part of x."""
-    mean = dropped.mean.float()
-    lost = weight.float() @ mean
+def sum_of(planes: Sequence[Tensor]) -> Tensor:
+    """The weight [N, K] that planes add up to."""
+    return torch.stack(list(planes)).sum(0)
+
+
+def mean_lost(
+    planes: Sequence[Tensor], dropped: Sequence[Dropped], tensors: LinearTensors
+) -> Tensor:
+    """E[W d - U V d] over the tokens, float32 [N]; d is the dropped part of x.
+
+    Of several planes, W d is a sum over them and d in U V d is what the first drops.
+    """
+    mean = dropped[0].mean.float()
+    lost = planes[0].float() @ mean
+    for plane, part in zip(planes[1:], dropped[1:], strict=True):
+        lost += plane.float() @ part.mean.float()
     if tensors.u is not None and tensors.v is not None:
         lost -= tensors.u.float() @ (tensors.v.float() @ mean)
     return lost
 
 
-def relative_error(weight: Tensor, dropped: Dropped, tensors: LinearTensors) -> float:
+def relative_error(
+    planes: Sequence[Tensor], dropped: Sequence[Dropped], tensors: LinearTensors
+) -> float:
     """||y_sparse - y|| / ||y|| with y = W x, without the layer's own bias.
 
     Over the leading tokens. Only the dropped part d of x differs:
-    y_sparse - y = U V d + correction - W d.
+    y_sparse - y = U V d + correction - W d. Of several planes, W d is a sum over them
+    and d in U V d is what the first drops.
     """
-    dtype = dropped.x.dtype
-    w = weight.to(dtype)
+    dtype = dropped[0].x.dtype
+    parts = [plane.to(dtype) for plane in planes]
+    w = parts[0] if len(parts) == 1 else sum_of(parts)
     u = None if tensors.u is None else tensors.u.to(dtype)
     v = None if tensors.v is None else tensors.v.to(dtype)
     error, energy = torch.zeros(2, dtype=torch.float64, device=w.device)
-    for x, d in dropped.leading():
-        difference = d @ w.mT
+    for chunks in zip(*(part.leading() for part in dropped), strict=True):
+        x, d = chunks[0]
+        difference = d @ parts[0].mT
+        for part, (_, later) in zip(parts[1:], chunks[1:], strict=True):
+            difference += later @ part.mT
         if u is not None and v is not None:
             difference -= (d @ v.mT) @ u.mT
         if tensors.correction is not None:

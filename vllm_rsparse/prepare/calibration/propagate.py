@@ -90,8 +90,22 @@ class SparseLayer:
         self._layer = layer
         self._changed: list[nn.Module] = []
 
-    def install(self, kind: str, tensors: LinearTensors, dense_prefix: int) -> None:
-        """Run the linear of this kind sparse, with tensors on the layer's device."""
+    def install(
+        self,
+        kind: str,
+        tensors: LinearTensors,
+        dense_prefix: int,
+        first: Tensor | None = None,
+    ) -> None:
+        """Run the linear of this kind sparse, with tensors on the layer's device.
+
+        Args:
+            kind: of the linear.
+            tensors: of the artifact.
+            dense_prefix: leading positions of each window that stay dense.
+            first: what the first of two planes of the weight stands for, [N, K]; None
+                where it is read whole.
+        """
         module = self._layer.get_submodule(kind)
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{kind} is {type(module).__name__}, not a Linear")
@@ -99,10 +113,18 @@ class SparseLayer:
         u = None if tensors.u is None else tensors.u.to(weight.dtype)
         v = None if tensors.v is None else tensors.v.to(weight.dtype)
 
+        rows = tensors.thresholds.view(-1, weight.shape[1])
+        parts = [weight]
+        if first is not None:
+            parts = [first.to(weight.dtype), weight - first.to(weight.dtype)]
+
         def forward(x: Tensor) -> Tensor:
             exact, rest = x[:, :dense_prefix], x[:, dense_prefix:]
-            mask = kept_mask(rest.flatten(0, 1), tensors.thresholds).view(rest.shape)
-            y = functional.linear(rest.masked_fill(~mask, 0), weight, bias)
+            masks = kept_mask(rest.flatten(0, 1), rows).view(-1, *rest.shape)
+            mask = masks[0]
+            y = functional.linear(rest.masked_fill(~mask, 0), parts[0], bias)
+            for part, more in zip(parts[1:], masks[1:], strict=True):
+                y = y + functional.linear(rest.masked_fill(~more, 0), part)
             if u is not None and v is not None:
                 y = y + (rest.masked_fill(mask, 0) @ v.mT) @ u.mT
             if tensors.correction is not None:

@@ -15,11 +15,13 @@ class Allocator(ABC):
     Attributes:
         needs_gradients: whether it reads ``Scored.gradients``.
         takes_rho: whether it uses the recipe's rho; others choose factors themselves.
+        takes_planes: whether it allocates bits of weights that are read in planes.
         tries_correction: whether it can decide a correction of "try".
     """
 
     needs_gradients: ClassVar[bool] = False
     takes_rho: ClassVar[bool] = False
+    takes_planes: ClassVar[bool] = False
     tries_correction: ClassVar[bool] = False
 
     @abstractmethod

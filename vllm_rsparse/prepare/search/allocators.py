@@ -20,6 +20,12 @@ ALLOCATORS: dict[str, Allocator] = {
 }
 
 
+def takes_planes(recipe: Recipe) -> bool:
+    """Whether a recipe allocates bits of weights that are read in planes."""
+    known = ALLOCATORS.get(recipe.allocation)
+    return known is not None and known.takes_planes and recipe.rho == 1.0
+
+
 def allocator_of(recipe: Recipe) -> Allocator:
     """The strategy of a recipe.
 

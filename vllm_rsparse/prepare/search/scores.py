@@ -69,7 +69,8 @@ def _norm(run: Run, recipe: Recipe) -> Scored:
 def _sensitivity(run: Run, recipe: Recipe) -> Scored:
     gradients = sensitivities(run)
     metrics = {}
-    if recipe.factors == "regressed":
+    # What the planes leave out is too little for factors.
+    if recipe.factors == "regressed" and run.model.plane_count == 1:
         metrics = {
             name: sensitivity.metric
             for name, sensitivity in gradients.linears.items()

@@ -41,19 +41,30 @@ class Mixed(Allocator):
     """Tries two strategies and their mean, then variants of the best of them."""
 
     needs_gradients = True
+    takes_planes = True
     tries_correction = True
 
     def allocate(self, run: Run, scored: Scored, sparsity: float) -> Planned:
-        """Calibrates up to eight candidates."""
-        greedy = Greedy().allocation(run, scored)
+        """Calibrates up to eight candidates.
+
+        Weights that are read in planes have even shares instead of measured errors,
+        which are of dropped channels.
+        """
         one_threshold = OneThreshold().allocation(run, scored)
-        mean = partial(mean_of, greedy, one_threshold)
+        name, first = "even", self._even(run)
+        if run.model.plane_count == 1:
+            name, first = "greedy", Greedy().allocation(run, scored)
+        mean = partial(mean_of, first, one_threshold)
         allocations: dict[str, Allocation] = {
-            "greedy": greedy,
+            name: first,
             "sensitivity": one_threshold,
             "half of each": mean,
         }
         return choose(run, scored, allocations, mean, sparsity)
+
+    @staticmethod
+    def _even(run: Run) -> Allocation:
+        return partial(uniform, run.linears, rho=1.0)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ class Uniform(Allocator):
     """The model's sparsity, and the recipe's rho, for every linear."""
 
     takes_rho = True
+    takes_planes = True
 
     def allocate(self, run: Run, scored: Scored, sparsity: float) -> Planned:
         """Runs nothing."""

@@ -48,6 +48,7 @@ def run_identity(
         "calibration windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "recipe": hashlib.sha256(recipe_json(recipe).encode()).hexdigest(),
         "--sparsity": options.sparsity,
+        "--bits": options.bits,
         "--seed": options.seed,
         "--device": model.device.type,
         "--dtype": str(model.dtype),

@@ -12,7 +12,8 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from vllm_rsparse.artifact.tensors import Artifact
-from vllm_rsparse.formats.base import StoredWeight
+from vllm_rsparse.errors import CheckpointError
+from vllm_rsparse.formats.base import StoredWeight, WeightFormatError
 from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.serving.weights.base import CheckpointWeights, Partition
@@ -64,7 +65,12 @@ class LoadTimeWeights(CheckpointWeights):
         """See the base class."""
         loaded = self._source.stored(layer, partition)
         weight = loaded.data if loaded.format is FLOAT else loaded.dequantise()
-        return self._load_time.encode(weight, self._scales(layer, weight))
+        scales = self._scales(layer, weight)
+        try:
+            return self._load_time.encode(weight, scales, partition.full_k)
+        except WeightFormatError as error:
+            names = " + ".join(self._names)
+            raise CheckpointError(f"{names}: {error}") from error
 
     def _scales(self, layer: LinearBase, weight: Tensor) -> Tensor | None:
         """The artifact's scales of this rank's rows, or what takes their place.

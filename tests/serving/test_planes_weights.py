@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights in two planes, made while they load, with tensor-parallel ranks faked."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("vllm")
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.model_loader.reload import layerwise
+
+from vllm_rsparse.errors import RSparseError
+from vllm_rsparse.formats.int8_planes import INT8_PLANES, PLANES_WHILE_LOADING
+from vllm_rsparse.op import layers
+from vllm_rsparse.serving.config import RSparseConfig
+from vllm_rsparse.serving.served import ServedModel
+
+HIDDEN, INNER = 192, 256
+MLP = "model.layers.0.mlp"
+# N, K, rank of the factors, constant.
+SHAPES = {
+    f"{MLP}.gate_proj": (INNER, HIDDEN, 0, False),
+    f"{MLP}.up_proj": (INNER, HIDDEN, 0, True),
+    f"{MLP}.down_proj": (HIDDEN, INNER, 0, False),
+}
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Call with (rank, size): vLLM's layers then believe to be that rank."""
+
+    def become(rank, size):
+        for module in ("vllm.model_executor.parameter", vllm_linear.__name__):
+            for name, value in (("rank", rank), ("world_size", size)):
+                attribute = f"{module}.get_tensor_model_parallel_{name}"
+                monkeypatch.setattr(attribute, lambda v=value: v)
+
+    monkeypatch.setattr(ServedModel, "check_coverage", lambda self: None)
+    with set_current_vllm_config(VllmConfig()):
+        yield become
+
+
+@pytest.fixture
+def weights():
+    return {n: torch.randn(s[0], s[1]) / s[1] ** 0.5 for n, s in SHAPES.items()}
+
+
+@pytest.fixture
+def model(tmp_path, write_artifact):
+    """A directory whose artifact has two thresholds a channel, and its tensors."""
+    return tmp_path, write_artifact(
+        tmp_path / "rsparse", SHAPES, planes=2, weights=INT8_PLANES.name
+    )
+
+
+def make_config(directory, **options):
+    config = RSparseConfig.from_config(
+        {"artifact": "rsparse", "backend": "cpu", **options}
+    )
+    config.maybe_update_config(str(directory))
+    return config
+
+
+def load(layer, weights):
+    names = layer.quant_method.names
+    for index, name in enumerate(names):
+        arguments = (index,) if len(names) > 1 else ()
+        layer.weight.weight_loader(layer.weight, weights[name], *arguments)
+
+
+def build(kind, config, weights=None):
+    common = {
+        "bias": False,
+        "quant_config": config,
+        "params_dtype": torch.float32,
+        "prefix": f"{MLP}.{kind}",
+    }
+    if kind == "gate_up_proj":
+        layer = vllm_linear.MergedColumnParallelLinear(HIDDEN, [INNER] * 2, **common)
+    else:
+        layer = vllm_linear.RowParallelLinear(
+            INNER, HIDDEN, reduce_results=False, **common
+        )
+    if weights is not None:
+        load(layer, weights)
+    return layer
+
+
+def expected(x, name, weights, tensors):
+    """The formula, written out."""
+    stored = PLANES_WHILE_LOADING.encode(weights[name])
+    first, second = stored.format.dequantise_planes(stored)
+    low, high = (x * (x.abs() > row) for row in tensors[name]["thresholds"])
+    y = low @ first.T + high @ second.T
+    return y + tensors[name].get("correction", 0)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_together_compute_the_formula(model, weights, engine, size):
+    directory, tensors = model
+    x = torch.randn(3, HIDDEN)
+    outputs, sums, inner = [], 0, torch.randn(3, INNER)
+    for rank in range(size):
+        engine(rank, size)
+        config = make_config(directory, max_sparse_tokens=4)
+        up = build("gate_up_proj", config, weights)
+        assert up.weight.shape == (2, HIDDEN, 2 * INNER // size // 8)
+        down = build("down_proj", config, weights)
+        outputs.append(up.quant_method.apply(up, x).chunk(2, dim=1))
+        part = inner.chunk(size, dim=1)[rank]
+        sums = sums + down.quant_method.apply(down, part)
+    for index, kind in enumerate(("gate_proj", "up_proj")):
+        found = torch.cat([output[index] for output in outputs], dim=1)
+        right = expected(x, f"{MLP}.{kind}", weights, tensors)
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    right = expected(inner, f"{MLP}.down_proj", weights, tensors)
+    torch.testing.assert_close(sums, right, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_that_is_dense_reads_both_planes(model, weights, engine):
+    engine(0, 1)
+    layer = build("down_proj", make_config(model[0], max_sparse_tokens=1), weights)
+    x = torch.randn(2, INNER)
+    whole = PLANES_WHILE_LOADING.round_trip(weights[f"{MLP}.down_proj"])
+    torch.testing.assert_close(layer.quant_method.apply(layer, x), x @ whole.T)
+
+
+def test_ranks_that_would_split_a_group_are_refused(model, weights, engine):
+    engine(0, 4)
+    message = r"down_proj: .*hold 64 of 256 .*fewer tensor-parallel ranks"
+    with pytest.raises(RSparseError, match=message):
+        build("down_proj", make_config(model[0]), weights)
+
+
+def test_a_reload_writes_into_the_same_tensors(model, weights, engine):
+    engine(0, 1)
+    layer = build("gate_up_proj", make_config(model[0], max_sparse_tokens=4))
+    whole = nn.ModuleList([layer])
+    layerwise.record_metadata_for_reloading(whole)
+    load(layer, weights)
+    layerwise.finalize_layerwise_processing(whole, None)
+    held = layer.weight, layer.rsparse_scales, layer.rsparse_zeros
+    changed = {name: weight.flip(0) * 3 for name, weight in weights.items()}
+    layerwise.initialize_layerwise_reload(whole)
+    load(layer, changed)
+    layerwise.finalize_layerwise_reload(whole, None)
+    assert (layer.weight, layer.rsparse_scales, layer.rsparse_zeros) == held
+    assert layers.layer_of(layer.rsparse_thresholds) is not None
+    x = torch.randn(1, HIDDEN)
+    found = layer.quant_method.apply(layer, x).chunk(2, dim=1)
+    for index, kind in enumerate(("gate_proj", "up_proj")):
+        right = expected(x, f"{MLP}.{kind}", changed, model[1])
+        torch.testing.assert_close(found[index], right, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("other", ["as-stored", "fp8"])
+def test_thresholds_for_planes_serve_no_other_weights(model, engine, other):
+    with pytest.raises(RSparseError, match=f"is {other}, but .*read in planes"):
+        make_config(model[0], weights=other)
+
+
+def test_thresholds_for_whole_weights_do_not_serve_planes(
+    tmp_path, write_artifact, engine
+):
+    write_artifact(tmp_path / "rsparse", SHAPES)
+    with pytest.raises(RSparseError, match="prepare the model with --weights int8"):
+        make_config(tmp_path, weights="int8-planes")
