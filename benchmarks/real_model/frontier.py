@@ -5,9 +5,10 @@
         --calibration-data TEXT --bases bf16 fp8 int4 --sparsity 0.3 0.5
 
 Every row compares with the answers and the logits of MODEL itself. ``fp8`` (a scale per
-output channel) and ``int4`` (symmetric, 128 input channels a group) are MODEL rounded
-to nearest, without calibration. DIR keeps the bases and the answers. OUT.json is
-rewritten after every row; rows that it has already are not measured again.
+output channel) and ``int4`` (symmetric, 128 input channels a group, or 64 with
+``int4-g64``) are MODEL rounded to nearest, without calibration. DIR keeps the bases and
+the answers. OUT.json is rewritten after every row; rows that it has already are not
+measured again.
 """
 
 import argparse
@@ -37,7 +38,12 @@ from vllm_rsparse.text_table import align
 from vllm_rsparse.texts.tokens import load_tokenizer
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
-LAYOUTS = {"bf16": None, "fp8": "fp8-channel", "int4": "w4a16-g128"}
+LAYOUTS = {
+    "bf16": None,
+    "fp8": "fp8-channel",
+    "int4": "w4a16-g128",
+    "int4-g64": "w4a16-g64",
+}
 DENSE = "dense"
 
 Row = dict[str, Any]
@@ -69,7 +75,7 @@ class Frontier:
         wanted = [(DENSE, 0.0)] if LAYOUTS[base] is not None else []
         wanted += [(r, s) for s in self.args.sparsity for r in self.args.recipes]
         done = {(row["base"], row["recipe"], row["sparsity"]) for row in known}
-        wanted = [(r, s) for r, s in wanted if (base, r, s) not in done]
+        wanted = [(r, s) for r, s in wanted if (base, Path(r).stem, s) not in done]
         if not wanted:
             return
         directory = self._base(base)
@@ -85,7 +91,7 @@ class Frontier:
                 domain: measure_passages(model, [prepared], passages, self.reference)[0]
                 for domain, passages in self.domains.items()
             }
-            yield row_of(base, recipe, sparsity, seconds, losses, prepared)
+            yield row_of(base, Path(recipe).stem, sparsity, seconds, losses, prepared)
 
     def _base(self, base: str) -> Path:
         """The directory of a base model, written unless it is there."""
@@ -100,7 +106,7 @@ class Frontier:
     def _prepare(
         self, directory: Path, base: str, recipe: str, sparsity: float
     ) -> PreparedDirectory:
-        output = self.args.work / f"{base}-{recipe}-{sparsity}"
+        output = self.args.work / f"{base}-{Path(recipe).stem}-{sparsity}"
         prepare(
             PrepareOptions(
                 model=str(directory),
@@ -174,7 +180,9 @@ def main() -> None:
     parser.add_argument("--calibration-data", type=Path, nargs="+", required=True)
     parser.add_argument("--bases", nargs="+", choices=LAYOUTS, default=["bf16"])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.3, 0.5])
-    parser.add_argument("--recipes", nargs="+", default=["best", "wina"])
+    parser.add_argument(
+        "--recipes", nargs="+", default=["best", "wina"], help="names or files"
+    )
     parser.add_argument("--samples", type=int, default=16, help="calibration windows")
     parser.add_argument("--tokens", type=int, default=1024, help="of each of those")
     parser.add_argument("--prompts", type=Path, default=PROMPTS)
