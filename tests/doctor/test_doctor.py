@@ -164,6 +164,7 @@ def test_no_artifact(doctor: Any, tmp_path: Path) -> None:
     [
         ("VLLM_PLUGINS", "other", 1, "plug-in", "excludes it"),
         ("VLLM_RSPARSE_BACKEND", "fast", 1, "backend", "allowed are auto"),
+        ("VLLM_RSPARSE_BACKEND", "fast", 1, "one layer", "VLLM_RSPARSE_BACKEND is"),
         ("VLLM_RSPARSE_MAX_SPARSE_TOKENS", "-1", 1, "backend", "integer >= 0"),
         ("VLLM_RSPARSE_MAX_SPARSE_TOKENS", "0", 0, "backend", "served dense"),
     ],

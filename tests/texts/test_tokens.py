@@ -102,6 +102,12 @@ def test_a_chat_that_the_template_refuses(tokenizer: Any, tmp_path: Path) -> Non
         DocumentTokens(tokenizer).tokens(read)
 
 
-def test_a_model_without_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
+def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no tokenizer") as caught:
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded") as torn:
+        load_tokenizer(tmp_path)
+    for error in (caught, torn):
+        assert "\n" not in str(error.value)

@@ -205,8 +205,3 @@ def test_held_out_windows_are_spread_over_the_text(
 def test_a_tokenizer_of_another_model(tokenizer: Any, text_file: Path) -> None:
     with pytest.raises(CheckpointError, match=r"only 50; the tokenizer files belong"):
         _load(tokenizer, text_file, vocab_size=50)
-
-
-def test_a_model_without_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
-        load_tokenizer(tmp_path)

@@ -107,7 +107,7 @@ def _run(layers: list[FusedLayer], what: str) -> Finding:
     from vllm_rsparse import envs
 
     device = torch.device(current_platform.device_type)
-    backend = resolve_backend(envs.backend(), device.type)
+    backend = resolve_backend(envs.backend(), device.type, envs.BACKEND)
     results = [compare(layer, backend, device) for layer in layers]
     name = backend.label
     for layer, result in zip(layers, results, strict=True):

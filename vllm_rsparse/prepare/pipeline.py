@@ -45,6 +45,7 @@ from vllm_rsparse.prepare.store.output import (
     StagedOutput,
     check_output,
     check_recipe_file,
+    check_space,
     write_text,
 )
 from vllm_rsparse.prepare.store.run_store import RunStore
@@ -79,6 +80,8 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
     linears, stored_dtype = find_linears(checkpoint)
     dtype = _compute_dtype(options.dtype, device, stored_dtype)
     staged = StagedOutput(options.output, checkpoint.directory, options.overwrite)
+    if options.copy_weights:
+        check_space(options.output, checkpoint)
     base = _base_weights(checkpoint, linears, stored_dtype)
     load_time = load_time_format(options.weights, "--weights")
     if load_time is not None:

@@ -18,10 +18,16 @@ from vllm_rsparse.texts.documents import Document, Source
 
 # Documents that are given to the tokenizer at once; it splits them between threads.
 _BATCH = 256
+_TOKENIZER_FILES = ("tokenizer*", "tekken*", "vocab*", "*.model", "*.tiktoken")
 
 
 def load_tokenizer(directory: Path) -> Any:
     """The checkpoint's tokenizer; CheckpointError if it cannot be loaded."""
+    if not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{directory}: has no tokenizer (none of {', '.join(_TOKENIZER_FILES)});"
+            " copy the tokenizer's files of the same model there"
+        )
     from transformers import AutoTokenizer
 
     try:
@@ -29,8 +35,9 @@ def load_tokenizer(directory: Path) -> Any:
     # transformers raises whatever the tokenizer's own parser raised.
     except Exception as error:
         raise CheckpointError(
-            f"{directory}: its tokenizer cannot be loaded ({error}); the directory"
-            " needs the tokenizer's files next to the weights"
+            f"{directory}: its tokenizer cannot be loaded"
+            f" ({' '.join(str(error).split())}); copy the tokenizer's files of the same"
+            " model there again"
         ) from error
 
 

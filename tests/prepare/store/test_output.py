@@ -8,7 +8,13 @@ import pytest
 
 from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.model.checkpoint import Checkpoint
-from vllm_rsparse.prepare.store.output import StagedOutput, check_recipe_file
+from vllm_rsparse.prepare.store import output as output_module
+from vllm_rsparse.prepare.store.output import (
+    StagedOutput,
+    check_output,
+    check_recipe_file,
+    check_space,
+)
 
 BASE_FILES = (
     "model.safetensors",
@@ -167,3 +173,28 @@ def test_a_recipe_file_that_could_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PrepareError, match=r"no folder .*/file; make it"):
         check_recipe_file(tmp_path / "file" / "r.json", tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PrepareError, match=r"OUTPUT .*: .*/file is a file"):
+        check_output(tmp_path / "file" / "a" / "out", overwrite=False)
+    check_output(tmp_path / "a" / "b" / "out", overwrite=False)
+    # root may write everywhere but to a read-only disk.
+    monkeypatch.setattr(output_module.os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PrepareError, match=f"OUTPUT .*: the folder {tmp_path} is not"):
+        check_output(tmp_path / "a" / "b" / "out", overwrite=False)
+
+
+def test_copies_that_do_not_fit_are_refused(
+    tmp_path: Path, pyllama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_space(tmp_path / "a" / "out", Checkpoint(pyllama))
+    free = (1, 1, (pyllama / "model.safetensors").stat().st_size)
+    usage = output_module.shutil._ntuple_diskusage(*free)
+    monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: usage)
+    # The weights alone would fit.
+    with pytest.raises(PrepareError, match=r"--copy-weights needs 0.0.*are free"):
+        check_space(tmp_path / "a" / "out", Checkpoint(pyllama))

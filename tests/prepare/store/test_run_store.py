@@ -27,6 +27,7 @@ def test_tensors_come_back(tmp_path: Path) -> None:
     assert not store.directory.exists()
     store.put(KEY, {"half": torch.zeros(1)}, "old")
     store.put(KEY, kept, {"b": [0.1, None]})
+    store.close()
     with RunStore(tmp_path / "s", {"a": 1}) as other:
         assert KEY in other
         assert Key("stage", 1) not in other
@@ -45,6 +46,7 @@ def test_recorded_results_come_back(tmp_path: Path) -> None:
     assert not store.directory.exists()
     store.record({KEY: {"x": [1.5, float("inf")]}, Key("stage", "0"): 3.0})
     store.record({Key("other", "a"): 1.0, Key("other", "b"): 2.0})
+    store.close()
     again = RunStore(tmp_path / "s", {"a": 1})
     assert again.recall(KEY) == {"x": [1.5, float("inf")]}
     assert again.recall(Key("stage", "0")) == 3.0
@@ -61,10 +63,12 @@ def test_a_line_that_a_killed_run_tore_is_dropped(tmp_path: Path, torn: str) -> 
     path = store.directory / RESULTS
     whole = path.read_bytes()
     path.write_bytes(whole + torn.encode())
+    store.close()
     again = RunStore(tmp_path / "s", {})
     assert again.recall(KEY) == 1.0
     assert path.read_bytes() == whole
     again.record({Key("stage", 1): 2.0})
+    again.close()
     assert RunStore(tmp_path / "s", {}).recall(Key("stage", 1)) == 2.0
 
 
@@ -74,6 +78,7 @@ def test_results_of_another_identity_are_removed(
     store = RunStore(tmp_path / "s", {"--seed": 0, "same": 1, "config.json": "a"})
     store.record({KEY: 1.0})
     store.put(KEY, {"x": torch.ones(1)})
+    store.close()
     other = RunStore(tmp_path / "s", {"--seed": 1, "same": 1, "config.json": "b"})
     with caplog.at_level(logging.WARNING):
         assert other.recall(KEY) is None
@@ -124,3 +129,20 @@ def test_what_the_user_put_there_stays(tmp_path: Path) -> None:
         store.record({KEY: 1.0})
         (store.directory / "notes.txt").touch()
     assert [file.name for file in store.directory.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("identity", [{}, {"--seed": 1}], ids=["same", "other"])
+def test_two_runs_at_once_do_not_share_a_directory(
+    tmp_path: Path, identity: dict[str, Any]
+) -> None:
+    with RunStore(tmp_path / "s", {}) as first:
+        first.record({KEY: 1.0})
+        second = RunStore(tmp_path / "s", identity)
+        for use in (lambda: second.recall(KEY), lambda: second.record({KEY: 2.0})):
+            with pytest.raises(PrepareError, match="/s: another `prepare` is working"):
+                use()
+        assert first.recall(KEY) == 1.0
+    with second:
+        assert second.recall(KEY) is None
+        second.record({KEY: 2.0})
+    assert list(tmp_path.iterdir()) == []

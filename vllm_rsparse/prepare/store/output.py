@@ -74,15 +74,7 @@ class StagedOutput:
 
         Links are absolute and point to the file itself, not to the Hub cache's links.
         """
-        files = list(checkpoint.weight_files)
-        index = checkpoint.directory / INDEX_NAME
-        if index.exists():
-            files.append(index)
-        for pattern in COMPANIONS:
-            files += sorted(checkpoint.directory.glob(pattern))
-        for file in dict.fromkeys(files):
-            if not file.is_file():
-                continue
+        for file in _base_files(checkpoint):
             if copy:
                 shutil.copyfile(file, self.path / file.name)
             else:
@@ -108,6 +100,38 @@ class StagedOutput:
             shutil.rmtree(self._old)
         else:
             os.rename(self.path, self.output)
+
+
+def _base_files(checkpoint: Checkpoint) -> list[Path]:
+    """The base's weights, index, tokenizer and generation settings."""
+    files = [*checkpoint.weight_files, checkpoint.directory / INDEX_NAME]
+    for pattern in COMPANIONS:
+        files += sorted(checkpoint.directory.glob(pattern))
+    return [file for file in dict.fromkeys(files) if file.is_file()]
+
+
+def check_space(output: Path, checkpoint: Checkpoint) -> None:
+    """Refuse, before any work is done, copies that do not fit on the disk.
+
+    Raises:
+        PrepareError: they do not.
+    """
+    size = sum(file.stat().st_size for file in _base_files(checkpoint))
+    free = shutil.disk_usage(_existing(output)).free
+    if size > free:
+        raise PrepareError(
+            f"OUTPUT {output}: --copy-weights needs {size / 1e9:.2g} GB there, and"
+            f" {free / 1e9:.2g} GB are free; free space, choose a larger disk, or leave"
+            " --copy-weights out, which links to the base's files"
+        )
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def write_text(path: Path, text: str) -> None:
@@ -138,8 +162,15 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Refuse a path that exists, unless it is a prepared directory to overwrite.
 
     Raises:
-        PrepareError: it exists and may not be replaced.
+        PrepareError: it exists and may not be replaced, or cannot be written.
     """
+    folder = _existing(output.absolute().parent)
+    if not folder.is_dir():
+        raise PrepareError(f"OUTPUT {output}: {folder} is a file; give another path")
+    if not os.access(folder, os.W_OK):
+        raise PrepareError(
+            f"OUTPUT {output}: the folder {folder} is not writable; give another path"
+        )
     if not os.path.lexists(output):
         return
     if not overwrite:

@@ -13,6 +13,7 @@ large, 0.5 GB for 16 windows of 4096 tokens and 4096 channels in bf16, so they a
 only every ``STATE_SECONDS``.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -63,7 +64,8 @@ class RunStore:
     It is also removed when an error shows that the results are useless.
 
     Nothing is read or created before a result is read or put, so that a run that keeps
-    nothing does not touch the directory of another run.
+    nothing does not touch the directory of another run. From then on the directory is
+    locked until the run ends.
 
     Args:
         directory: where the results are.
@@ -76,6 +78,7 @@ class RunStore:
         self._identity = json.dumps(identity, sort_keys=True)
         self._results: dict[Key, Any] = {}
         self._opened = False
+        self._lock: int | None = None
         self._last_state = time.monotonic()
 
     def __contains__(self, key: Key) -> bool:
@@ -186,8 +189,19 @@ class RunStore:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self._opened:
-            return
+        try:
+            if self._opened:
+                self._leave(error)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let another run use the directory."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _leave(self, error: BaseException | None) -> None:
         if error is None or isinstance(error, _USELESS_AFTER):
             self.clear()
             with suppress(OSError):  # the user has added files there
@@ -215,6 +229,7 @@ class RunStore:
                     " but did not create this directory; remove it or choose"
                     " another OUTPUT"
                 )
+            self._acquire()
             earlier = identity.read_text(encoding="utf-8") if files else None
             if earlier == self._identity:
                 self._read_results()
@@ -229,9 +244,30 @@ class RunStore:
                 self.clear()
         if make and not self._opened:
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._acquire()
             _replace(identity, self._identity)
             self._opened = True
         return self._opened
+
+    def _acquire(self) -> None:
+        """Lock the directory, which exists.
+
+        Raises:
+            PrepareError: another process has.
+        """
+        if self._lock is not None:
+            return
+        self._lock = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise PrepareError(
+                f"{self.directory}: another `prepare` is working there; wait until it"
+                " ends, or choose another OUTPUT"
+            ) from None
+        except OSError as error:  # some network file systems lock no directories
+            logger.debug("%s cannot be locked (%s)", self.directory, error)
 
     def _read_results(self) -> None:
         path = self.directory / RESULTS
