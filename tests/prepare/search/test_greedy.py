@@ -4,10 +4,16 @@
 from functools import partial
 
 import pytest
+import torch
 
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.prepare.recipe.plan import LinearPlan, mean_of
-from vllm_rsparse.prepare.search.greedy import LEVELS, allocate, in_layers
+from vllm_rsparse.prepare.search.greedy import (
+    LEVELS,
+    allocate,
+    in_layers,
+    search_windows,
+)
 
 
 def test_allocation_takes_the_cheapest_bytes_first() -> None:
@@ -20,6 +26,15 @@ def test_allocation_takes_the_cheapest_bytes_first() -> None:
     shares = allocate(errors, {"cheap": 100, "dear": 300}, 0.5)
     assert shares["cheap"] == pytest.approx(0.9)
     assert 100 * shares["cheap"] + 300 * shares["dear"] == pytest.approx(200)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count"), [(64, 4), (512, 4), (700, 2), (1024, 2), (4096, 2)]
+)
+def test_longer_windows_are_measured_in_smaller_number(tokens: int, count: int) -> None:
+    windows = torch.zeros(16, tokens, dtype=torch.int64)
+    assert len(search_windows(windows)) == count
+    assert len(search_windows(windows[:1])) == 1
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.95])

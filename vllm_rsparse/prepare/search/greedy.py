@@ -5,7 +5,7 @@ In every layer, each linear alone is made sparse at several levels, on a few win
 and the squared error of the layer's output is recorded. Errors of several linears are
 assumed to add up, so the cheapest way to skip bytes is to repeatedly take the step with
 the least added error per byte, until the layer has the target sparsity. A layer costs
-7 x 8 runs on ``SEARCH_WINDOWS`` windows.
+7 x 8 runs on ``search_windows``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,8 @@ from vllm_rsparse.prepare.search.scores import Scored
 from vllm_rsparse.prepare.store.run_store import Key
 
 LEVELS = (0.0, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-SEARCH_WINDOWS = 4
+# Tokens that errors are measured on, in two to four windows.
+SEARCH_TOKENS = 2048
 
 
 class Greedy(ChannelAllocator):
@@ -50,8 +51,7 @@ class Greedy(ChannelAllocator):
 def measure(run: Run, scales: Mapping[str, Tensor]) -> dict[str, list[float]]:
     """Squared error of the layer's output with one linear sparse at each of ``LEVELS``.
 
-    The first ``SEARCH_WINDOWS`` windows are used; the errors of a layer are kept in the
-    run's store.
+    The ``search_windows`` are used; the errors of a layer are kept in the run's store.
 
     Args:
         run: the model and its calibration text.
@@ -63,7 +63,7 @@ def measure(run: Run, scales: Mapping[str, Tensor]) -> dict[str, list[float]]:
     model, store = run.model, run.store
     result: dict[str, list[float]] = {}
     with tqdm(total=len(run.linears), desc="greedy", unit="linear") as progress:
-        hidden = model.embed(run.windows[:SEARCH_WINDOWS])
+        hidden = model.embed(search_windows(run.windows))
         for position, layer in enumerate(run.layers):
             key = Key("greedy", position)
             with model.layer(layer.index) as module:
@@ -79,6 +79,11 @@ def measure(run: Run, scales: Mapping[str, Tensor]) -> dict[str, list[float]]:
             result |= errors
             hidden = exact
     return result
+
+
+def search_windows(windows: Tensor) -> Tensor:
+    """The first two to four windows: ``SEARCH_TOKENS`` where they have 512 to 1024."""
+    return windows[: min(max(SEARCH_TOKENS // windows.shape[1], 2), 4)]
 
 
 def in_layers(
