@@ -104,6 +104,17 @@ def test_bare_artifact(doctor: Any, prepared: Path) -> None:
     assert "random weights" in lines["one layer"]
 
 
+def test_weights_in_two_planes(
+    doctor: Any, write_artifact: Any, tmp_path: Path
+) -> None:
+    kinds = ("gate_proj", "up_proj", "down_proj")
+    linears = {f"model.layers.0.mlp.{kind}": (64, 64, 0, False) for kind in kinds}
+    write_artifact(tmp_path, linears, planes=2, weights="int8-planes")
+    status, lines = doctor(tmp_path)
+    assert status == 0
+    assert "equals the definition" in lines["one layer"]
+
+
 def test_changed_tensors(doctor: Any, prepared: Path) -> None:
     path = prepared / "rsparse" / TENSORS_NAME
     data = bytearray(path.read_bytes())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.artifact.tensors import LinearTensors
+from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.formats.plain import store_float
 from vllm_rsparse.op.backends import Backend, routes_of
 from vllm_rsparse.op.operands import SparseOperands
@@ -16,11 +17,15 @@ from vllm_rsparse.testing.tolerances import MODEL_SUMS, tolerance
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """Linears with the same input: weights [N_s, K], and the artifact's tensors."""
+    """Linears with the same input: weights [N_s, K], and the artifact's tensors.
+
+    ``load_time`` is what the engine quantizes the weights to while they load, or None.
+    """
 
     names: list[str]
     weights: list[Tensor]
     tensors: list[LinearTensors]
+    load_time: LoadTimeFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,10 @@ def compare(layer: FusedLayer, backend: Backend, device: torch.device) -> Compar
 
 
 def _operands(layer: FusedLayer, device: torch.device) -> SparseOperands:
+    weight = torch.cat(layer.weights).to(device)
+    load_time = layer.load_time
     return SparseOperands.from_shards(
-        store_float(torch.cat(layer.weights).to(device)),
+        store_float(weight) if load_time is None else load_time.encode(weight),
         layer.tensors,
         [weight.shape[0] for weight in layer.weights],
         layer.weights[0].dtype,

@@ -14,7 +14,7 @@ from vllm_rsparse.doctor.finding import Finding, Level
 from vllm_rsparse.doctor.layer import FusedLayer, compare
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.formats.base import INPUT_DTYPES
-from vllm_rsparse.formats.registry import format_of_name
+from vllm_rsparse.formats.registry import format_of_name, load_time_format
 from vllm_rsparse.model.families import by_engine_layer
 from vllm_rsparse.model.names import LinearName
 from vllm_rsparse.op.backends import resolve_backend
@@ -46,7 +46,7 @@ def tuned_shapes(directory: Path) -> Iterator[Finding]:
         yield Finding(Level.OK, "tuned shapes", "only the triton backend uses them")
         return
     info = open_artifact(directory).info
-    kind = format_of_name(info.base.format).kind(getattr(torch, info.base.dtype))
+    kind = format_of_name(info.served_format).kind(getattr(torch, info.base.dtype))
     needed = set()
     for names in by_engine_layer(info.linears):
         entries = [info.linears[name] for name in names]
@@ -80,8 +80,14 @@ def first_layer(directory: Path) -> Iterator[Finding]:
     layer = (first.path, first.layer)
     names = [name for name, p in parsed.items() if (p.path, p.layer) == layer]
     weights = _weights(directory, opened, names)
+    load_time = load_time_format(opened.info.weights)
     layers = [
-        FusedLayer(group, [weights[n] for n in group], [opened.read(n) for n in group])
+        FusedLayer(
+            group,
+            [weights[n] for n in group],
+            [opened.read(n) for n in group],
+            load_time,
+        )
         for group in by_engine_layer(names)
     ]
     origin = "checkpoint's" if (directory / "config.json").is_file() else "random"
