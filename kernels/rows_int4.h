@@ -3,9 +3,11 @@
 // Rows of four-bit codes with a scale, and maybe a zero point, per group of channels
 // (vllm_rsparse/formats/int4.py).
 //
-// Over a group, s (sum of x q - z sum of x) takes two operations for each weight less than
-// the sum of x (q - z) s. The sums of x q keep low and high nibbles apart, the order in
-// which they come out of the bytes, and are put together with the scales.
+// Over a group, s (sum of x (q - 8) - (z - 8) sum of x) takes two operations for each
+// weight less than the sum of x (q - z) s. Around 8, because the sums of x q are mostly 8
+// times the sum of x, which they would lose digits to: where the mean of x is its deviation,
+// 4 to 10 times the error. The sums keep low and high nibbles apart, the order in which they
+// come out of the bytes, and are put together with the scales.
 
 #pragma once
 
@@ -13,7 +15,7 @@
 
 namespace rsparse {
 
-// sums [2, stride] for each token, of low and of high nibbles, += R rows' nibbles times x.
+// sums [2, stride] for each token, of low and of high nibbles less 8, += R rows' times x.
 template <int R, int M>
 inline void add_nibbles_strip(const uint8_t *const *rows, const float *values,
                               int64_t tokens, int64_t byte, int64_t width,
@@ -25,7 +27,7 @@ inline void add_nibbles_strip(const uint8_t *const *rows, const float *values,
     for (int m = 0; m < M; ++m) highs[m] = high[m * token_stride + c];
     for (int r = 0; r < R; ++r) {
       const int32_t pair = rows[r][byte + c];
-      const float first = float(pair & 15), second = float(pair >> 4);
+      const float first = float((pair & 15) - 8), second = float((pair >> 4) - 8);
       for (int m = 0; m < M; ++m) lows[m] += values[r * tokens + m] * first;
       for (int m = 0; m < M; ++m) highs[m] += values[r * tokens + m] * second;
     }
@@ -122,7 +124,7 @@ template <typename Scale> struct Int4Weight {
     }
   }
 
-  // sums of columns [begin, begin + 2 bytes) += scales x (codes - zeros x total).
+  // sums of columns [begin, begin + 2 bytes) += scales x (codes - (zeros - 8) x total).
   void scale(int64_t n, int64_t index, int64_t begin, int64_t bytes, float total,
              const float *__restrict codes, float *__restrict sums) const {
     const Scale *factors = scales + index * n + begin;
@@ -130,8 +132,8 @@ template <typename Scale> struct Int4Weight {
     sums += begin;
     for (int64_t c = 0; c < bytes; ++c) {
       const int32_t pair = pairs ? pairs[c] : 0x88;
-      const float low = codes[c] - float(pair & 15) * total;
-      const float high = codes[bytes + c] - float(pair >> 4) * total;
+      const float low = codes[c] - float((pair & 15) - 8) * total;
+      const float high = codes[bytes + c] - float((pair >> 4) - 8) * total;
       sums[2 * c] += to_float(factors[2 * c]) * step * low;
       sums[2 * c + 1] += to_float(factors[2 * c + 1]) * step * high;
     }

@@ -154,6 +154,26 @@ def pyllama_with(directory: Path) -> Path:
     return directory
 
 
+def test_evaluate_runs_the_quantized_output_layer(
+    pyllama: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    _prepare(pyllama, out, sparsity=0.0, rho=1.0, head="fp8")
+    prepared = PreparedDirectory.open(out)
+    assert (prepared.artifact.info.head, prepared.settings.head) == ("fp8", "fp8")
+    model = SwitchableModel(prepared.checkpoint, torch.device("cpu"), torch.float32)
+    model.use(prepared.artifact)
+    windows = torch.arange(2 * 40).view(2, 40)
+    dense, served = (model.logits(windows, 4, sparse) for sparse in (False, True))
+    # Nothing is dropped: the output layer alone makes the difference.
+    embedding = load_file(pyllama / "model.safetensors")["model.embed_tokens.weight"]
+    inverse = torch.linalg.pinv(embedding.double())
+    hidden = dense.double() @ inverse.T
+    expected = hidden @ FP8_WHILE_LOADING.round_trip(embedding).double().T
+    torch.testing.assert_close(served.double(), expected, rtol=1e-4, atol=1e-3)
+    assert (served - dense).abs().max() > 0.01
+
+
 def test_a_scale_that_is_no_positive_number_is_refused(
     prepared: Path, tmp_path: Path
 ) -> None:

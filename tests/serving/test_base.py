@@ -28,6 +28,7 @@ from vllm.model_executor.model_loader.weight_utils import (
 )
 
 from vllm_rsparse.errors import CheckpointError
+from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.op import backends
 from vllm_rsparse.plugin import register
 from vllm_rsparse.serving.base import BaseQuantization
@@ -61,10 +62,20 @@ def plain(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module", params=ON_CPU)
+def quantized(request, plain, tmp_path_factory):
+    """A quantized copy of the model."""
+    directory = tmp_path_factory.mktemp("quantized") / request.param
+    write_quantized(plain, directory, request.param)
+    return directory
+
+
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory, write_artifact):
+def artifact(tmp_path_factory, write_artifact, quantized):
     """Lists the linears of the MLPs alone."""
     directory = tmp_path_factory.mktemp("artifact")
+    linear = "model.layers.0.mlp.up_proj"
+    name, group = Checkpoint(quantized).linear_format(linear)
     shapes = {
         "gate_proj": (INNER, HIDDEN, 0, False),
         "up_proj": (INNER, HIDDEN, 2, True),
@@ -78,16 +89,8 @@ def artifact(tmp_path_factory, write_artifact):
             for kind, shape in shapes.items()
         },
         dtype=torch.bfloat16,
-        base={"format": "int4", "dtype": "bfloat16"},
+        base={"format": name, "dtype": "bfloat16", "group": group},
     )
-    return directory
-
-
-@pytest.fixture(scope="module", params=ON_CPU)
-def quantized(request, plain, tmp_path_factory):
-    """A quantized copy of the model."""
-    directory = tmp_path_factory.mktemp("quantized") / request.param
-    write_quantized(plain, directory, request.param)
     return directory
 
 

@@ -72,11 +72,13 @@ def test_artifact_of_another_weight_format_is_refused(tmp_path, write_artifact):
     base = {"format": "int4", "dtype": "bfloat16", "group": 128}
     linears = dict.fromkeys(names([0]), (8, 16, 1, False))
     write_artifact(tmp_path / "rsparse", linears, base=base)
-    with pytest.raises(ArtifactError, match=r"weights in int4, but .*is not quantized"):
+    with pytest.raises(
+        ArtifactError, match=r"int4 \(groups of 128\), but .*has float;"
+    ):
         make(tmp_path)
     write_artifact(tmp_path / "rsparse", linears)
     quantized = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-    with pytest.raises(ArtifactError, match=r"in float, but .*is quantized; prepare"):
+    with pytest.raises(ArtifactError, match=r"in float, but .*has fp8; prepare"):
         make(tmp_path, base=quantized)
 
 

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from vllm_rsparse.artifact.versions import known_version
 from vllm_rsparse.errors import ArtifactError
-from vllm_rsparse.formats.names import AS_STORED, LOAD_TIME_FORMATS
+from vllm_rsparse.formats.names import AS_STORED, HEAD_FORMATS, LOAD_TIME_FORMATS
 from vllm_rsparse.validation import CONFIG, must, one_of, sha256, shown, validate
 
 QUANT_METHOD = "rsparse"
@@ -78,6 +78,7 @@ class QuantizationSettings:
             sparse use the same copy of the weights or the base's own layers.
         weights: "as-stored", or a format that the weights of the artifact's linears are
             quantized to while they load.
+        head: the same for the output layer.
         base: the base checkpoint's own ``quantization_config``, None for floats.
     """
 
@@ -90,6 +91,7 @@ class QuantizationSettings:
     backend: StrictStr | None = _text()
     dense_weights: StrictStr | None = _text()
     weights: StrictStr | None = one_of(AS_STORED, *LOAD_TIME_FORMATS, default=None)
+    head: StrictStr | None = one_of(AS_STORED, *HEAD_FORMATS, default=None)
     base: Base | None = must(
         "be the quantization_config of the base checkpoint", default=None
     )

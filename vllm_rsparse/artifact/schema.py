@@ -19,7 +19,12 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from vllm_rsparse.formats.names import AS_STORED, LOAD_TIME_FORMATS, WEIGHT_FORMATS
+from vllm_rsparse.formats.names import (
+    AS_STORED,
+    HEAD_FORMATS,
+    LOAD_TIME_FORMATS,
+    WEIGHT_FORMATS,
+)
 from vllm_rsparse.formats.plane_bits import group_of, plane_bits
 from vllm_rsparse.validation import CONFIG, must, one_of, sha256
 
@@ -163,6 +168,7 @@ class ArtifactInfo:
         base: how the base model's weights are stored.
         weights: format that they are quantized to while they load, for calibration and
             for serving; "as-stored" where they are not.
+        head: the same for the output layer.
         provenance: how it was made (versions, base model, recipe, texts, seed); free
             form, shown by ``inspect``.
         format_version: of the file that this was read from.
@@ -174,6 +180,7 @@ class ArtifactInfo:
     tensors_sha256: StrictStr = sha256()
     base: BaseWeights = must("be an object")
     weights: StrictStr = one_of(AS_STORED, *LOAD_TIME_FORMATS, default=AS_STORED)
+    head: StrictStr = one_of(AS_STORED, *HEAD_FORMATS, default=AS_STORED)
     provenance: dict[str, Any] = must("be an object", default_factory=dict)
     format_version: StrictInt = must("be an integer", default=FORMAT_VERSION)
 

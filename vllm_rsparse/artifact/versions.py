@@ -120,8 +120,9 @@ def write_info(info: ArtifactInfo) -> str:
     raw = asdict(info) | {"format_version": FORMAT_VERSION}
     # Floats have no group.
     raw["base"] = {key: value for key, value in raw["base"].items() if value}
-    if info.weights == AS_STORED:
-        del raw["weights"]
+    for key in ("weights", "head"):
+        if raw[key] == AS_STORED:
+            del raw[key]
     for entry in raw["linears"].values():
         if entry["full_fraction"] is None:
             del entry["full_fraction"]

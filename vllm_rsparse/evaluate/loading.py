@@ -79,6 +79,32 @@ class SwitchableLinear(nn.Module):
         return y
 
 
+class SwitchableHead(nn.Module):
+    """The output layer of the base model, or that of a prepared one.
+
+    Attributes:
+        served: the prepared model's weight, where it is quantized.
+        prepared: whether the prepared model runs.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.served: Tensor | None = None
+        self.prepared = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The base model's, [vocabulary, hidden]."""
+        return self.linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., vocabulary]."""
+        if self.served is None or not self.prepared:
+            return self.linear(x)
+        return functional.linear(x, self.served, self.linear.bias)
+
+
 class SwitchableModel:
     """The base model with every linear that an artifact lists made switchable.
 
@@ -99,6 +125,8 @@ class SwitchableModel:
         self.dtype = dtype
         self.model, self._modules = _load_base(checkpoint, dtype, device)
         self.linears: dict[str, SwitchableLinear] = {}
+        self.head = SwitchableHead(self.model.get_output_embeddings())
+        self.model.set_output_embeddings(self.head)
         # By load-time format and linear: artifacts take turns, batch by batch.
         self._quantized: dict[tuple[str, str], StoredWeight] = {}
 
@@ -108,6 +136,12 @@ class SwitchableModel:
         Raises:
             ArtifactError: the artifact belongs to another model.
         """
+        head = load_time_format(artifact.info.head)
+        if head is None:
+            self.head.served = None
+        elif self.head.served is None:
+            weight = self.head.weight.detach()
+            self.head.served = head.round_trip(weight).to(weight.dtype)
         for name, entry in artifact.info.linears.items():
             module = self._switchable(name, entry, artifact)
             tensors = artifact.read(name)
@@ -160,6 +194,7 @@ class SwitchableModel:
             mask[:, :first] = False
         for module in self.linears.values():
             module.sparse = mask
+        self.head.prepared = mask is not None
         return self.model(
             input_ids=windows.to(self.device),
             use_cache=False,
@@ -181,6 +216,7 @@ class SwitchableModel:
 
         for module in self.linears.values():
             module.sparse = None
+        self.head.prepared = False
         longest = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)

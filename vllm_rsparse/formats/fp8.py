@@ -11,6 +11,8 @@ s[n] = max_k |W[n, k]| / 448, so that the largest element of a row is 448, float
 largest number.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -99,12 +101,19 @@ def quantise_fp8(weight: Tensor, scales: Tensor) -> StoredWeight:
     n, k = weight.shape
     require_tensor("scales", scales, (n,), (torch.float32,))
     rows = torch.empty(k, n, dtype=torch.float8_e4m3fn, device=weight.device)
+    for piece, elements in _rounded(weight, scales):
+        rows[:, piece] = elements.t()
+    return StoredWeight(FP8, rows.t(), n, k, scales)
+
+
+def _rounded(weight: Tensor, scales: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows after others: which, and their elements float8_e4m3fn."""
+    n, k = weight.shape
     step = max(1, _PIECE // k)
     for first in range(0, n, step):
         piece = slice(first, first + step)
         quotient = weight[piece].float() / scales[piece, None]
-        rows[:, piece] = quotient.clamp_(-LARGEST, LARGEST).to(rows.dtype).t()
-    return StoredWeight(FP8, rows.t(), n, k, scales)
+        yield piece, quotient.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
 class Fp8WhileLoading(LoadTimeFormat):
@@ -126,9 +135,15 @@ class Fp8WhileLoading(LoadTimeFormat):
         channels: int | None = None,
     ) -> StoredWeight:
         """See the base class."""
-        return quantise_fp8(
-            weight, channel_scales(weight) if scales is None else scales
-        )
+        return quantise_fp8(weight, self.scales(weight) if scales is None else scales)
+
+    def round_trip(self, weight: Tensor, scales: Tensor | None = None) -> Tensor:
+        """See the base class. Without storing [K, N] in between, which is slow."""
+        scales = self.scales(weight) if scales is None else scales
+        result = torch.empty_like(weight, dtype=torch.float32)
+        for piece, elements in _rounded(weight, scales):
+            torch.mul(elements.float(), scales[piece, None], out=result[piece])
+        return result
 
 
 FP8_WHILE_LOADING = Fp8WhileLoading()

@@ -8,3 +8,5 @@ WEIGHT_FORMATS = ("float", "fp8", "fp8-block", "int4", "int8-planes")
 # Weights are served as the checkpoint stores them, or quantized while they load.
 AS_STORED = "as-stored"
 LOAD_TIME_FORMATS = ("fp8", "int8-planes")
+# Those that the output layer may have: no scales in the artifact.
+HEAD_FORMATS = ("fp8",)

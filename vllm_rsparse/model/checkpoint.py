@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vllm_rsparse.errors import CheckpointError
-from vllm_rsparse.formats.plain import FLOAT
+from vllm_rsparse.formats.checkpoints.layout import format_of_layout
 from vllm_rsparse.model.links import refuse_broken_links
 from vllm_rsparse.model.quantized import QuantizedLinears
 from vllm_rsparse.validation import parse_json
@@ -124,14 +124,8 @@ class Checkpoint:
         return self.tensors[f"{name}.weight"].dtype
 
     def linear_format(self, name: str) -> tuple[str, int]:
-        """Name of the format that a linear's weight has, and its group.
-
-        The group is the number of input channels that share a scale in INT4, else 0.
-        """
-        layout = self._quantized.layout(name)
-        if layout is None:
-            return FLOAT.name, 0
-        return layout.format.name, getattr(layout, "group", None) or 0
+        """Format and group of a linear's weight, as ``format_of_layout`` gives them."""
+        return format_of_layout(self._quantized.layout(name))
 
     @property
     def quantized(self) -> bool:

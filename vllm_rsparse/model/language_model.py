@@ -17,6 +17,7 @@ from torch import Tensor
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.load_time import LoadTimeFormat
+from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.model.checkpoint import FLOAT_DTYPES, Checkpoint
 from vllm_rsparse.model.families import FusedTensor, LayerSpec, family_of
 from vllm_rsparse.model.names import LinearName
@@ -52,6 +53,11 @@ class LanguageModel:
         self._body = _first_present(self.family.paths, names)
         self._head = _first_present(self.family.heads, names)
         self.layer_path = f"{self._body}.layers"
+
+    @property
+    def head_is_quantized(self) -> bool:
+        """Whether the checkpoint has a quantized output layer."""
+        return self.checkpoint.linear_format(self._head) != (FLOAT.name, 0)
 
     def layer(self, index: int) -> LayerSpec:
         """The linears of a decoder layer.

@@ -94,6 +94,18 @@ class StreamedModel:
         """Format that the linears' weights are quantized to while they load."""
         return self._tensors.load_time
 
+    def require_plain_head(self) -> None:
+        """Refuse to quantize an output layer that the checkpoint has quantized.
+
+        Raises:
+            CheckpointError: names what to do.
+        """
+        if self._tensors.head_is_quantized:
+            raise CheckpointError(
+                f"{self.checkpoint.directory}: the output layer is quantized already;"
+                " leave out --head"
+            )
+
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""

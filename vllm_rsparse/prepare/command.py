@@ -10,6 +10,7 @@ from vllm_rsparse.prepare.options import (
     DEFAULT_TOKENS,
     DEVICES,
     DTYPES,
+    HEADS,
     WEIGHTS,
     PrepareOptions,
 )
@@ -109,6 +110,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " %(default)s)",
     )
     parser.add_argument(
+        "--head",
+        choices=HEADS,
+        default=PrepareOptions.head,
+        help="what the output layer (lm_head) is quantized to when served; a tied"
+        " embedding stays as it is, and the output layer becomes a copy (default:"
+        " %(default)s)",
+    )
+    parser.add_argument(
         "--copy-weights",
         action="store_true",
         help="copy the base's files instead of linking to them",
@@ -145,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         weights=args.weights,
+        head=args.head,
         copy_weights=args.copy_weights,
         seed=args.seed,
         overwrite=args.overwrite,

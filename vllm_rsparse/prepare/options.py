@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_rsparse.errors import PrepareError
-from vllm_rsparse.formats.names import AS_STORED, LOAD_TIME_FORMATS
+from vllm_rsparse.formats.names import AS_STORED, HEAD_FORMATS, LOAD_TIME_FORMATS
 from vllm_rsparse.texts.documents import TextFile
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = (AS_STORED, *LOAD_TIME_FORMATS)
+HEADS = (AS_STORED, *HEAD_FORMATS)
 DEFAULT_TOKENS = 4096
 # The format whose channels are read with 8, 4 or 0 bits.
 IN_PLANES = "int8-planes"
@@ -41,6 +42,7 @@ class PrepareOptions:
             planes, scales and zero points included; instead of ``sparsity``.
         weights: "as-stored", or the format that the linears' weights are quantized to
             while they load, for calibration and when served.
+        head: the same for the output layer, when served.
         copy_weights: copy the base's files instead of linking to them.
         seed: chooses the calibration windows and the randomised SVD's start.
         overwrite: replace an output that an earlier run wrote.
@@ -57,6 +59,7 @@ class PrepareOptions:
     device: str = "auto"
     dtype: str = "auto"
     weights: str = AS_STORED
+    head: str = AS_STORED
     copy_weights: bool = False
     seed: int = 0
     overwrite: bool = False
@@ -94,6 +97,7 @@ class PrepareOptions:
             ("--device", self.device, DEVICES),
             ("--dtype", self.dtype, DTYPES),
             ("--weights", self.weights, WEIGHTS),
+            ("--head", self.head, HEADS),
         ):
             if value not in allowed:
                 raise PrepareError(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``prepare`` from end to end."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -23,7 +22,8 @@ from vllm_rsparse.artifact.tensors import (
 )
 from vllm_rsparse.artifact.versions import write_info
 from vllm_rsparse.errors import CheckpointError, PrepareError
-from vllm_rsparse.formats.plain import FLOAT
+from vllm_rsparse.formats.checkpoints.layout import main_format
+from vllm_rsparse.formats.names import AS_STORED
 from vllm_rsparse.formats.plane_bits import GROUPS, group_of, plane_bits
 from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
@@ -87,6 +87,8 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
     if load_time is not None:
         load_time.check_base(base.format, str(checkpoint.directory))
     model = StreamedModel(checkpoint, device, dtype, load_time)
+    if options.head != AS_STORED:
+        model.require_plain_head()
     text = choose_windows(
         load_tokenizer(checkpoint.directory),
         texts,
@@ -120,6 +122,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
             tensors_sha256=digest,
             base=base,
             weights=options.weights,
+            head=options.head,
             provenance={
                 "vllm_rsparse": __version__,
                 "torch": torch.__version__,
@@ -155,6 +158,7 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
             artifact_sha256=digest,
             sparsity=sparsity,
             weights=None if load_time is None else load_time.name,
+            head=None if options.head == AS_STORED else options.head,
             base=base_quantization(checkpoint.config),
         )
         # The older name of the key: vLLM would read it as well.
@@ -207,9 +211,8 @@ def _sparsity(options: PrepareOptions, linears: Sequence[Linear]) -> float:
 def _base_weights(
     checkpoint: Checkpoint, linears: Iterable[Linear], dtype: str
 ) -> BaseWeights:
-    formats = Counter(checkpoint.linear_format(linear.name) for linear in linears)
-    quantized = {key: n for key, n in formats.items() if key[0] != FLOAT.name}
-    name, group = max(quantized, key=quantized.__getitem__, default=(FLOAT.name, 0))
+    formats = (checkpoint.linear_format(linear.name) for linear in linears)
+    name, group = main_format(formats)
     return BaseWeights(name, dtype, group)
 
 

@@ -22,8 +22,13 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from vllm_rsparse.errors import CheckpointError
-from vllm_rsparse.formats.checkpoints.layout import Layout
+from vllm_rsparse.artifact.tensors import Artifact
+from vllm_rsparse.errors import ArtifactError, CheckpointError
+from vllm_rsparse.formats.checkpoints.layout import (
+    Layout,
+    format_of_layout,
+    main_format,
+)
 from vllm_rsparse.formats.checkpoints.parse import parse_scheme
 from vllm_rsparse.serving.served import ServedModel
 from vllm_rsparse.serving.weights.factory import shared_layout
@@ -108,6 +113,37 @@ class BaseQuantization:
                 f" but vLLM uses {type(method).__name__}; please report this checkpoint"
             )
         return layout
+
+
+def require_prepared_base(
+    artifact: Artifact, base: BaseQuantization | None, model: str
+) -> None:
+    """Refuse an artifact that was prepared for weights in another format.
+
+    Args:
+        artifact: what was prepared.
+        base: how the checkpoint is quantized; None: it is not.
+        model: the served model, for the message.
+
+    Raises:
+        ArtifactError: names both formats.
+    """
+    prepared = artifact.info.base
+    names = artifact.info.linears
+    formats = (
+        (format_of_layout(base.scheme.layout(name)) for name in names) if base else ()
+    )
+    served = main_format(formats)
+    if served != (prepared.format, prepared.group):
+        raise ArtifactError(
+            f"{artifact.json_path}: was prepared for weights in"
+            f" {_shown(prepared.format, prepared.group)}, but {model} has"
+            f" {_shown(*served)}; prepare this model"
+        )
+
+
+def _shown(name: str, group: int) -> str:
+    return f"{name} (groups of {group})" if group else name
 
 
 def base_method(

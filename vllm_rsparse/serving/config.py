@@ -12,6 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
 from vllm_rsparse import envs
@@ -24,12 +25,17 @@ from vllm_rsparse.artifact.quantization import (
 from vllm_rsparse.artifact.reads import covered
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
-from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.metrics import exporter
 from vllm_rsparse.model.links import refuse_broken_links
 from vllm_rsparse.serving.agreement import local_report
-from vllm_rsparse.serving.base import BaseQuantization, base_method, checked_first
+from vllm_rsparse.serving.base import (
+    BaseQuantization,
+    base_method,
+    checked_first,
+    require_prepared_base,
+)
 from vllm_rsparse.serving.dense import BaseLayer
+from vllm_rsparse.serving.head import head_method
 from vllm_rsparse.serving.linear import RSparseLinearMethod
 from vllm_rsparse.serving.route import DenseWeights, choose_route
 from vllm_rsparse.serving.served import ArtifactSource, Decision, ServedModel
@@ -38,6 +44,7 @@ from vllm_rsparse.serving.settings import (
     Settings,
     claims,
     format_of,
+    served_head,
     served_weights,
 )
 from vllm_rsparse.serving.weights.factory import checkpoint_weights
@@ -173,16 +180,12 @@ class RSparseConfig(QuantizationConfig):
             self.base.update(model_name, hf_config, revision)
         source = self._artifact_source(overrides, model_name, revision)
         artifact = source.open()
-        base = artifact.info.base.format
-        if (base == FLOAT.name) != (self.base is None):
-            state = "is not quantized" if self.base is None else "is quantized"
-            raise ArtifactError(
-                f"{artifact.json_path}: was prepared for weights in {base}, but"
-                f" {model_name} {state}; prepare this model"
-            )
-        weights = served_weights([overrides, self.settings], artifact.info, model_name)
+        require_prepared_base(artifact, self.base, model_name)
+        dictionaries = [overrides, self.settings]
+        weights = served_weights(dictionaries, artifact.info, model_name)
+        head = served_head(dictionaries, artifact.info)
         route = choose_route(
-            [overrides.route, self.settings.route],
+            [settings.route for settings in dictionaries],
             current_platform.device_type,
             1 - artifact.info.achieved_sparsity,
             format_of(weights, artifact.info),
@@ -192,7 +195,7 @@ class RSparseConfig(QuantizationConfig):
         )
         source = replace(source, sha256=artifact.sha256)
         metrics = exporter.start(envs.metrics_interval(), facts)
-        decision = Decision(source, route, weights, metrics, local_report())
+        decision = Decision(source, route, weights, head, metrics, local_report())
         self._served = ServedModel(decision, artifact)
         if hf_config is not None:
             hf_config.quantization_config = self._written(decision, artifact)
@@ -246,6 +249,7 @@ class RSparseConfig(QuantizationConfig):
             backend=decision.route.backend.label,
             dense_weights=str(decision.route.dense_weights),
             weights=decision.weights,
+            head=decision.head,
             base=None if self.base is None else self.base.dictionary,
         ).to_dict()
 
@@ -275,9 +279,12 @@ class RSparseConfig(QuantizationConfig):
             NodesDisagreeError: a rank has another artifact, route or version.
         """
         method = base_method(self.base, layer, prefix, self.packed_modules_mapping)
+        served = self.served
+        head = served.head_load_time
+        if head is not None and isinstance(layer, VocabParallelEmbedding):
+            return head_method(served, head, layer, method)
         if not isinstance(layer, LinearBase):
             return method
-        served = self.served
         served.require_agreement()
         names = served.claim(prefix)
         if names is None or served.route.policy.always_dense:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.distributed import parallel_state
+from vllm.distributed import get_pp_group, parallel_state
 
 from vllm_rsparse.artifact.locate import PARAMETER, locate_artifact
 from vllm_rsparse.artifact.tensors import Artifact
@@ -73,6 +73,7 @@ class Decision:
         route: which backend, and which steps are sparse.
         weights: "as-stored", or the format that the weights of the artifact's linears
             are quantized to while they load.
+        head: the same for the output layer.
         metrics: where and how often to count; None: metrics are off.
         resolved_on: the node that decided, and its versions.
     """
@@ -80,6 +81,7 @@ class Decision:
     source: ArtifactSource
     route: Route
     weights: str
+    head: str
     metrics: Settings | None
     resolved_on: Report
 
@@ -93,6 +95,11 @@ class ServedModel:
     Args:
         decision: made in the API server.
         artifact: already opened here, or None to open it when it is needed.
+
+    Attributes:
+        coverage: which of the artifact's linears the layers claimed.
+        heads: output layers with a weight of their own that are quantized.
+        embeddings: embeddings that can be quantized output layers.
     """
 
     def __init__(self, decision: Decision, artifact: Artifact | None = None) -> None:
@@ -100,6 +107,8 @@ class ServedModel:
         self._artifact = artifact
         self._ranks_agree = False
         self.coverage = Coverage()
+        self.heads = 0
+        self.embeddings = 0
         self._engine: VllmConfig | None = None
         self._coverage_checked = False
         self._loaded: set[str] = set()
@@ -132,6 +141,13 @@ class ServedModel:
             self._artifact = self.decision.source.open()
         return self._artifact
 
+    @property
+    def head_load_time(self) -> LoadTimeFormat | None:
+        """The same for the output layer; None also where every step is dense."""
+        if self.route.policy.always_dense:
+            return None
+        return load_time_format(self.decision.head)
+
     def require_same_versions(self) -> None:
         """Refuse to serve here what a node with other versions decided.
 
@@ -156,7 +172,10 @@ class ServedModel:
         except ArtifactError as error:
             digest = f"none ({error})"
         mine = local_report(
-            artifact=digest, weights=self.decision.weights, **self.route.facts()
+            artifact=digest,
+            weights=self.decision.weights,
+            head=self.decision.head,
+            **self.route.facts(),
         )
         require_agreement(gather_reports(mine, _world_group()))
         self._ranks_agree = True
@@ -199,6 +218,12 @@ class ServedModel:
         self._coverage_checked = True
         built = _built_model(self.decision.source.model, self._engine)
         self.coverage.check(self.artifact, built)
+        missing = not self.heads and not self.embeddings
+        if self.head_load_time and missing and get_pp_group().is_last_rank:
+            raise ArtifactError(
+                f"head is {self.decision.head}, but {built.architecture} builds its"
+                " output layer without a quantization config; use head: as-stored"
+            )
 
     def note_loaded(
         self, names: Collection[str], weight_bytes: int, artifact_bytes: int

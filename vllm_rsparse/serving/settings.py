@@ -43,6 +43,7 @@ class Settings:
         dense_weights: ``auto``, ``shared`` or ``separate``.
         base: the checkpoint's own ``quantization_config``.
         weights: ``as-stored``, or what weights are quantized to while they load.
+        head: the same for the output layer.
     """
 
     where: str
@@ -53,6 +54,7 @@ class Settings:
     dense_weights: str | None = None
     base: Mapping[str, Any] | None = None
     weights: str | None = None
+    head: str | None = None
 
     @classmethod
     def of_quantization_config(cls, config: dict[str, Any]) -> "Settings":
@@ -100,6 +102,7 @@ class Settings:
             read.dense_weights,
             read.base,
             read.weights,
+            read.head,
         )
 
     @property
@@ -161,6 +164,12 @@ def served_weights(
             chosen,
         )
     return chosen
+
+
+def served_head(dictionaries: Sequence[Settings], info: ArtifactInfo) -> str:
+    """What the output layer is quantized to; arguments as for ``served_weights``."""
+    chosen = (settings.head for settings in dictionaries)
+    return next((head for head in chosen if head is not None), info.head)
 
 
 def claims(

@@ -2,13 +2,15 @@
 """``Layout``: the tensors of a quantized linear, in a checkpoint or just loaded."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight, WeightFormat, WeightFormatError
+from vllm_rsparse.formats.plain import FLOAT
 
 
 class Layout(ABC):
@@ -62,6 +64,29 @@ class Layout(ABC):
         Raises:
             WeightFormatError: names the tensor and what is wrong with it.
         """
+
+
+def format_of_layout(layout: Layout | None) -> tuple[str, int]:
+    """Name of a linear's format, and the input channels that share a scale in INT4.
+
+    The number is 0 if all of them do, and in the other formats.
+
+    Args:
+        layout: None for a linear that is not quantized.
+    """
+    if layout is None:
+        return FLOAT.name, 0
+    return layout.format.name, getattr(layout, "group", None) or 0
+
+
+def main_format(formats: Iterable[tuple[str, int]]) -> tuple[str, int]:
+    """The format of most quantized linears; that of floats if none is quantized.
+
+    Args:
+        formats: of each linear, as ``format_of_layout`` gives it.
+    """
+    counts = Counter(one for one in formats if one[0] != FLOAT.name)
+    return max(counts, key=counts.__getitem__, default=(FLOAT.name, 0))
 
 
 def matrix(shapes: Mapping[str, Sequence[int]], suffix: str) -> tuple[int, int]:

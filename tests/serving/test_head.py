@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The output layer in FP8: vLLM's own modules, with tensor-parallel ranks faked."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("vllm")
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
+from vllm.model_executor.model_loader.reload import layerwise
+
+from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING
+from vllm_rsparse.serving import head as head_module
+from vllm_rsparse.serving.config import RSparseConfig
+
+HIDDEN, WORDS = 48, 75  # padded to 128
+SHAPES = {"model.layers.0.mlp.down_proj": (HIDDEN, 40, 0, False)}
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Call with (rank, size): vLLM's layers then believe to be that rank."""
+
+    def become(rank, size):
+        for name, value in (("rank", rank), ("world_size", size)):
+            attribute = f"get_tensor_model_parallel_{name}"
+            monkeypatch.setattr(vocabulary, attribute, lambda v=value: v)
+
+    last = SimpleNamespace(is_last_rank=True)
+    monkeypatch.setattr(head_module, "get_pp_group", lambda: last)
+    with set_current_vllm_config(VllmConfig()):
+        yield become
+
+
+@pytest.fixture
+def config(tmp_path, write_artifact):
+    def make(**options):
+        if not (tmp_path / "rsparse").exists():
+            write_artifact(tmp_path / "rsparse", SHAPES, head="fp8")
+        made = RSparseConfig.from_config(
+            {"artifact": "rsparse", "backend": "reference", **options}
+        )
+        made.maybe_update_config(str(tmp_path))
+        return made
+
+    return make
+
+
+def build(kind, config):
+    return kind(WORDS, HIDDEN, torch.float32, quant_config=config, prefix=kind.__name__)
+
+
+def load(layer, weight):
+    parameter = layer.weight
+    parameter.weight_loader(parameter, weight)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_give_the_logits_of_the_quantized_layer(engine, config, size):
+    weight, x = torch.randn(WORDS, HIDDEN), torch.randn(3, HIDDEN)
+    parts = []
+    for rank in range(size):
+        engine(rank, size)
+        layer = build(vocabulary.ParallelLMHead, config())
+        load(layer, weight)
+        layer.quant_method.process_weights_after_loading(layer)
+        assert layer.weight.dtype is torch.float8_e4m3fn
+        parts.append(layer.quant_method.apply(layer, x))
+    logits = torch.cat(parts, dim=-1)
+    assert logits.shape == (3, 128)
+    expected = x @ FP8_WHILE_LOADING.round_trip(weight).T
+    torch.testing.assert_close(logits[:, :WORDS], expected)
+    assert not logits[:, WORDS:].any()
+
+
+@pytest.mark.parametrize("own_module", [True, False])
+def test_tied_logits_are_quantized_and_lookups_are_not(engine, config, own_module):
+    engine(0, 1)
+    made, weight = config(), torch.randn(WORDS, HIDDEN)
+    embedding = build(vocabulary.VocabParallelEmbedding, made)
+    if own_module:
+        head = build(vocabulary.ParallelLMHead, made).tie_weights(embedding)
+        assert head is embedding
+    load(embedding, weight)
+    embedding.quant_method.process_weights_after_loading(embedding)
+    tokens = torch.tensor([3, 70])
+    assert torch.equal(
+        embedding.quant_method.embedding(embedding, tokens), weight[tokens]
+    )
+    x = torch.randn(2, HIDDEN)
+    expected = x @ FP8_WHILE_LOADING.round_trip(weight).T
+    logits = embedding.quant_method.apply(embedding, x, None)[:, :WORDS]
+    torch.testing.assert_close(logits, expected)
+
+
+def test_an_embedding_next_to_an_output_layer_has_no_copy(engine, config):
+    engine(0, 1)
+    made = config()
+    embedding = build(vocabulary.VocabParallelEmbedding, made)
+    build(vocabulary.ParallelLMHead, made)
+    load(embedding, torch.randn(WORDS, HIDDEN))
+    embedding.quant_method.process_weights_after_loading(embedding)
+    assert [name for name, _ in embedding.named_parameters()] == ["weight"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reload_changes_the_logits(engine, config, tied):
+    engine(0, 1)
+    kind = vocabulary.VocabParallelEmbedding if tied else vocabulary.ParallelLMHead
+    layer = build(kind, config())
+    whole = nn.ModuleList([layer])
+    layerwise.record_metadata_for_reloading(whole)
+    load(layer, torch.randn(WORDS, HIDDEN))
+    layer.quant_method.process_weights_after_loading(layer)
+    held = dict(layer.named_parameters())
+    x = torch.randn(2, HIDDEN)
+    layer.quant_method.apply(layer, x)
+    changed = torch.randn(WORDS, HIDDEN)
+    layerwise.initialize_layerwise_reload(whole)
+    load(layer, changed)
+    layerwise.finalize_layerwise_reload(whole, None)
+    assert all(held[name] is tensor for name, tensor in layer.named_parameters())
+    expected = x @ FP8_WHILE_LOADING.round_trip(changed).T
+    logits = layer.quant_method.apply(layer, x)[:, :WORDS]
+    torch.testing.assert_close(logits, expected)
+
+
+def test_settings_and_the_base_model(engine, config):
+    engine(0, 1)
+    for options in ({"head": "as-stored"}, {"max_sparse_tokens": 0}):
+        layer = build(vocabulary.ParallelLMHead, config(**options))
+        method = layer.quant_method
+        assert type(method) is vocabulary.UnquantizedEmbeddingMethod
+    made = config()
+    assert made.served.decision.head == "fp8"
+    with pytest.raises(ValueError, match=r"head must be one of as-stored, fp8"):
+        config(head="int4")
+
+
+def test_what_cannot_be_quantized_is_refused(engine, config):
+    engine(0, 1)
+    made = config()
+    head = build(vocabulary.ParallelLMHead, made)
+    foreign = build(vocabulary.VocabParallelEmbedding, None)
+    with pytest.raises(ArtifactError, match=r"UnquantizedEmbeddingMethod in this"):
+        head.tie_weights(foreign)
+    with pytest.raises(ArtifactError, match=r"has quantized the output layer itself"):
+        head_module.head_method(made.served, FP8_WHILE_LOADING, head, head.quant_method)
