@@ -12,6 +12,7 @@ import pytest
 
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.op import tuning
+from vllm_rsparse.op.launch_defaults import default_config, sparse_default
 from vllm_rsparse.op.tuning import Device, TunedEntry
 
 GPU = Device("GPU", 132)
@@ -68,7 +69,7 @@ def test_untuned_shapes_get_the_default_and_one_line_of_advice(
     caplog.set_level(logging.INFO, logger=tuning.__name__)
     for n in (64, 128, 192):
         found = tuning.launch_config(GPU, n, 256, "bfloat16", 1)
-        assert found == tuning.default_config(n, 256, 1, 132)
+        assert found == default_config(n, 256, 1, 132)
     assert len(caplog.records) == 1
     assert "--tune" in caplog.text
 
@@ -76,15 +77,15 @@ def test_untuned_shapes_get_the_default_and_one_line_of_advice(
 @pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (6144, 4096), (131072, 50000)])
 def test_default_is_valid_for_any_shape(n: int, k: int, tokens: int) -> None:
-    assert tuning.default_config(n, k, tokens, processors=20).split_k >= 1
+    assert default_config(n, k, tokens, processors=20).split_k >= 1
 
 
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_default_fills_the_multiprocessors_that_there_are(tokens: int) -> None:
     # Splits double until there are enough programs: four times the processors, two
     # doublings more.
-    small = tuning.default_config(256, 2**20, tokens, processors=33)
-    large = tuning.default_config(256, 2**20, tokens, processors=132)
+    small = default_config(256, 2**20, tokens, processors=33)
+    large = default_config(256, 2**20, tokens, processors=132)
     assert large.split_k == 4 * small.split_k
 
 
@@ -138,3 +139,17 @@ def test_shipped_tables_are_valid(path: Path) -> None:
     assert tuning.config_path(document["device"]) == path
     entries = tuning.read_table(path)
     assert len({(e.n, e.k, e.dtype, e.tokens) for e in entries}) == len(entries) > 0
+
+
+def test_a_program_with_several_blocks_has_two_steps_in_flight() -> None:
+    one = sparse_default(6144, 4096, "int4", 1, 132)
+    assert (one.split_k * one.block_k, one.num_stages) == (4096, 1)
+    several = sparse_default(28672, 4096, "int4", 1, 132)
+    assert several.split_k * several.block_k < 4096
+    assert several.num_stages == 2
+
+
+@pytest.mark.parametrize("n", [64, 4096, 28672])
+def test_fp8_is_masked_in_place(n: int) -> None:
+    config = sparse_default(n, 4096, "float8_e4m3fn", 1, 132)
+    assert [config.listed, config.packed, config.use_dot] == [False] * 3

@@ -18,6 +18,7 @@ from vllm_rsparse.bench.timing import time_calls
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.rsparse_linear import listed_channels
 from vllm_rsparse.op import reference, tuning
+from vllm_rsparse.op.launch_defaults import VECTOR_TOKENS
 from vllm_rsparse.op.triton_backend import rsparse_linear
 from vllm_rsparse.op.tuning import TunedEntry
 
@@ -116,7 +117,7 @@ def candidates(
     if processors is None:
         properties = torch.cuda.get_device_properties("cuda")
         processors = properties.multi_processor_count
-    kinds = _LISTED + _MASKED if tokens <= tuning.VECTOR_TOKENS else _DOT
+    kinds = _LISTED + _MASKED if tokens <= VECTOR_TOKENS else _DOT
     found = []
     for block_n, block_k, warps, stages, use_dot, listed in kinds:
         tiles = sum(-(-size // block_n) for size in layer.shard_sizes)

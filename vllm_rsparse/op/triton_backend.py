@@ -11,14 +11,9 @@ from vllm_rsparse.formats.fp8 import FP8
 from vllm_rsparse.kernels import quantized_linear
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.rsparse_linear import rsparse_linear as launch
+from vllm_rsparse.op.launch_defaults import DENSE_TOKENS, default_config, dense_config
 from vllm_rsparse.op.operands import OperandError, SparseOperands, check_input
-from vllm_rsparse.op.tuning import (
-    DENSE_TOKENS,
-    default_config,
-    dense_config,
-    device_of,
-    launch_config,
-)
+from vllm_rsparse.op.tuning import device_of, launch_config
 
 
 def rsparse_linear(
@@ -68,9 +63,9 @@ def dense_linear(
 ) -> Tensor:
     """x [M, K] times an int4 or fp8 weight; see ``reference.dense_linear``.
 
-    Up to ``tuning.DENSE_TOKENS`` tokens the stored weight is read once and widened on
-    the way; with more, it is widened into scratch [K, N] in x's type, which lives for
-    the call, and the library multiplies.
+    Up to ``launch_defaults.DENSE_TOKENS`` tokens the stored weight is read once and
+    widened on the way; with more, it is widened into scratch [K, N] in x's type, which
+    lives for the call, and the library multiplies.
 
     Args:
         x: [M, K] as the weight's format allows; rows may lie apart.

@@ -25,33 +25,16 @@ from pydantic.dataclasses import dataclass
 
 from vllm_rsparse.errors import RSparseError
 from vllm_rsparse.kernels.launch_config import LaunchConfig
+from vllm_rsparse.op.launch_defaults import (
+    PROCESSORS,
+    VECTOR_TOKENS,
+    sparse_default,
+)
 from vllm_rsparse.validation import CONFIG, must, parse_json, validate
 
 logger = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).parent / "configs"
-
-# Up to this many tokens the vector units keep up with memory; beyond it the matrix
-# units win (H200, kernels/README.md).
-VECTOR_TOKENS = 2
-# Columns of a program of the packed kernel: 16 bytes a thread, 8 threads a row.
-_PACKED_COLUMNS = {
-    "int4": 256,
-    "int8-planes": 256,
-    "float8_e4m3fn": 128,
-    "fp8-block": 128,
-}
-_FOUR_BIT = ("int4", "int8-planes")
-# Up to this many elements the packed kernel takes blocks of 64 channels, not 128.
-_SMALL_ELEMENTS = 40 * 10**6
-# Tokens up to which the packed kernel reads a whole weight fastest, and up to which a
-# kernel that widens tiles does; beyond, the weight is widened once for the library.
-_PACKED_DENSE_TOKENS = 16
-DENSE_TOKENS = 64
-# Layers of this many elements are listed by default, as most of them were on the H200.
-_LISTED_ELEMENTS = 80 * 2**20
-# Multiprocessors of an H100 and an H200. Defaults fit this number and are scaled.
-_PROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +156,7 @@ def device_table(device_name: str) -> tuple[TunedEntry, ...]:
 def device_of(device: torch.device) -> Device:
     """The device that kernels run on; an H200 stands for Triton's interpreter."""
     if device.type != "cuda":
-        return Device("interpreter", _PROCESSORS)
+        return Device("interpreter", PROCESSORS)
     properties = torch.cuda.get_device_properties(device)
     return Device(torch.cuda.get_device_name(device), properties.multi_processor_count)
 
@@ -200,93 +183,7 @@ def launch_config(
     if candidates:
         return min(candidates, key=lambda entry: abs(entry.tokens - tokens)).config
     _log_untuned(device.name)
-    vector = kind == "float8_e4m3fn" and tokens <= VECTOR_TOKENS
-    if kind in _PACKED_COLUMNS and not vector:
-        return packed_config(n, k, kind, device.processors)
-    return default_config(n, k, tokens, device.processors)
-
-
-def packed_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
-    """A configuration of the sparse route for int4 and fp8, from what won on the H100.
-
-    A program is one warp. Registers allow 12 of them per multiprocessor and 6 are
-    enough; a layer that would have fewer is divided into shorter blocks of channels.
-
-    Args:
-        n: output features of the (fused) layer on this rank.
-        k: input features.
-        kind: of the weight.
-        processors: multiprocessors of the device.
-    """
-    block_n = _PACKED_COLUMNS[kind]
-    block_k = 64 if n * k < _SMALL_ELEMENTS else 128
-    enough = 800 * processors // _PROCESSORS
-    split_k = _even_splits(-(-n // block_n), -(-k // block_k), enough)
-    return LaunchConfig(block_n, block_k, split_k, 1, 1, False, packed=True)
-
-
-def dense_config(
-    n: int, k: int, kind: str, tokens: int, processors: int
-) -> LaunchConfig:
-    """A configuration of the dense route for int4 and fp8, from what won on the H100.
-
-    Args:
-        n: output features of the (fused) layer on this rank.
-        k: input features.
-        kind: of the weight.
-        tokens: rows of the call, at most ``DENSE_TOKENS``.
-        processors: multiprocessors of the device.
-    """
-    if tokens <= _PACKED_DENSE_TOKENS:
-        # Fewer columns with more tokens: registers hold the sums of both.
-        block_n = _PACKED_COLUMNS[kind] // (2 if kind in _FOUR_BIT else 1)
-        block_n //= 2 if tokens > 8 else 1
-        enough = 1500 * processors // _PROCESSORS
-        split_k = _even_splits(-(-n // block_n), -(-k // 128), enough)
-        stages = 4 if kind in _FOUR_BIT else 2
-        return LaunchConfig(block_n, 128, split_k, 1, stages, False, packed=True)
-    split_k = 1
-    enough = 380 * processors // _PROCESSORS
-    while -(-n // 128) * split_k < enough and k >= 128 * split_k:
-        split_k *= 2
-    return LaunchConfig(128, 64, split_k, 4, 3, True)
-
-
-def _even_splits(tiles: int, blocks: int, enough: int) -> int:
-    """Fewest splits with enough programs that all take as many blocks of channels."""
-    for split_k in range(1, blocks):
-        if blocks % split_k == 0 and tiles * split_k >= enough:
-            return split_k
-    return max(1, blocks)
-
-
-def default_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig:
-    """A configuration for any shape on any device, from the best ones on the H200.
-
-    Channels are split until there are enough programs to hide the latency of memory:
-    about ten warps per multiprocessor. On the vector units, listing pays if there is
-    much to read; smaller layers are masked.
-
-    Args:
-        n: output features of the (fused) layer on this rank.
-        k: input features.
-        tokens: rows of the call.
-        processors: multiprocessors of the device.
-    """
-    use_dot = tokens > VECTOR_TOKENS
-    listed = not use_dot and n * k >= _LISTED_ELEMENTS
-    # Enough programs for 132 multiprocessors.
-    block_n, block_k, warps, enough = 128, 32, 1, 1500
-    if use_dot:
-        block_n, warps, enough = 256, 4, 256
-    elif listed:
-        block_n, block_k, warps, enough = 1024, 16, 4, 400
-    split_k = 1
-    enough = enough * processors // _PROCESSORS
-    while -(-n // block_n) * split_k < enough and k >= 2 * split_k * block_k:
-        split_k *= 2
-    stages = 3 if use_dot else 1
-    return LaunchConfig(block_n, block_k, split_k, warps, stages, use_dot, listed)
+    return sparse_default(n, k, kind, tokens, device.processors)
 
 
 def forget_tables() -> None:

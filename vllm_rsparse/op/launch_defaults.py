@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch configurations for shapes and devices that no table has.
+
+They follow what won on an H100 and an H200, scaled by the number of multiprocessors;
+the measurements are in docs/notes/kernels.md and docs/notes/kernels-quantized.md.
+"""
+
+from vllm_rsparse.kernels.launch_config import LaunchConfig
+
+# Up to this many tokens the vector units keep up with memory; beyond it the matrix
+# units win (H200, kernels/README.md).
+VECTOR_TOKENS = 2
+# Columns of a program of the packed kernel: 16 bytes a thread, 8 threads a row.
+_PACKED_COLUMNS = {
+    "int4": 256,
+    "int8-planes": 256,
+    "float8_e4m3fn": 128,
+    "fp8-block": 128,
+}
+_FOUR_BIT = ("int4", "int8-planes")
+# Up to this many elements the packed kernel takes blocks of 64 channels, not 128.
+_SMALL_ELEMENTS = 40 * 10**6
+# Tokens up to which the packed kernel reads a whole weight fastest, and up to which a
+# kernel that widens tiles does; beyond, the weight is widened once for the library.
+_PACKED_DENSE_TOKENS = 16
+DENSE_TOKENS = 64
+# Layers of this many elements are listed by default, as most of them were on the H200.
+_LISTED_ELEMENTS = 80 * 2**20
+# Multiprocessors of an H100 and an H200. Defaults fit this number and are scaled.
+PROCESSORS = 132
+
+
+def sparse_default(
+    n: int, k: int, kind: str, tokens: int, processors: int
+) -> LaunchConfig:
+    """A configuration of the sparse route.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        kind: ``StoredWeight.kind``.
+        tokens: rows of the call.
+        processors: multiprocessors of the device.
+    """
+    if kind == "float8_e4m3fn" and tokens <= VECTOR_TOKENS:
+        return fp8_config(n, k, processors)
+    if kind in _PACKED_COLUMNS:
+        return packed_config(n, k, kind, processors)
+    return default_config(n, k, tokens, processors)
+
+
+def fp8_config(n: int, k: int, processors: int) -> LaunchConfig:
+    """A configuration of the vector units for fp8, from what won on the H100.
+
+    Channels are masked in place: 28672 x 4096 took 24.5 us with 2464 programs and 24.9
+    with 4928. Listed with 1024 columns, as for two-byte elements, it took 31.4 us on an
+    H200.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        processors: multiprocessors of the device.
+    """
+    block_n, block_k, split_k = 128, 32, 1
+    enough = 2400 if n * k >= _LISTED_ELEMENTS else 1500
+    enough = enough * processors // PROCESSORS
+    while -(-n // block_n) * split_k < enough and k >= 2 * split_k * block_k:
+        split_k *= 2
+    return LaunchConfig(block_n, block_k, split_k, 1, 1, False)
+
+
+def packed_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
+    """A configuration of the sparse route for int4 and fp8, from what won on the H100.
+
+    A program is one warp. Registers allow 12 of them per multiprocessor and 6 are
+    enough; a layer that would have fewer is divided into shorter blocks of channels.
+    The words of two steps are in flight together, or of one step if the program has a
+    single block: in int4, 28672 x 4096 took 22.3 and 27.5 us with four blocks a
+    program, 6144 x 4096 took 8.3 and 7.6 with one.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        kind: of the weight.
+        processors: multiprocessors of the device.
+    """
+    block_n = _PACKED_COLUMNS[kind]
+    block_k = 64 if n * k < _SMALL_ELEMENTS else 128
+    enough = 800 * processors // PROCESSORS
+    blocks = -(-k // block_k)
+    split_k = _even_splits(-(-n // block_n), blocks, enough)
+    stages = 1 if split_k == blocks else 2
+    return LaunchConfig(block_n, block_k, split_k, 1, stages, False, packed=True)
+
+
+def dense_config(
+    n: int, k: int, kind: str, tokens: int, processors: int
+) -> LaunchConfig:
+    """A configuration of the dense route for int4 and fp8, from what won on the H100.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        kind: of the weight.
+        tokens: rows of the call, at most ``DENSE_TOKENS``.
+        processors: multiprocessors of the device.
+    """
+    if tokens <= _PACKED_DENSE_TOKENS:
+        # Fewer columns with more tokens: registers hold the sums of both.
+        block_n = _PACKED_COLUMNS[kind] // (2 if kind in _FOUR_BIT else 1)
+        block_n //= 2 if tokens > 8 else 1
+        enough = 1500 * processors // PROCESSORS
+        split_k = _even_splits(-(-n // block_n), -(-k // 128), enough)
+        stages = 4 if kind in _FOUR_BIT else 2
+        return LaunchConfig(block_n, 128, split_k, 1, stages, False, packed=True)
+    split_k = 1
+    enough = 380 * processors // PROCESSORS
+    while -(-n // 128) * split_k < enough and k >= 128 * split_k:
+        split_k *= 2
+    return LaunchConfig(128, 64, split_k, 4, 3, True)
+
+
+def _even_splits(tiles: int, blocks: int, enough: int) -> int:
+    """Fewest splits with enough programs that all take as many blocks of channels."""
+    for split_k in range(1, blocks):
+        if blocks % split_k == 0 and tiles * split_k >= enough:
+            return split_k
+    return max(1, blocks)
+
+
+def default_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig:
+    """A configuration for any shape on any device, from the best ones on the H200.
+
+    Channels are split until there are enough programs to hide the latency of memory:
+    about ten warps per multiprocessor. On the vector units, listing pays if there is
+    much to read; smaller layers are masked.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        tokens: rows of the call.
+        processors: multiprocessors of the device.
+    """
+    use_dot = tokens > VECTOR_TOKENS
+    listed = not use_dot and n * k >= _LISTED_ELEMENTS
+    # Enough programs for 132 multiprocessors.
+    block_n, block_k, warps, enough = 128, 32, 1, 1500
+    if use_dot:
+        block_n, warps, enough = 256, 4, 256
+    elif listed:
+        block_n, block_k, warps, enough = 1024, 16, 4, 400
+    split_k = 1
+    enough = enough * processors // PROCESSORS
+    while -(-n // block_n) * split_k < enough and k >= 2 * split_k * block_k:
+        split_k *= 2
+    stages = 3 if use_dot else 1
+    return LaunchConfig(block_n, block_k, split_k, warps, stages, use_dot, listed)
