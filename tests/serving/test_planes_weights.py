@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights in two planes, made while they load, with tensor-parallel ranks faked."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("vllm")
 
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import (
+    VllmConfig,
+    get_current_vllm_config,
+    set_current_vllm_config,
+)
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.model_loader.reload import layerwise
 
@@ -16,6 +22,7 @@ from vllm_rsparse.formats.int8_planes import INT8_PLANES, PLANES_WHILE_LOADING
 from vllm_rsparse.op import layers
 from vllm_rsparse.serving.config import RSparseConfig
 from vllm_rsparse.serving.served import ServedModel
+from vllm_rsparse.testing.quantized import LAYOUTS
 
 HIDDEN, INNER = 192, 256
 MLP = "model.layers.0.mlp"
@@ -125,6 +132,32 @@ def test_a_step_that_is_dense_reads_both_planes(model, weights, engine):
     x = torch.randn(2, INNER)
     whole = PLANES_WHILE_LOADING.round_trip(weights[f"{MLP}.down_proj"])
     torch.testing.assert_close(layer.quant_method.apply(layer, x), x @ whole.T)
+
+
+@pytest.mark.parametrize("layout", ["fp8-channel", "fp8-block"])
+def test_fp8_checkpoints_become_planes(
+    tmp_path, write_artifact, engine, layout, monkeypatch
+):
+    engine(0, 1)
+    # vLLM's own method, which is not used, asks for the activations' dtype.
+    activations = SimpleNamespace(dtype=torch.float32)
+    monkeypatch.setattr(get_current_vllm_config(), "model_config", activations)
+    base, quantise = LAYOUTS[layout]
+    form = {"format": layout.replace("-channel", ""), "dtype": "bfloat16"}
+    tensors = write_artifact(
+        tmp_path / "rsparse", SHAPES, planes=2, weights=INT8_PLANES.name, base=form
+    )
+    layer = build("down_proj", make_config(tmp_path, base=base, max_sparse_tokens=4))
+    name = f"{MLP}.down_proj"
+    parts, meant = quantise(torch.randn(HIDDEN, INNER) / 16)
+    parameters = dict(layer.named_parameters())
+    for suffix, tensor in parts.items():
+        parameters[suffix].weight_loader(parameters[suffix], tensor)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(1, INNER)
+    # What ``prepare`` reads: dequantised to the dtype that the artifact names.
+    right = expected(x, name, {name: meant.bfloat16()}, tensors)
+    torch.testing.assert_close(layer.quant_method.apply(layer, x), right)
 
 
 def test_ranks_that_would_split_a_group_are_refused(model, weights, engine):

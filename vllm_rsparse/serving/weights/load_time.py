@@ -64,7 +64,12 @@ class LoadTimeWeights(CheckpointWeights):
     def stored(self, layer: LinearBase, partition: Partition) -> StoredWeight:
         """See the base class."""
         loaded = self._source.stored(layer, partition)
-        weight = loaded.data if loaded.format is FLOAT else loaded.dequantise()
+        if loaded.format is FLOAT:
+            weight = loaded.data
+        else:
+            # What ``prepare`` rounded: a weight dequantised to the base's own dtype.
+            dtype = getattr(torch, self._artifact.info.base.dtype)
+            weight = loaded.dequantise().to(dtype)
         scales = self._scales(layer, weight)
         try:
             return self._load_time.encode(weight, scales, partition.full_k)
