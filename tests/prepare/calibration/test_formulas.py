@@ -50,6 +50,8 @@ def dense(pyllama: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(pyllama)
     stream: list[int] = []
     for file in TEXTS:
+        if stream:  # what separates documents
+            stream.append(tokenizer.eos_token_id)
         stream += tokenizer(file.read_text("utf-8"), add_special_tokens=False).input_ids
     generator = random.Random(SEED)
     draws = [generator.random() for _ in range(len(stream) // TOKENS)]
