@@ -13,9 +13,9 @@ from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError, SettingError
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.registry import load_time_format
-from vllm_rsparse.model.attention import attention_implementation
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.language_model import LanguageModel
+from vllm_rsparse.model.loading import load_model
 from vllm_rsparse.model.modules import linear_modules
 from vllm_rsparse.op.reference import kept_mask
 
@@ -288,35 +288,12 @@ def _load_base(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, dict[str, tuple[nn.Module, str]]]:
     """The base model, and where its linears are."""
-    import transformers
-
-    directory = checkpoint.directory
     try:
-        language_model = LanguageModel(checkpoint)
-        auto = transformers.AutoModelForCausalLM
-        if language_model.family.text_config is not None:
-            auto = transformers.AutoModelForImageTextToText
-        config = transformers.AutoConfig.from_pretrained(directory)
-        # transformers would look for a quantizer; weights are read dequantised.
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        settings = {
-            "config": config,
-            "dtype": dtype,
-            "attn_implementation": attention_implementation(config),
-        }
-        if not checkpoint.quantized:
-            model = auto.from_pretrained(directory, **settings)
-        else:
-            with torch.device("meta"):
-                architecture = type(auto.from_config(config))
-            weights = checkpoint.read(checkpoint.plain_names(), dequantised=dtype)
-            model = architecture.from_pretrained(None, state_dict=weights, **settings)
-        model.to(device)
-        modules = linear_modules(model, language_model)
+        model = load_model(checkpoint, dtype, device)
+        modules = linear_modules(model, LanguageModel(checkpoint))
     # Unknown architectures, remote code, broken weights: each its own exception.
     except Exception as error:
         raise ArtifactError(
-            f"{directory}: transformers cannot load the base model ({error})"
+            f"{checkpoint.directory}: transformers cannot load the base model ({error})"
         ) from error
-    return model.eval(), modules
+    return model, modules

@@ -1,9 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give freed memory back to the system between layers."""
+"""What memory there is, and giving freed memory back to the system between layers."""
 
 import ctypes
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a program could still allocate; None where the system does not tell.
+
+    On a CPU, a container's limit (cgroup v2) counts as well.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = int(next(x for x in lines if x.startswith("MemAvail")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        return None
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
 
 
 def release_freed_memory() -> None:

@@ -48,11 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-data",
         nargs="+",
-        required=True,
+        default=(),
         metavar="FILE[=WEIGHT]",
         help="text files, or JSONL with `text` or `messages` (chats), similar to"
         " what the model will read and write; chat.jsonl=2 code.txt=1 takes two thirds"
-        " of the windows from the first",
+        " of the windows from the first (default: the model writes its own text)",
     )
     parser.add_argument(
         "--recipe",

@@ -28,13 +28,14 @@ class PrepareOptions:
         sparsity: target s in [0, 1): fraction of the linears' bytes not read. None
             where ``bits`` is given.
         calibration_data: files of text or JSONL (see ``texts.documents``), with weights
-            or without.
+            or without; none lets the model write its own text.
         recipe: name of a recipe, or a JSON file (see ``recipes``).
         save_recipe: where to write the recipe with what every linear got.
         rho: share of the kept budget that goes to exact channels, in (0, 1];
             1 means no low-rank factors. None takes the recipe's.
         samples: number of calibration windows.
-        tokens: tokens per window; None takes 4096 or the model's length if shorter.
+        tokens: tokens per window; None takes 4096 (of text that the
+            model writes, fewer) or the model's length if shorter.
         device: where calibration runs ("auto": CUDA if available).
         dtype: compute dtype of calibration ("auto": float32 on CPU, the checkpoint's
             on CUDA).
@@ -52,7 +53,7 @@ class PrepareOptions:
     model: str
     output: Path
     sparsity: float | None
-    calibration_data: tuple[Path | TextFile, ...]
+    calibration_data: tuple[Path | TextFile, ...] = ()
     rho: float | None = None
     samples: int = 16
     tokens: int | None = None
@@ -91,8 +92,6 @@ class PrepareOptions:
             )
         if not 0 <= self.seed < 2**63:
             raise PrepareError(f"--seed must lie in [0, 2**63), got {self.seed}")
-        if not self.calibration_data:
-            raise PrepareError("--calibration-data needs at least one file")
         for name, value, allowed in (
             ("--device", self.device, DEVICES),
             ("--dtype", self.dtype, DTYPES),

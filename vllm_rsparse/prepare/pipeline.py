@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``prepare`` from end to end."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from typing import Any
 
 import torch
 
@@ -34,7 +33,7 @@ from vllm_rsparse.model.quantized import OLD_KEY, base_quantization
 from vllm_rsparse.model.reads import token_reads
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.layers import calibrate_layers
-from vllm_rsparse.prepare.options import DEFAULT_TOKENS, PrepareOptions
+from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.recipe.files import load_recipe, recipe_json
 from vllm_rsparse.prepare.recipe.recipes import RECIPES, Recipe
 from vllm_rsparse.prepare.run import Run, dense_prefix
@@ -49,9 +48,8 @@ from vllm_rsparse.prepare.store.output import (
     write_text,
 )
 from vllm_rsparse.prepare.store.run_store import RunStore
+from vllm_rsparse.prepare.text import choose_text
 from vllm_rsparse.texts.documents import read_sources
-from vllm_rsparse.texts.tokens import load_tokenizer
-from vllm_rsparse.texts.windows import choose_windows
 
 
 def prepare(options: PrepareOptions) -> ArtifactInfo:
@@ -89,24 +87,19 @@ def prepare(options: PrepareOptions) -> ArtifactInfo:
     model = StreamedModel(checkpoint, device, dtype, load_time)
     if options.head != AS_STORED:
         model.require_plain_head()
-    text = choose_windows(
-        load_tokenizer(checkpoint.directory),
-        texts,
-        options.samples,
-        _window_tokens(options.tokens, model.config),
-        options.seed,
-        model.vocab_size,
-    )
+    source = choose_text(options, texts, model, getattr(torch, stored_dtype))
     output = options.output.absolute()
     store = RunStore(
         output.with_name(f"{output.name}.search"),
-        run_identity(recipe, options, model, text.windows),
+        run_identity(recipe, options, model, source.identity),
     )
     sparsity = _sparsity(options, linears)
-    prefix = dense_prefix(text.windows) if recipe.activations == "sparse" else 0
-    run = Run(model, tuple(linears), text.windows, prefix, options.seed, store)
     with staged, store:
         with _hint_when_out_of_memory():
+            text = source.windows(store, staged.artifact)
+            on_sparse = recipe.activations == "sparse"
+            prefix = dense_prefix(text.windows) if on_sparse else 0
+            run = Run(model, tuple(linears), text.windows, prefix, options.seed, store)
             planned = plan_linears(run, recipe, sparsity)
             calibrated = calibrate_layers(
                 run,
@@ -235,15 +228,3 @@ def _compute_dtype(name: str, device: torch.device, stored: str) -> torch.dtype:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _window_tokens(tokens: int | None, config: Mapping[str, Any]) -> int:
-    longest = config.get("max_position_embeddings")
-    if tokens is None:
-        return min(DEFAULT_TOKENS, longest) if longest else DEFAULT_TOKENS
-    if longest and tokens > longest:
-        raise PrepareError(
-            f"--calibration-tokens {tokens} is more than the model's length of"
-            f" {longest} (max_position_embeddings)"
-        )
-    return tokens

@@ -30,6 +30,12 @@ class Document:
     line: int = 1
     tools: Sequence[Mapping[str, Any]] | None = None
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], line: int = 1) -> "Document":
+        """Of an object that ``to_json`` gave."""
+        kind: Kind = "messages" if "messages" in value else "text"
+        return cls(kind, value[kind], line, value.get("tools"))
+
     def to_json(self) -> dict[str, Any]:
         """The object that stands for it in a JSONL file."""
         value: dict[str, Any] = {self.kind: self.content}

@@ -2,11 +2,10 @@
 """What the results of a run depend on; results of another identity are not used."""
 
 import hashlib
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from vllm_rsparse import __version__
 from vllm_rsparse.artifact.tensors import file_sha256
@@ -22,12 +21,21 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def run_identity(
-    recipe: Recipe, options: PrepareOptions, model: StreamedModel, windows: Tensor
+    recipe: Recipe,
+    options: PrepareOptions,
+    model: StreamedModel,
+    text: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything that the results depend on, as JSON; the keys are shown to users.
 
     Weights are identified by name, size and modification time, because reading them
     takes minutes; the smaller files (config, tokenizer, chat template) by content.
+
+    Args:
+        recipe: what the user asked for.
+        options: of the run.
+        model: the base model.
+        text: what the calibration text depends on besides, or the text itself.
     """
     checkpoint = model.checkpoint
     return {
@@ -45,7 +53,7 @@ def run_identity(
         "tokenizer files": {
             file.name: file_sha256(file) for file in _companions(checkpoint.directory)
         },
-        "calibration windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        **text,
         "recipe": hashlib.sha256(recipe_json(recipe).encode()).hexdigest(),
         "--sparsity": options.sparsity,
         "--bits": options.bits,

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's calibration text: the user's, or what the model writes itself."""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from vllm_rsparse.artifact.tensors import ARTIFACT_DIR
+from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.model.streaming import StreamedModel
+from vllm_rsparse.prepare.options import DEFAULT_TOKENS, PrepareOptions
+from vllm_rsparse.prepare.store.output import write_text
+from vllm_rsparse.prepare.store.run_store import Key, RunStore
+from vllm_rsparse.texts.documents import Document, Source
+from vllm_rsparse.texts.tokens import load_tokenizer
+from vllm_rsparse.texts.windows import CalibrationText, choose_windows
+from vllm_rsparse.texts.writing import TextWriter, as_jsonl, as_source, writing_dtype
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_NAME = "calibration.jsonl"
+_STAGE = "written"
+
+
+class RunText(Protocol):
+    """Where a run's windows come from."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What the windows depend on, for the run's identity."""
+
+    def windows(self, store: RunStore, artifact: Path) -> CalibrationText:
+        """The windows.
+
+        Args:
+            store: keeps what is expensive to find again.
+            artifact: folder that gets a copy of text that is no file of the user's.
+
+        Raises:
+            CheckpointError: the model cannot write text.
+        """
+
+
+@dataclass(frozen=True)
+class GivenText:
+    """Windows of the user's files."""
+
+    text: CalibrationText
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Their digest."""
+        windows = self.text.windows.numpy().tobytes()
+        return {"calibration windows": hashlib.sha256(windows).hexdigest()}
+
+    def windows(self, store: RunStore, artifact: Path) -> CalibrationText:
+        """They are there already."""
+        return self.text
+
+
+@dataclass(frozen=True)
+class WrittenText:
+    """Windows of what the model writes.
+
+    Attributes:
+        writer: of the model.
+        tokenizer: of the model.
+        samples: number of windows.
+        tokens: of each window.
+        seed: of the text and of the windows.
+        vocab_size: of the model.
+    """
+
+    writer: TextWriter
+    tokenizer: Any
+    samples: int
+    tokens: int
+    seed: int
+    vocab_size: int
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What the text depends on; it is not written yet."""
+        return {
+            "the model's own text": self.writer.identity,
+            "--calibration-samples": self.samples,
+            "--calibration-tokens": self.tokens,
+        }
+
+    def windows(self, store: RunStore, artifact: Path) -> CalibrationText:
+        """Let the model write, or recall what it wrote; the text is then a file of the
+        artifact."""
+        kept: list[list[Document]] = []
+        while (batch := store.recall(Key(_STAGE, len(kept)))) is not None:
+            kept.append([Document.from_json(value) for value in batch])
+        documents: list[Document] = []
+        batches = self.writer.batches(self.samples * self.tokens, self.seed, kept)
+        for index, batch in enumerate(batches):
+            if index >= len(kept):
+                values = [document.to_json() for document in batch]
+                store.record({Key(_STAGE, index): values})
+            documents += batch
+        file = Path(ARTIFACT_DIR) / CALIBRATION_NAME
+        text = self._choose(as_source(documents, file))
+        write_text(artifact / CALIBRATION_NAME, as_jsonl(documents))
+        return replace(
+            text, provenance=text.provenance | {"written": self.writer.identity}
+        )
+
+    def _choose(self, source: Source) -> CalibrationText:
+        return choose_windows(
+            self.tokenizer,
+            [source],
+            self.samples,
+            self.tokens,
+            self.seed,
+            self.vocab_size,
+        )
+
+
+def choose_text(
+    options: PrepareOptions,
+    sources: Sequence[Source],
+    model: StreamedModel,
+    stored: torch.dtype,
+) -> RunText:
+    """The text that a run calibrates on.
+
+    Args:
+        options: of the run.
+        sources: the user's files; empty to let the model write.
+        model: the base model.
+        stored: dtype of the checkpoint's weights.
+
+    Raises:
+        CheckpointError: the model has no tokenizer, or the text has too few tokens.
+        PrepareError: windows longer than the model's length.
+    """
+    tokenizer = load_tokenizer(model.checkpoint.directory)
+    longest = model.config.get("max_position_embeddings")
+    if sources:
+        tokens = _window_tokens(options.tokens, DEFAULT_TOKENS, longest)
+        return GivenText(
+            choose_windows(
+                tokenizer,
+                sources,
+                options.samples,
+                tokens,
+                options.seed,
+                model.vocab_size,
+            )
+        )
+    dtype = writing_dtype(stored, model.dtype, model.device)
+    writer = TextWriter(model.checkpoint, tokenizer, model.device, dtype)
+    tokens = _window_tokens(options.tokens, writer.window, longest)
+    return WrittenText(
+        writer, tokenizer, options.samples, tokens, options.seed, model.vocab_size
+    )
+
+
+def _window_tokens(tokens: int | None, default: int, longest: int | None) -> int:
+    if tokens is None:
+        return min(default, longest) if longest else default
+    if longest and tokens > longest:
+        raise PrepareError(
+            f"--calibration-tokens {tokens} is more than the model's length of"
+            f" {longest} (max_position_embeddings)"
+        )
+    return tokens
