@@ -199,6 +199,7 @@ def engine(monkeypatch):
             hf_text_config=SimpleNamespace(num_hidden_layers=2),
         ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        speculative_config=None,
     )
     monkeypatch.setattr(
         served_module, "get_current_vllm_config", lambda: copy.copy(engine)

@@ -47,6 +47,7 @@ from vllm_rsparse.serving.settings import (
     served_head,
     served_weights,
 )
+from vllm_rsparse.serving.speculation import draft_is_resolved
 from vllm_rsparse.serving.weights.factory import checkpoint_weights
 from vllm_rsparse.serving.weights.load_time import LoadTimeWeights
 
@@ -194,7 +195,9 @@ class RSparseConfig(QuantizationConfig):
             artifact.info, route.backend.label, route.policy.max_sparse_tokens
         )
         source = replace(source, sha256=artifact.sha256)
-        metrics = exporter.start(envs.metrics_interval(), facts)
+        # The metrics are those of the served model.
+        draft = draft_is_resolved(model_name)
+        metrics = None if draft else exporter.start(envs.metrics_interval(), facts)
         decision = Decision(source, route, weights, head, metrics, local_report())
         self._served = ServedModel(decision, artifact)
         if hf_config is not None:

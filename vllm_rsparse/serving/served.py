@@ -28,6 +28,7 @@ from vllm_rsparse.serving.agreement import (
 )
 from vllm_rsparse.serving.coverage import BuiltModel, Coverage
 from vllm_rsparse.serving.route import Route
+from vllm_rsparse.serving.speculation import log_verification
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +195,7 @@ class ServedModel:
             # Noted now: a draft model has a config of its own while it is built, and
             # the served model's again when its weights are processed.
             self._engine = get_current_vllm_config()
+            log_verification(self.route, self._engine)
         return self.coverage.claim(self.artifact, prefix, self._checkpoint_has)
 
     def _checkpoint_has(self, name: LinearName) -> bool:

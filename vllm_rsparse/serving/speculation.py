@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculative decoding with a sparse model: its draft model, and what to say of it."""
+
+import logging
+
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
+
+from vllm_rsparse.serving.route import Route
+
+logger = logging.getLogger(__name__)
+
+
+def draft_is_resolved(model: str) -> bool:
+    """Whether vLLM resolves the config of a draft model now, not the served model's.
+
+    vLLM does so in the engine's process while the engine's config is the current one;
+    the served model's is resolved before there is one.
+
+    Args:
+        model: what is resolved.
+    """
+    engine = get_current_vllm_config_or_none()
+    speculative = None if engine is None else engine.speculative_config
+    draft = getattr(speculative, "draft_model_config", None)
+    return draft is not None and draft.model == model
+
+
+def log_verification(route: Route, engine: VllmConfig) -> None:
+    """Say at start if drafts make the steps too large for the sparse route.
+
+    Args:
+        route: of the model that is built.
+        engine: whose model it is: the served model or a draft model.
+    """
+    speculative = engine.speculative_config
+    tokens = getattr(speculative, "num_speculative_tokens", None)
+    if speculative is None or not tokens:
+        return
+    if engine.model_config is getattr(speculative, "draft_model_config", None):
+        return  # it drafts one token at a time
+    limit = route.policy.max_sparse_tokens
+    if 0 < limit < tokens + 1:
+        logger.warning(
+            "rsparse: speculative decoding (%s) verifies %d tokens of a request per"
+            " step, more than max_sparse_tokens = %d: these steps are dense, and only"
+            " steps without drafts are sparse. For sparse decoding leave the drafter"
+            " out; for sparse verification set max_sparse_tokens to %d or more",
+            speculative.method,
+            tokens + 1,
+            limit,
+            tokens + 1,
+        )
