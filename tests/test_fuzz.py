@@ -16,13 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_rsparse.artifact import locate
 from vllm_rsparse.artifact.inspect import describe
 from vllm_rsparse.artifact.prepared import open_artifact
-from vllm_rsparse.artifact.tensors import JSON_NAME, TENSORS_NAME, Artifact
+from vllm_rsparse.artifact.tensors import (
+    JSON_NAME,
+    TENSORS_NAME,
+    Artifact,
+    scales_name,
+)
 from vllm_rsparse.artifact.versions import read_info, write_info
 from vllm_rsparse.errors import ArtifactError
 
@@ -85,7 +91,11 @@ def mutated(draw: st.DrawFn, document: Any) -> Any:
     return document
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["version-1", "version-2"])
+# Version of the format, and what the weights are quantized to while they load.
+ARTIFACTS = {"version-1": (1, None), "version-2-fp8": (2, "fp8")}
+
+
+@pytest.fixture(scope="module", params=ARTIFACTS)
 def artifact(
     request: pytest.FixtureRequest,
     write_artifact: Any,
@@ -93,8 +103,12 @@ def artifact(
 ) -> Path:
     """A sound artifact; the tests write their variants over it."""
     directory: Path = tmp_path_factory.mktemp("fuzz")
-    more = {"provenance": {"base": "x", "seed": 0}}
-    write_artifact(directory, LINEARS, version=request.param, **more)
+    version, weights = ARTIFACTS[request.param]
+    more: dict[str, Any] = {"provenance": {"base": "x", "seed": 0}}
+    if weights is not None:
+        scales = {scales_name(name): torch.ones(s[0]) for name, s in LINEARS.items()}
+        more |= {"weights": weights, "head": weights, "more": scales}
+    write_artifact(directory, LINEARS, version=version, **more)
     use(directory)  # what is imported and allocated once
     return directory
 
@@ -128,6 +142,7 @@ def use(directory: Path) -> None:
         for name in opened.info.linears:
             opened.read(name)
             opened.read(name, slice(0, 2), slice(1, 3))
+            opened.read_scales(name, slice(0, 2))
         text = describe(opened.info)
         opened.verify_digest()
     except ArtifactError as error:
@@ -284,12 +299,14 @@ def test_any_quantization_config() -> None:
     config = pytest.importorskip("vllm_rsparse.serving.config").RSparseConfig
     base = {
         "quant_method": "rsparse",
-        "format_version": 1,
+        "format_version": 2,
         "artifact": "rsparse",
         "artifact_sha256": "0" * 64,
         "sparsity": 0.5,
         "max_sparse_tokens": 2,
         "backend": "cpu",
+        "weights": "fp8",
+        "head": "fp8",
     }
 
     @examples(500)
@@ -301,7 +318,8 @@ def test_any_quantization_config() -> None:
             return
         # What was accepted is what was read, or is the base's own dictionary.
         if document.get("quant_method") in (None, "rsparse"):
-            for key in ("artifact", "artifact_sha256", "max_sparse_tokens", "backend"):
+            kept = base.keys() - {"quant_method", "format_version", "sparsity"}
+            for key in kept:
                 value, found = document.get(key), getattr(made.settings, key)
                 assert (type(found), found) == (type(value), value)
         else:
