@@ -18,6 +18,8 @@ from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.recipe.recipes import RECIPES, Recipe
 from vllm_rsparse.prepare.store import identity
 from vllm_rsparse.prepare.store.identity import run_identity
+from vllm_rsparse.prepare.text import GivenText
+from vllm_rsparse.texts.windows import CalibrationText
 
 WINDOWS = torch.arange(8).reshape(2, 4)
 Identify = Callable[..., dict[str, Any]]
@@ -39,7 +41,8 @@ def identify(model: Path) -> Identify:
     ) -> dict[str, Any]:
         options = PrepareOptions(str(model), Path("out"), 0.5, (Path("text"),))
         streamed = StreamedModel(Checkpoint(model), torch.device("cpu"), dtype)
-        return run_identity(recipe, replace(options, **changes), streamed, windows)
+        text = GivenText(CalibrationText(windows, {})).identity
+        return run_identity(recipe, replace(options, **changes), streamed, text)
 
     return identify
 
