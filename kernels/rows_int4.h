@@ -6,7 +6,7 @@
 // Over a group, s (sum of x (q - 8) - (z - 8) sum of x) takes two operations for each
 // weight less than the sum of x (q - z) s. Around 8, because the sums of x q are mostly 8
 // times the sum of x, which they would lose digits to: where the mean of x is its deviation,
-// 4 to 10 times the error. The sums keep low and high nibbles apart, the order in which they
+// 11 to 24 times the error. The sums keep low and high nibbles apart, the order in which they
 // come out of the bytes, and are put together with the scales.
 
 #pragma once

@@ -2,6 +2,8 @@
 """The command line: which errors are one line, and what is refused before any work."""
 
 import errno
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +65,25 @@ def test_an_interrupt_is_one_line(failing, capsys):
     failing(KeyboardInterrupt())
     assert cli.main(["inspect"]) == 130
     assert capsys.readouterr().err == "vllm-rsparse inspect: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_whatever_a_library_makes_of_it(
+    number, monkeypatch, capsys
+):
+    def run(args):
+        try:
+            os.kill(os.getpid(), number)
+            signal.pause()
+        except BaseException:
+            raise RuntimeError("cannot be loaded") from None
+
+    module = SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setattr("importlib.import_module", lambda name: module)
+    before = signal.getsignal(number)
+    assert cli.main(["inspect"]) == 128 + number
+    assert capsys.readouterr().err == "vllm-rsparse inspect: interrupted\n"
+    assert signal.getsignal(number) is before
 
 
 def test_every_subcommand_is_the_command_of_its_package():

@@ -11,7 +11,8 @@ import importlib
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 from vllm_rsparse import __version__
@@ -77,27 +78,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     command = importlib.import_module(COMMANDS[args.command][0])
-    # `kill` must clean up in the same way as Ctrl-C.
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    name = f"vllm-rsparse {args.command}"
+    with _ended_by_signals() as received:
+        try:
+            return command.run(args)
+        # A library may have replaced what the handler raised by an error of its own.
+        except BaseException as error:
+            if received or isinstance(error, KeyboardInterrupt):
+                print(f"{name}: interrupted", file=sys.stderr)
+                return 128 + (received or [signal.SIGINT])[0]
+            # What the user can put right; everything else is a bug and shows its
+            # traceback. An OSError without a number is no failed system call, but
+            # raised by some library.
+            ours = isinstance(error, RSparseError) or (
+                isinstance(error, OSError) and error.errno is not None
+            )
+            if args.debug or not ours:
+                raise
+            print(f"{name}: error: {error}", file=sys.stderr)
+            return 1
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[list[int]]:
+    """Clean up after ``kill`` in the same way as after Ctrl-C.
+
+    Yields:
+        The signals received so far. Each raised an exception in the main thread.
+    """
+    received: list[int] = []
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        raise KeyboardInterrupt
+
+    both = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in both}
+    # A shell lets its background jobs ignore Ctrl-C.
+    ignored = (signal.SIG_IGN, None)
+    heeded = [n for n, handler in previous.items() if handler not in ignored]
+    for number in heeded:
+        signal.signal(number, end)
     try:
-        return command.run(args)
-    # What the user can put right; everything else is a bug and shows its traceback.
-    except (RSparseError, OSError) as error:
-        # Without a number it is no failed system call, but raised by some library.
-        ours = isinstance(error, RSparseError) or error.errno is not None
-        if args.debug or not ours:
-            raise
-        print(f"vllm-rsparse {args.command}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"vllm-rsparse {args.command}: interrupted", file=sys.stderr)
-        return 130
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    sys.exit(128 + signum)
+        for number in heeded:
+            signal.signal(number, previous[number])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,17 @@ class PlainPyTorch:
             output_logits=True,
         )
         return out.sequences[0, ids.shape[1] :].tolist(), torch.cat(out.logits)
+
+    @contextmanager
+    def shifted(self, share):
+        """With every threshold moved by this share of it."""
+        linears = [m for m in self.model.modules() if isinstance(m, SparseLinear)]
+        kept = [linear.threshold for linear in linears]
+        for linear in linears:
+            linear.threshold = linear.threshold * (1 + share)
+        yield
+        for linear, threshold in zip(linears, kept, strict=True):
+            linear.threshold = threshold
 
     def log_probabilities(self, tokens):
         """Of each token after the first, given those before it: float32 [len - 1]."""

@@ -21,16 +21,13 @@ from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.model.attention import attention_implementation
 from vllm_rsparse.model.checkpoint import FLOAT_DTYPES, Checkpoint
-from vllm_rsparse.model.finite import check_weight
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.memory import release_freed_memory
+from vllm_rsparse.model.module_weights import ModuleWeights
 from vllm_rsparse.model.modules import expose_linears
 
-# On CUDA, the share of the free memory for the weights of layers that stay there, and
-# the tokens that run together (whole windows). On a CPU, layers are read from the page
-# cache each time, and windows run alone.
-KEPT_SHARE = 0.4
+# On CUDA, the tokens that run together (whole windows). On a CPU windows run alone.
 CUDA_TOKENS = 8192
 # In transformers' class of the language model alone.
 _LAYERS = "model.layers"
@@ -76,13 +73,8 @@ class StreamedModel:
             spec = self._tensors.layer(index)
             expose_linears(layer, spec, self._tensors.config)
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        # On CUDA reading and copying a layer takes longer than running it.
-        self._kept: dict[str, dict[str, Tensor]] = {}
-        self._room, self._tokens_at_once = 0, 1
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            self._room = int(KEPT_SHARE * free)
-            self._tokens_at_once = CUDA_TOKENS
+        self._weights = ModuleWeights(self._tensors, self._model, device)
+        self._tokens_at_once = CUDA_TOKENS if device.type == "cuda" else 1
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -127,7 +119,7 @@ class StreamedModel:
             if module is not self._layers
         ]
         for name, module in outside:
-            self._materialise(module, f"model.{name}")
+            self._weights.materialise(module, f"model.{name}")
         hidden = [self._record(window) for window in windows.split(1)]
         for _, module in outside:
             module.to("meta")
@@ -141,7 +133,7 @@ class StreamedModel:
     def layer(self, index: int) -> Iterator[nn.Module]:
         """The decoder layer with its weights, which the end of the block frees."""
         module = self._layers[index]
-        self._materialise(module, f"{_LAYERS}.{index}")
+        self._weights.materialise(module, f"{_LAYERS}.{index}")
         try:
             yield module
         finally:
@@ -227,8 +219,10 @@ class StreamedModel:
                 " model.norm and lm_head, which this recipe needs; use --recipe greedy"
             )
         tied = not self._tensors.has("lm_head.weight")
-        self._materialise(projection, "model.embed_tokens" if tied else "lm_head")
-        self._materialise(norm, "model.norm")
+        self._weights.materialise(
+            projection, "model.embed_tokens" if tied else "lm_head"
+        )
+        self._weights.materialise(norm, "model.norm")
         try:
             yield partial(self._logits, norm)
         finally:
@@ -246,71 +240,6 @@ class StreamedModel:
             return self._model(inputs_embeds=hidden[None], use_cache=False).logits[0]
         finally:
             del self._base.forward
-
-    def _materialise(self, module: nn.Module, prefix: str) -> None:
-        state = self._kept.get(prefix)
-        if state is None:
-            state = self._read(module, prefix)
-            size = sum(tensor.nbytes for tensor in state.values())
-            if size <= self._room:
-                self._room -= size
-                self._kept[prefix] = state
-        module.load_state_dict(state, assign=True)
-        module.requires_grad_(False)
-        for name, submodule in module.named_modules():
-            if submodule._non_persistent_buffers_set:
-                self._initialise_buffers(submodule, f"{prefix}.{name}".rstrip("."))
-
-    def _read(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
-        """A module's state from the checkpoint, on the device."""
-        expected = module.state_dict()
-        stored = self._tensors.read(f"{prefix}.{name}" for name in expected)
-        state = {}
-        for name, meta in expected.items():
-            tensor = stored.pop(f"{prefix}.{name}")
-            if tensor.shape != meta.shape:
-                raise CheckpointError(
-                    f"{self.checkpoint.directory}: {prefix}.{name} is"
-                    f" {list(tensor.shape)}, but config.json makes it"
-                    f" {list(meta.shape)}; config and weights belong to different"
-                    " models"
-                )
-            state[name] = self._converted(f"{prefix}.{name}", tensor, meta.dtype)
-        return state
-
-    def _converted(self, name: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor of the checkpoint on the device, refused where it is not finite."""
-        converted = stored.to(self.device, dtype)
-        check_weight(stored, converted, f"{self.checkpoint.directory}: {name}")
-        return converted
-
-    def _initialise_buffers(self, module: nn.Module, where: str) -> None:
-        """Compute what no checkpoint contains (rotary frequencies, embedding scales).
-
-        ``_init_weights`` is the method that each model overrides for this, and that
-        ``from_pretrained`` calls for the same purpose. Loaded parameters are marked, so
-        it does not change them.
-        """
-        for parameter in module.parameters(recurse=False):
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-        names = sorted(module._non_persistent_buffers_set)
-        for name in names:
-            buffer = getattr(module, name)
-            fill = float("nan") if buffer.is_floating_point() else -1
-            module.register_buffer(
-                name,
-                torch.full_like(buffer, fill, device=self.device),
-                persistent=False,
-            )
-        self._model._init_weights(module)
-        for name in names:
-            buffer = getattr(module, name)
-            if buffer.is_floating_point() and buffer.isnan().any():
-                raise CheckpointError(
-                    f"{type(self._model).__name__}: transformers does not initialise"
-                    f" the buffer {where}.{name}, so the model cannot be streamed; it"
-                    " is not supported"
-                )
 
     def _record(self, window: Tensor) -> Tensor:
         """Run the model's forward on one window [1, tokens] with recording layers."""

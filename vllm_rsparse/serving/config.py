@@ -20,10 +20,8 @@ from vllm_rsparse.artifact.prepared import BASE_GONE
 from vllm_rsparse.artifact.quantization import (
     HOW_TO,
     QUANT_METHOD,
-    QuantizationSettings,
 )
 from vllm_rsparse.artifact.reads import covered
-from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.metrics import exporter
 from vllm_rsparse.model.links import refuse_broken_links
@@ -34,11 +32,12 @@ from vllm_rsparse.serving.base import (
     checked_first,
     require_prepared_base,
 )
+from vllm_rsparse.serving.decision import ArtifactSource, Decision
 from vllm_rsparse.serving.dense import BaseLayer
 from vllm_rsparse.serving.head import head_method
 from vllm_rsparse.serving.linear import RSparseLinearMethod
 from vllm_rsparse.serving.route import DenseWeights, choose_route
-from vllm_rsparse.serving.served import ArtifactSource, Decision, ServedModel
+from vllm_rsparse.serving.served import ServedModel
 from vllm_rsparse.serving.settings import (
     IN_QUANTIZATION_CONFIG,
     Settings,
@@ -201,7 +200,10 @@ class RSparseConfig(QuantizationConfig):
         decision = Decision(source, route, weights, head, metrics, local_report())
         self._served = ServedModel(decision, artifact)
         if hf_config is not None:
-            hf_config.quantization_config = self._written(decision, artifact)
+            dictionary = None if self.base is None else self.base.dictionary
+            hf_config.quantization_config = decision.quantization_config(
+                artifact.info.sparsity, dictionary
+            )
         logger.info(
             "rsparse: backend %s; target sparsity %.3f, %.3f on the calibration"
             " text; %d linears%s; artifact %s",
@@ -235,26 +237,6 @@ class RSparseConfig(QuantizationConfig):
         return ArtifactSource(
             model, chosen.artifact, digest, revision, f"{chosen.where}.artifact"
         )
-
-    def _written(self, decision: Decision, artifact: Artifact) -> dict[str, Any]:
-        """The new content of ``hf_config.quantization_config``.
-
-        vLLM's compile cache keys on the Hugging Face config, and neither on our config
-        nor on files: with the digest and the route in there, a changed artifact cannot
-        be served by a stale graph. vLLM may build our config again from it.
-        """
-        return QuantizationSettings(
-            quant_method=QUANT_METHOD,
-            artifact=decision.source.artifact,
-            artifact_sha256=decision.source.sha256,
-            sparsity=artifact.info.sparsity,
-            max_sparse_tokens=decision.route.policy.max_sparse_tokens,
-            backend=decision.route.backend.label,
-            dense_weights=str(decision.route.dense_weights),
-            weights=decision.weights,
-            head=decision.head,
-            base=None if self.base is None else self.base.dictionary,
-        ).to_dict()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Apply the renaming of a model's class that builds modules under other names.

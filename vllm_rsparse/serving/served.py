@@ -4,87 +4,31 @@
 import logging
 import weakref
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_pp_group, parallel_state
 
-from vllm_rsparse.artifact.locate import PARAMETER, locate_artifact
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.formats.registry import load_time_format
-from vllm_rsparse.metrics.counters import Counters, Settings, open_counters
+from vllm_rsparse.metrics.counters import Counters, open_counters
 from vllm_rsparse.model.families import family_of
 from vllm_rsparse.model.names import LinearName
 from vllm_rsparse.op.observers import add_observer, remove_observer
 from vllm_rsparse.serving.agreement import (
-    Report,
     gather_reports,
     local_report,
     require_agreement,
 )
 from vllm_rsparse.serving.coverage import BuiltModel, Coverage
+from vllm_rsparse.serving.decision import Decision
 from vllm_rsparse.serving.route import Route
 from vllm_rsparse.serving.speculation import log_verification
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ArtifactSource:
-    """Where the artifact of a model is, and which one it must be.
-
-    Attributes:
-        model: the served model, a directory or a Hub repository.
-        artifact: see ``locate_artifact``.
-        sha256: digest that the tensor file must have, or None.
-        revision: of the model's repository.
-        parameter: what users call the setting that names the artifact, for messages.
-    """
-
-    model: str
-    artifact: str
-    sha256: str | None = None
-    revision: str | None = None
-    parameter: str = PARAMETER
-
-    def open(self) -> Artifact:
-        """Locate, validate and check the artifact against its digest.
-
-        Raises:
-            ArtifactError: it cannot be found, or it is damaged.
-        """
-        directory = locate_artifact(
-            self.artifact, self.model, self.revision, self.parameter
-        )
-        artifact = Artifact(directory)
-        artifact.verify_digest(self.sha256)
-        return artifact
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What the API server decided about a model. It is pickled to every worker.
-
-    Attributes:
-        source: where the artifact is, with the digest of the one that was found.
-        route: which backend, and which steps are sparse.
-        weights: "as-stored", or the format that the weights of the artifact's linears
-            are quantized to while they load.
-        head: the same for the output layer.
-        metrics: where and how often to count; None: metrics are off.
-        resolved_on: the node that decided, and its versions.
-    """
-
-    source: ArtifactSource
-    route: Route
-    weights: str
-    head: str
-    metrics: Settings | None
-    resolved_on: Report
 
 
 class ServedModel:
