@@ -10,9 +10,7 @@ from torch import nn
 pytest.importorskip("vllm")
 
 from vllm.config import (
-    VllmConfig,
     get_current_vllm_config,
-    set_current_vllm_config,
 )
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.model_loader.reload import layerwise
@@ -34,19 +32,9 @@ SHAPES = {
 }
 
 
-@pytest.fixture
-def engine(monkeypatch):
-    """Call with (rank, size): vLLM's layers then believe to be that rank."""
-
-    def become(rank, size):
-        for module in ("vllm.model_executor.parameter", vllm_linear.__name__):
-            for name, value in (("rank", rank), ("world_size", size)):
-                attribute = f"{module}.get_tensor_model_parallel_{name}"
-                monkeypatch.setattr(attribute, lambda v=value: v)
-
+@pytest.fixture(autouse=True)
+def _layers_are_not_a_model(monkeypatch):
     monkeypatch.setattr(ServedModel, "check_coverage", lambda self: None)
-    with set_current_vllm_config(VllmConfig()):
-        yield become
 
 
 @pytest.fixture

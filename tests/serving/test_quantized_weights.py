@@ -10,7 +10,6 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
@@ -92,20 +91,6 @@ class _Config(QuantizationConfig):
     @classmethod
     def from_config(cls, config):
         raise NotImplementedError
-
-
-@pytest.fixture
-def engine(monkeypatch):
-    """Call with (rank, size): vLLM's layers then believe to be that rank."""
-
-    def become(rank, size):
-        for module in ("vllm.model_executor.parameter", vllm_linear.__name__):
-            for name, value in (("rank", rank), ("world_size", size)):
-                attribute = f"{module}.get_tensor_model_parallel_{name}"
-                monkeypatch.setattr(attribute, lambda v=value: v)
-
-    with set_current_vllm_config(VllmConfig()):
-        yield become
 
 
 def build(kind, quantization, hidden=HIDDEN, head=HEAD):
