@@ -17,7 +17,7 @@ from vllm_rsparse.artifact.schema import BaseWeights
 from vllm_rsparse.artifact.tensors import Artifact, file_sha256
 from vllm_rsparse.artifact.versions import read_info, write_info
 from vllm_rsparse.errors import CheckpointError, DeviceError, PrepareError
-from vllm_rsparse.prepare.calibration import layers as calibrate_layers
+from vllm_rsparse.prepare.calibration import layer as calibrate_layer
 from vllm_rsparse.prepare.calibration import linear as calibrate
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
@@ -164,7 +164,7 @@ def test_a_run_that_dies_leaves_nothing(
             raise error
         return calibrate.calibrate_linear(*args)
 
-    monkeypatch.setattr(calibrate_layers, "calibrate_linear", dying)
+    monkeypatch.setattr(calibrate_layer, "calibrate_linear", dying)
     with pytest.raises(error):
         prepare(_options(pyllama, tmp_path / "out", samples=1))
     assert calls == after + 1
@@ -181,7 +181,7 @@ def test_a_failed_overwrite_keeps_the_old_directory(
     def dying(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(calibrate_layers, "calibrate_linear", dying)
+    monkeypatch.setattr(calibrate_layer, "calibrate_linear", dying)
     with pytest.raises(OSError, match="No space left"):
         prepare(_options(pyllama, output, samples=1, seed=9, overwrite=True))
     monkeypatch.undo()

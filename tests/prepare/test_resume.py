@@ -66,10 +66,10 @@ FOUND = [
     *numbered("entering", 0, 1, 2, 3, 4),
     *numbered("sensitivity", 3, 2, 1, 0),
     *numbered("greedy", 0, 1, 2, 3),
-    *numbered("ranks.plain", 0, 1, 2, 3),
-    *numbered("ranks.corrected", 0, 1, 2, 3),
-    *(f"divergence.{candidate}" for candidate in TRIED),
-    *numbered("calibrated", 0, 1, 2, 3),
+    *numbered("ranks.plain.0.5", 0, 1, 2, 3),
+    *numbered("ranks.corrected.0.5", 0, 1, 2, 3),
+    *(f"divergence.0.5.{candidate}" for candidate in TRIED),
+    *numbered("calibrated.0.5", 0, 1, 2, 3),
 ]
 
 
@@ -80,15 +80,15 @@ FOUND = [
         # The gradient that leaves layer 2 was not kept any more.
         ("best", "sensitivity.2", 0, ["sensitivity.2"]),
         ("best", "greedy.1", 0, []),
-        ("best", "ranks.plain.1", 0, []),
-        ("best", "divergence.sensitivity", 0, []),
-        ("best", "divergence.evened", 0, []),
-        ("best", "calibrated.2", 0, ["calibrated.2"]),
+        ("best", "ranks.plain.0.5.1", 0, []),
+        ("best", "divergence.0.5.sensitivity", 0, []),
+        ("best", "divergence.0.5.evened", 0, []),
+        ("best", "calibrated.0.5.2", 0, ["calibrated.0.5.2"]),
         # No state was due since the gradient by what leaves the last layer, or the
         # hidden states that enter the first.
         ("best", "sensitivity.1", 1e9, numbered("sensitivity", 3, 2, 1)),
-        ("best", "calibrated.2", 1e9, numbered("calibrated", 0, 1, 2)),
-        ("greedy", "calibrated.1", 0, ["calibrated.1"]),
+        ("best", "calibrated.0.5.2", 1e9, numbered("calibrated.0.5", 0, 1, 2)),
+        ("greedy", "calibrated.0.5.1", 0, ["calibrated.0.5.1"]),
     ],
 )
 def test_a_killed_run_resumes(
@@ -106,7 +106,7 @@ def test_a_killed_run_resumes(
     kept: list[str] = []
 
     def killed(store: RunStore, key: Key) -> None:
-        name = re.sub(r"\..*, (evened|without factors)$", r".\1", str(key))
+        name = re.sub(r"0\.5\..*, (evened|without factors)$", r"0.5.\1", str(key))
         kept.append(name)
         if name == killed_after and kept.count(name) == 1:
             # As a kill in the middle of the next file would.

@@ -78,7 +78,7 @@ def test_an_interrupted_run_does_not_write_again(
     assert not (tmp_path / "out").exists()
     assert written == [0, 1, -1]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "plan_linears", stopped)
+        patch.setattr(pipeline, "Planner", stopped)
         with pytest.raises(KeyboardInterrupt):
             prepare(options(pyllama, tmp_path / "out"))
     assert written[3:][0] == 2
@@ -99,7 +99,7 @@ def test_another_run_writes_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "plan_linears", stopped)
+        patch.setattr(pipeline, "Planner", stopped)
         with pytest.raises(KeyboardInterrupt):
             prepare(options(pyllama, tmp_path / "out"))
     monkeypatch.setattr(writing, "SAMPLING", writing.SAMPLING | {"temperature": 0.5})

@@ -5,6 +5,7 @@ import argparse
 import logging
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_rsparse.prepare.options import (
     DEFAULT_TOKENS,
@@ -16,6 +17,9 @@ from vllm_rsparse.prepare.options import (
 )
 from vllm_rsparse.prepare.recipe.recipes import RECIPES
 from vllm_rsparse.texts.documents import TextFile
+
+if TYPE_CHECKING:
+    from vllm_rsparse.artifact.schema import ArtifactInfo
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument(
         "--sparsity",
-        type=float,
+        type=_sparsity,
+        nargs="+",
         metavar="S",
-        help="fraction of the linears' bytes that decoding skips, for example 0.5",
+        help="fraction of the linears' bytes that decoding skips, for example 0.5;"
+        " several write the directories OUTPUT-S in one run",
     )
     target.add_argument(
         "--bits",
@@ -138,12 +144,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _sparsity(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"numbers follow, got {text!r}; put MODEL and OUTPUT before it"
+        ) from None
+
+
 def run(args: argparse.Namespace) -> int:
     """Prepare, then print the table and the command that serves the result."""
     options = PrepareOptions(
         model=args.model,
         output=args.output,
-        sparsity=args.sparsity,
+        sparsity=None if args.sparsity is None else tuple(args.sparsity),
         bits=args.bits,
         calibration_data=tuple(map(TextFile.parse, args.calibration_data)),
         rho=args.rho,
@@ -161,10 +176,18 @@ def run(args: argparse.Namespace) -> int:
         revision=args.revision,
     )
     # torch and transformers take seconds to import; bad options are refused before.
-    from vllm_rsparse.prepare.pipeline import prepare
+    from vllm_rsparse.prepare.pipeline import prepare_all
+
+    infos = prepare_all(options)
+    for output, info in zip(options.outputs, infos, strict=True):
+        _report(options, output, info)
+    return 0
+
+
+def _report(options: PrepareOptions, output: Path, info: "ArtifactInfo") -> None:
+    """Say what was written, and how it is served."""
     from vllm_rsparse.prepare.report import summary
 
-    info = prepare(options)
     print(summary(info))
     if info.bits_read is not None:
         logger.info(
@@ -177,8 +200,7 @@ def run(args: argparse.Namespace) -> int:
         " text; written to %s",
         info.achieved_sparsity,
         info.sparsity,
-        options.output,
+        output,
     )
-    serve = ["vllm", "serve", str(options.output), "--quantization", "rsparse"]
+    serve = ["vllm", "serve", str(output), "--quantization", "rsparse"]
     print(f"serve it with: {shlex.join(serve)}")
-    return 0

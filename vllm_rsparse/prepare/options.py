@@ -24,9 +24,10 @@ class PrepareOptions:
 
     Attributes:
         model: local directory or Hub name of the dense base model.
-        output: directory to write; it must not exist, unless ``overwrite``.
-        sparsity: target s in [0, 1): fraction of the linears' bytes not read. None
-            where ``bits`` is given.
+        output: directory to write; it must not exist, unless ``overwrite``. Several
+            sparsities have one each, see ``outputs``.
+        sparsity: target s in [0, 1): fraction of the linears' bytes not read; or
+            several, for a directory each. None where ``bits`` is given.
         calibration_data: files of text or JSONL (see ``texts.documents``), with weights
             or without; none lets the model write its own text.
         recipe: name of a recipe, or a JSON file (see ``recipes``).
@@ -52,7 +53,7 @@ class PrepareOptions:
 
     model: str
     output: Path
-    sparsity: float | None
+    sparsity: float | tuple[float, ...] | None
     calibration_data: tuple[Path | TextFile, ...] = ()
     rho: float | None = None
     samples: int = 16
@@ -72,10 +73,22 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         self._check_target()
         # Written as `not (a <= x < b)` so that NaN is refused too.
-        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
+        for sparsity in self.sparsities:
+            if not 0.0 <= sparsity < 1.0:
+                raise PrepareError(
+                    f"--sparsity must lie in [0, 1), got {sparsity}: 0.5 skips half of"
+                    " the bytes of the linear layers"
+                )
+        if len(set(self.outputs)) < len(self.outputs):
             raise PrepareError(
-                f"--sparsity must lie in [0, 1), got {self.sparsity}: 0.5 skips half of"
-                " the bytes of the linear layers"
+                f"--sparsity {' '.join(f'{one:g}' for one in self.sparsities)}: two"
+                " values are the same; give each sparsity once"
+            )
+        if len(self.outputs) > 1 and self.save_recipe is not None:
+            raise PrepareError(
+                f"--save-recipe {self.save_recipe}: goes with one --sparsity, got"
+                f" {len(self.outputs)}; every artifact lists its linears in"
+                " rsparse.json"
             )
         if self.rho is not None and not 0.0 < self.rho <= 1.0:
             raise PrepareError(
@@ -103,6 +116,21 @@ class PrepareOptions:
                     f"{name} must be one of {', '.join(allowed)}, got {value!r}"
                 )
 
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """The sparsities that were asked for; empty where ``bits`` is given."""
+        if self.sparsity is None:
+            return ()
+        return self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,)
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The directories to write: ``output``, or ``OUTPUT-S`` for several S."""
+        if len(self.sparsities) < 2:
+            return (self.output,)
+        folder, name = self.output.parent, self.output.name
+        return tuple(folder / f"{name}-{one:g}" for one in self.sparsities)
+
     def _check_target(self) -> None:
         """Sparsity for weights that are read whole, bits for those in planes."""
         if self.weights == IN_PLANES:
@@ -122,7 +150,7 @@ class PrepareOptions:
                 f"--bits {self.bits} is for weights that are read in planes; add"
                 f" --weights {IN_PLANES}, or use --sparsity"
             )
-        elif self.sparsity is None:
+        elif not self.sparsities:
             raise PrepareError(
                 "--sparsity is missing: 0.5 skips half of the bytes of the linear"
                 " layers"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
-from vllm_rsparse.prepare.store.run_store import RunStore
+from vllm_rsparse.prepare.store.run_store import Key, RunStore
 
 # Leading part of each calibration window that runs dense and is not counted, where
 # activations of the sparse model are used: it stands for the prompt.
@@ -49,6 +49,8 @@ class Run:
             count; 0 where thresholds are calibrated on the dense model's activations.
         seed: of labels, randomised methods and searches.
         store: keeps results for an interrupted run to resume from.
+        sparsity: of the artifact that is worked on; None in the stages that all
+            sparsities share.
     """
 
     model: StreamedModel
@@ -57,6 +59,7 @@ class Run:
     dense_prefix: int
     seed: int
     store: RunStore
+    sparsity: float | None = None
 
     @cached_property
     def layers(self) -> tuple[LayerLinears, ...]:
@@ -65,6 +68,16 @@ class Run:
             LayerLinears(index, tuple(group))
             for index, group in groupby(self.linears, lambda linear: linear.layer)
         )
+
+    def at(self, sparsity: float) -> Self:
+        """The same for the artifact of one sparsity."""
+        return replace(self, sparsity=sparsity)
+
+    def key(self, stage: str, item: int | str) -> Key:
+        """Key of a result that holds for this run's sparsity only."""
+        if self.sparsity is None:
+            return Key(stage, item)
+        return Key(f"{stage}.{self.sparsity!r}", item)
 
     def with_windows(self, windows: Tensor) -> Self:
         """The same on other windows."""

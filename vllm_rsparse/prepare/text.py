@@ -34,12 +34,12 @@ class RunText(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """What the windows depend on, for the run's identity."""
 
-    def windows(self, store: RunStore, artifact: Path) -> CalibrationText:
+    def windows(self, store: RunStore, artifacts: Sequence[Path]) -> CalibrationText:
         """The windows.
 
         Args:
             store: keeps what is expensive to find again.
-            artifact: folder that gets a copy of text that is no file of the user's.
+            artifacts: folders that get a copy of text that is no file of the user's.
 
         Raises:
             CheckpointError: the model cannot write text.
@@ -58,7 +58,7 @@ class GivenText:
         windows = self.text.windows.numpy().tobytes()
         return {"calibration windows": hashlib.sha256(windows).hexdigest()}
 
-    def windows(self, store: RunStore, artifact: Path) -> CalibrationText:
+    def windows(self, store: RunStore, artifacts: Sequence[Path]) -> CalibrationText:
         """They are there already."""
         return self.text
 
@@ -92,9 +92,9 @@ class WrittenText:
             "--calibration-tokens": self.tokens,
         }
 
-    def windows(self, store: RunStore, artifact: Path) -> CalibrationText:
-        """Let the model write, or recall what it wrote; the text is then a file of the
-        artifact."""
+    def windows(self, store: RunStore, artifacts: Sequence[Path]) -> CalibrationText:
+        """Let the model write, or recall what it wrote; the text is then a file of
+        every artifact."""
         kept: list[list[Document]] = []
         while (batch := store.recall(Key(_STAGE, len(kept)))) is not None:
             kept.append([Document.from_json(value) for value in batch])
@@ -107,7 +107,8 @@ class WrittenText:
             documents += batch
         file = Path(ARTIFACT_DIR) / CALIBRATION_NAME
         text = self._choose(as_source(documents, file))
-        write_text(artifact / CALIBRATION_NAME, as_jsonl(documents))
+        for artifact in artifacts:
+            write_text(artifact / CALIBRATION_NAME, as_jsonl(documents))
         return replace(
             text, provenance=text.provenance | {"written": self.writer.identity}
         )

@@ -1,39 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All linears, layer by layer: observe, calibrate, write, pass hidden states on."""
+"""All linears, layer by layer: calibrate, write, pass hidden states on."""
 
-import hashlib
 import logging
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from vllm_rsparse.artifact.schema import LinearEntry
 from vllm_rsparse.artifact.tensors import LinearTensors, scales_name
-from vllm_rsparse.model.linears import Linear
-from vllm_rsparse.prepare.calibration.linear import (
-    ERROR_TOKENS,
-    CalibratedLinear,
-    calibrate_linear,
+from vllm_rsparse.prepare.calibration.layer import (
+    LayerCalibration,
+    LayerResult,
+    planes_of,
 )
 from vllm_rsparse.prepare.calibration.observers import LayerInputs, input_channels
-from vllm_rsparse.prepare.calibration.propagate import (
-    sparse_linears,
-    stage_input,
-    stages,
-)
 from vllm_rsparse.prepare.recipe.planned import Planned
 from vllm_rsparse.prepare.run import LayerLinears, Run
-from vllm_rsparse.prepare.store.run_store import Key
 from vllm_rsparse.prepare.store.writer import SafetensorsWriter, TensorSpec
 
 logger = logging.getLogger(__name__)
-
-_CALIBRATED = "calibrated"
-_HIDDEN = Key("hidden", "state")
 
 
 @dataclass
@@ -43,177 +32,149 @@ class Calibrated:
     entries: dict[str, LinearEntry] = field(default_factory=dict)
     residuals: dict[str, float] = field(default_factory=dict)
 
-    def add(self, entries: dict[str, LinearEntry], residuals: dict[str, float]) -> None:
+    def add(self, result: LayerResult) -> None:
         """Add the results of one layer."""
-        self.entries |= entries
-        for method, residual in residuals.items():
+        self.entries |= result.entries
+        for method, residual in result.residuals.items():
             self.residuals[method] = max(self.residuals.get(method, 0.0), residual)
+
+    def report(self) -> None:
+        """Log how exact the factors are, where that is not obvious."""
+        if "randomised" in self.residuals:
+            logger.info(
+                "randomised SVD: singular pairs are off by at most %.1e, relative",
+                self.residuals["randomised"],
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One artifact to calibrate.
+
+    Attributes:
+        run: the model and its calibration text.
+        sparsity: of the artifact.
+        planned: the plan of each linear.
+        path: safetensors file to create.
+    """
+
+    run: Run
+    sparsity: float
+    planned: Planned
+    path: Path
 
 
 def calibrate_layers(
-    run: Run, planned: Planned, path: Path, stored_dtype: torch.dtype
-) -> Calibrated:
-    """Write the artifact's tensors.
+    jobs: Sequence[Job], stored_dtype: torch.dtype
+) -> list[Calibrated]:
+    """Write the tensors of artifacts that one recipe gives at several sparsities.
 
-    Results are kept in the run's store if calibration uses sparse activations; dense
-    ones take a single forward pass, for which this is not worthwhile.
+    Recipes that calibrate on dense activations take one forward pass for all of them.
+    On sparse activations each has its own, and the results of its layers are kept in
+    the run's store; for a single dense pass this is not worthwhile.
 
     Args:
-        run: the model and its calibration text.
-        planned: the plan of each linear.
-        path: safetensors file to create.
+        jobs: at least one; they share model, text and recipe.
         stored_dtype: of the factors.
     """
-    model, store = run.model, run.store
+    run = jobs[0].run
     samples, tokens = run.windows.shape
-    inputs = input_channels(run.linears) * run.windows.numel() * model.dtype.itemsize
+    size = run.windows.numel() * run.model.dtype.itemsize
     logger.info(
         "calibrating %d linears on %d windows of %d tokens, %s on %s; the inputs of one"
         " layer take %.1f GiB",
         len(run.linears),
         samples,
         tokens,
-        str(model.dtype).removeprefix("torch."),
-        model.device,
-        inputs / 2**30,
+        str(run.model.dtype).removeprefix("torch."),
+        run.model.device,
+        input_channels(run.linears) * size / 2**30,
     )
-    calibrated = Calibrated()
     with (
-        SafetensorsWriter(path, _specs(run, planned, stored_dtype)) as writer,
-        tqdm(total=len(run.linears), desc="prepare", unit="linear") as progress,
+        ExitStack() as stack,
+        tqdm(
+            total=len(run.linears) * len(jobs), desc="prepare", unit="linear"
+        ) as progress,
     ):
-        hidden, done = model.embed(run.windows), 0
-        sparse = planned.recipe.activations == "sparse"
-        if sparse and _HIDDEN in store:
-            tensors, done = store.get(_HIDDEN)
-            hidden = tensors["hidden"].to(model.device)
-        for position, layer in enumerate(run.layers):
-            key = Key(_CALIBRATED, position)
-            if position < done:
-                tensors, note = store.get(key)
-                entries = {name: _entry(raw) for name, raw in note["entries"].items()}
-                residuals = note["residuals"]
-                progress.update(len(layer))
-            else:
-                calibration = _LayerCalibration(run, planned, progress)
-                if sparse:
-                    calibration.on_sparse(layer, hidden)
-                else:
-                    calibration.on_dense(layer, hidden)
-                tensors, entries = calibration.tensors, calibration.entries
-                residuals = calibration.residuals
-                if sparse:
-                    raw = {name: asdict(entry) for name, entry in entries.items()}
-                    store.put(key, tensors, {"entries": raw, "residuals": residuals})
-                    if store.state_due():
-                        store.put(_HIDDEN, {"hidden": hidden}, position + 1)
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
+        artifacts = [_Artifact(job, stored_dtype, stack) for job in jobs]
+        if jobs[0].planned.recipe.activations == "sparse":
+            for artifact in artifacts:
+                artifact.calibrate_on_sparse(progress)
+        else:
+            _calibrate_on_dense(run, artifacts, progress)
+    for artifact in artifacts:
+        artifact.calibrated.report()
+    return [artifact.calibrated for artifact in artifacts]
+
+
+def _calibrate_on_dense(
+    run: Run, artifacts: Sequence["_Artifact"], progress: tqdm
+) -> None:
+    hidden = run.model.embed(run.windows)
+    for layer in run.layers:
+        calibrations = [
+            LayerCalibration(run, artifact.job.planned, progress)
+            for artifact in artifacts
+        ]
+        inputs = LayerInputs(layer, hidden.shape[0] * hidden.shape[1])
+        with run.model.layer(layer.index) as module:
+            with inputs.observe(module):
+                run.model.run_layer(layer.index, hidden)
             for linear in layer:
-                scales = model.scales(linear)
-                if scales is not None:
-                    writer.write(scales_name(linear.name), scales)
-            calibrated.add(entries, residuals)
-    if "randomised" in calibrated.residuals:
-        logger.info(
-            "randomised SVD: singular pairs are off by at most %.1e, relative",
-            calibrated.residuals["randomised"],
-        )
-    return calibrated
+                x, planes = inputs.of(linear), planes_of(run.model, linear)
+                for calibration in calibrations:
+                    calibration.calibrate(linear, x, planes)
+        for artifact, calibration in zip(artifacts, calibrations, strict=True):
+            artifact.write(layer, calibration.result)
 
 
-def run_sparse(run: Run, planned: Planned, label: str) -> Tensor:
-    """Calibrate on sparse activations, and keep only the output of the last layer.
+class _Artifact:
+    """Tensors of one artifact while they are calibrated and written.
 
     Args:
-        run: the model and the text to calibrate on.
-        planned: the plan of each linear.
-        label: label of the progress bar.
-
-    Returns:
-        [samples, tokens, hidden] in the compute dtype, on the device.
+        job: what to write.
+        stored_dtype: of the factors.
+        stack: closes the file.
     """
-    hidden = run.model.embed(run.windows)
-    with tqdm(
-        total=len(run.linears), desc=label, unit="linear", leave=False
-    ) as progress:
-        for layer in run.layers:
-            calibration = _LayerCalibration(run, planned, progress, error_tokens=0)
-            calibration.on_sparse(layer, hidden)
-    return hidden
 
+    def __init__(self, job: Job, stored_dtype: torch.dtype, stack: ExitStack) -> None:
+        self.job = job
+        self.calibrated = Calibrated()
+        specs = _specs(job.run, job.planned, stored_dtype)
+        self._writer = stack.enter_context(SafetensorsWriter(job.path, specs))
 
-class _LayerCalibration:
-    """Calibrates the linears of one layer."""
+    def calibrate_on_sparse(self, progress: tqdm) -> None:
+        """All layers, or those that an interrupted run has not calibrated."""
+        run = self.job.run.at(self.job.sparsity)
+        store, model = run.store, run.model
+        hidden, done = model.embed(run.windows), 0
+        state = run.key("hidden", "state")
+        if state in store:
+            tensors, done = store.get(state)
+            hidden = tensors["hidden"].to(model.device)
+        for position, layer in enumerate(run.layers):
+            key = run.key("calibrated", position)
+            if position < done:
+                result = LayerResult.of_note(*store.get(key))
+                progress.update(len(layer))
+            else:
+                calibration = LayerCalibration(run, self.job.planned, progress)
+                calibration.on_sparse(layer, hidden)
+                result = calibration.result
+                store.put(key, result.tensors, result.note)
+                if store.state_due():
+                    store.put(state, {"hidden": hidden}, position + 1)
+            self.write(layer, result)
 
-    def __init__(
-        self,
-        run: Run,
-        planned: Planned,
-        progress: tqdm,
-        error_tokens: int = ERROR_TOKENS,
-    ) -> None:
-        self._run = run
-        self._error_tokens = error_tokens
-        self._planned = planned
-        self._progress = progress
-        self.tensors: dict[str, Tensor] = {}
-        self.entries: dict[str, LinearEntry] = {}
-        self.residuals: dict[str, float] = {}
-        # Of the linear that was calibrated last.
-        self._planes: list[Tensor] = []
-
-    def on_dense(self, layer: LayerLinears, hidden: Tensor) -> None:
-        """Use the dense layer's activations; hidden states pass through it."""
-        model = self._run.model
-        inputs = LayerInputs(layer, hidden.shape[0] * hidden.shape[1])
-        with model.layer(layer.index) as module:
-            with inputs.observe(module):
-                model.run_layer(layer.index, hidden)
-            for linear in layer:
-                self._calibrate(linear, inputs.of(linear))
-
-    def on_sparse(self, layer: LayerLinears, hidden: Tensor) -> None:
-        """Use activations that each linear, once sparse, changes for the later ones."""
-        model, prefix = self._run.model, self._run.dense_prefix
-        with model.layer(layer.index) as module, sparse_linears(module) as sparse:
-            for stage in stages(layer):
-                x = stage_input(model, stage[0], module, hidden, prefix)
-                for linear in stage:
-                    result = self._calibrate(linear, x)
-                    first = self._planes[0] if len(self._planes) > 1 else None
-                    sparse.install(linear.kind, result.tensors, prefix, first)
-            model.run_layer(layer.index, hidden)
-
-    def _calibrate(self, linear: Linear, x: Tensor) -> CalibratedLinear:
-        model = self._run.model
-        self._planes = [plane.to(model.device) for plane in model.planes(linear)]
-        scale = self._planned.scales.get(linear.name)
-        metric = self._planned.metrics.get(linear.name)
-        device = model.device
-        result = calibrate_linear(
-            self._planes,
-            x,
-            self._planned.plans[linear.name],
-            _seed(self._run.seed, linear.name),
-            None if scale is None else scale.to(device),
-            self._planned.corrected,
-            None if metric is None else metric.to(device),
-            self._error_tokens,
-        )
-        for name, tensor in result.tensors.named(linear.name).items():
-            self.tensors[name] = tensor.cpu()
-        self.entries[linear.name] = result.entry
-        if result.factors is not None:
-            method, residual = result.factors.method, result.factors.residual
-            self.residuals[method] = max(self.residuals.get(method, 0.0), residual)
-        self._progress.update()
-        return result
-
-
-def _entry(raw: dict[str, Any]) -> LinearEntry:
-    n, k = raw["shape"]
-    return LinearEntry(**{**raw, "shape": (n, k)})
+    def write(self, layer: LayerLinears, result: LayerResult) -> None:
+        """Write the results of a layer."""
+        for name, tensor in result.tensors.items():
+            self._writer.write(name, tensor)
+        for linear in layer:
+            scales = self.job.run.model.scales(linear)
+            if scales is not None:
+                self._writer.write(scales_name(linear.name), scales)
+        self.calibrated.add(result)
 
 
 def _specs(run: Run, planned: Planned, dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -235,9 +196,3 @@ def _specs(run: Run, planned: Planned, dtype: torch.dtype) -> dict[str, TensorSp
         if load_time is not None and load_time.artifact_scales:
             specs[scales_name(linear.name)] = TensorSpec((n,), torch.float32)
     return specs
-
-
-def _seed(seed: int, name: str) -> int:
-    """A separate seed per linear, so that the order of work does not matter."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

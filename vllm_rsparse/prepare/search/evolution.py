@@ -23,7 +23,7 @@ from vllm_rsparse.prepare.run import Run
 from vllm_rsparse.prepare.search.allocator import Allocator
 from vllm_rsparse.prepare.search.candidates import Candidates
 from vllm_rsparse.prepare.search.scores import Scored
-from vllm_rsparse.prepare.store.run_store import Key, RunStore
+from vllm_rsparse.prepare.store.run_store import Key
 
 MUTATION = 0.5
 # The paper's initial value, and the standard deviations of a mutation.
@@ -73,7 +73,7 @@ class Evolution(Allocator):
             ranked: list[tuple[float, Plans]] = []
 
             def rank(new: list[Plans]) -> list[tuple[float, Plans]]:
-                losses = _losses(candidates, new, run.store, progress)
+                losses = _losses(run, candidates, new, progress)
                 # Stable: of equal losses the older plan stays.
                 both = ranked + list(zip(losses, new, strict=True))
                 return sorted(both, key=lambda pair: pair[0])[: self.population]
@@ -171,10 +171,11 @@ class Breeder:
 
 
 def _losses(
-    candidates: Candidates, new: Sequence[Plans], store: RunStore, progress: tqdm
+    run: Run, candidates: Candidates, new: Sequence[Plans], progress: tqdm
 ) -> list[float]:
     """Losses of plans, in order; losses in the store are not computed again."""
-    keys = [_key(plans) for plans in new]
+    store = run.store
+    keys = [_key(run, plans) for plans in new]
     missing = [i for i, key in enumerate(keys) if store.recall(key) is None]
     progress.update(len(new) - len(missing))
     size = 1  # candidates at a time: each chunk loads every layer once
@@ -186,10 +187,10 @@ def _losses(
         size = min(max(1, int(NOTE_EVERY / max(seconds, 1e-3))), candidates.at_once)
         store.record({keys[i]: loss for i, loss in zip(chunk, losses, strict=True)})
         progress.update(len(chunk))
-        progress.set_postfix_str(f"best {store.smallest(_STAGE):.4f} nats")
+        progress.set_postfix_str(f"best {store.smallest(keys[0].stage):.4f} nats")
     return [store.recall(key) for key in keys]
 
 
-def _key(plans: Mapping[str, LinearPlan]) -> Key:
+def _key(run: Run, plans: Mapping[str, LinearPlan]) -> Key:
     genes = tuple((name, p.sparsity, p.rho) for name, p in sorted(plans.items()))
-    return Key(_STAGE, hashlib.sha256(repr(genes).encode()).hexdigest()[:16])
+    return run.key(_STAGE, hashlib.sha256(repr(genes).encode()).hexdigest()[:16])

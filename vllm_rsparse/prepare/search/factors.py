@@ -30,7 +30,6 @@ from vllm_rsparse.prepare.recipe.plan import Allocation, LinearPlan
 from vllm_rsparse.prepare.run import LayerLinears, Run
 from vllm_rsparse.prepare.search.scores import Scored
 from vllm_rsparse.prepare.search.sensitivity import Sensitivity
-from vllm_rsparse.prepare.store.run_store import Key
 
 
 def find_ranks(
@@ -51,7 +50,7 @@ def find_ranks(
     buyer = _Buyer(run, scored.gradients.linears, plans, corrected)
     states = scored.gradients.states
     for position, layer in enumerate(tqdm(run.layers, "factors", unit="layer")):
-        key = Key(stage, position)
+        key = run.key(stage, position)
         known = run.store.recall(key)
         if known is None:
             hidden = states.entering(position).to(run.model.device)

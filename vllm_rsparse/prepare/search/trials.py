@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from vllm_rsparse.prepare.calibration.layers import run_sparse
+from vllm_rsparse.prepare.calibration.layer import run_sparse
 from vllm_rsparse.prepare.calibration.loss import divergence
 from vllm_rsparse.prepare.recipe.plan import Allocation, LinearPlan, mean_of, uniform
 from vllm_rsparse.prepare.recipe.planned import Planned
@@ -28,7 +28,6 @@ from vllm_rsparse.prepare.search.factors import find_ranks, with_factors
 from vllm_rsparse.prepare.search.greedy import Greedy
 from vllm_rsparse.prepare.search.one_threshold import OneThreshold
 from vllm_rsparse.prepare.search.scores import Scored
-from vllm_rsparse.prepare.store.run_store import Key
 
 logger = logging.getLogger(__name__)
 
@@ -86,15 +85,15 @@ class Candidate:
     factors: bool = True
 
     @property
-    def key(self) -> Key:
-        """Key of its divergence in the run's store."""
+    def name(self) -> str:
+        """Name of its divergence in the run's store."""
         flags = {
             "corrected": self.corrected,
             "evened": self.evened,
             "without factors": not self.factors,
         }
         words = [self.origin, *(word for word, given in flags.items() if given)]
-        return Key("divergence", ", ".join(words))
+        return ", ".join(words)
 
     @property
     def label(self) -> str:
@@ -171,10 +170,11 @@ class _Trials:
         """Try them, except those that an interrupted run has already tried."""
         store = self._run.store
         for candidate in candidates:
-            known = store.recall(candidate.key)
+            key = self._run.key("divergence", candidate.name)
+            known = store.recall(key)
             if known is None:
                 known = self._divergence(candidate)
-                store.record({candidate.key: known})
+                store.record({key: known})
             self._divergences[candidate] = known
 
     @property

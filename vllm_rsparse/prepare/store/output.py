@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from vllm_rsparse.arguments import output_problem
-from vllm_rsparse.artifact.tensors import ARTIFACT_DIR, JSON_NAME
+from vllm_rsparse.artifact.tensors import ARTIFACT_DIR, JSON_NAME, TENSORS_NAME
 from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.model.checkpoint import COMPANIONS, INDEX_NAME, Checkpoint
 
@@ -69,6 +69,11 @@ class StagedOutput:
         """Directory for the artifact's two files."""
         return self.path / ARTIFACT_DIR
 
+    @property
+    def tensors(self) -> Path:
+        """The artifact's file of tensors."""
+        return self.artifact / TENSORS_NAME
+
     def add_base_files(self, checkpoint: Checkpoint, copy: bool) -> None:
         """Link to (or copy) the base's weights, tokenizer and generation settings.
 
@@ -87,9 +92,13 @@ class StagedOutput:
             json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         )
 
+    def check(self) -> None:
+        """Refuse an OUTPUT that may not be written (see ``check_output``)."""
+        check_output(self.output, self._overwrite)
+
     def commit(self) -> None:
         """Move the staged directory to OUTPUT, then delete what it replaced."""
-        check_output(self.output, self._overwrite)  # again: hours may have passed
+        self.check()
         if os.path.lexists(self.output):
             os.rename(self.output, self._old)
             try:
@@ -110,13 +119,13 @@ def _base_files(checkpoint: Checkpoint) -> list[Path]:
     return [file for file in dict.fromkeys(files) if file.is_file()]
 
 
-def check_space(output: Path, checkpoint: Checkpoint) -> None:
+def check_space(output: Path, checkpoint: Checkpoint, copies: int) -> None:
     """Refuse, before any work is done, copies that do not fit on the disk.
 
     Raises:
         PrepareError: they do not.
     """
-    size = sum(file.stat().st_size for file in _base_files(checkpoint))
+    size = copies * sum(file.stat().st_size for file in _base_files(checkpoint))
     free = shutil.disk_usage(_existing(output)).free
     if size > free:
         raise PrepareError(

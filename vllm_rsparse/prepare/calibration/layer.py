@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linears of one decoder layer: observe and calibrate."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from vllm_rsparse.artifact.schema import LinearEntry
+from vllm_rsparse.model.linears import Linear
+from vllm_rsparse.model.streaming import StreamedModel
+from vllm_rsparse.prepare.calibration.linear import (
+    ERROR_TOKENS,
+    CalibratedLinear,
+    calibrate_linear,
+)
+from vllm_rsparse.prepare.calibration.propagate import (
+    sparse_linears,
+    stage_input,
+    stages,
+)
+from vllm_rsparse.prepare.recipe.planned import Planned
+from vllm_rsparse.prepare.run import LayerLinears, Run
+
+
+@dataclass
+class LayerResult:
+    """What calibration finds in one layer.
+
+    Attributes:
+        tensors: of the artifact by name, on the CPU.
+        entries: JSON entries by name of linear.
+        residuals: by method, the largest residual of the factors.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    entries: dict[str, LinearEntry] = field(default_factory=dict)
+    residuals: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """All but the tensors, as JSON."""
+        entries = {name: asdict(entry) for name, entry in self.entries.items()}
+        return {"entries": entries, "residuals": self.residuals}
+
+    @classmethod
+    def of_note(
+        cls, tensors: dict[str, Tensor], note: Mapping[str, Any]
+    ) -> "LayerResult":
+        """The result that ``note`` was taken of."""
+        entries = {name: _entry(raw) for name, raw in note["entries"].items()}
+        return cls(tensors, entries, note["residuals"])
+
+
+class LayerCalibration:
+    """Calibrates the linears of one layer; ``result`` is what it found."""
+
+    def __init__(
+        self,
+        run: Run,
+        planned: Planned,
+        progress: tqdm,
+        error_tokens: int = ERROR_TOKENS,
+    ) -> None:
+        self._run = run
+        self._error_tokens = error_tokens
+        self._planned = planned
+        self._progress = progress
+        self.result = LayerResult()
+
+    def on_sparse(self, layer: LayerLinears, hidden: Tensor) -> None:
+        """Use activations that each linear, once sparse, changes for the later ones."""
+        model, prefix = self._run.model, self._run.dense_prefix
+        with model.layer(layer.index) as module, sparse_linears(module) as sparse:
+            for stage in stages(layer):
+                x = stage_input(model, stage[0], module, hidden, prefix)
+                for linear in stage:
+                    planes = planes_of(model, linear)
+                    result = self.calibrate(linear, x, planes)
+                    first = planes[0] if len(planes) > 1 else None
+                    sparse.install(linear.kind, result.tensors, prefix, first)
+            model.run_layer(layer.index, hidden)
+
+    def calibrate(
+        self, linear: Linear, x: Tensor, planes: Sequence[Tensor]
+    ) -> CalibratedLinear:
+        """One linear, on its inputs [tokens, K]."""
+        planned, device = self._planned, self._run.model.device
+        scale = planned.scales.get(linear.name)
+        metric = planned.metrics.get(linear.name)
+        result = calibrate_linear(
+            planes,
+            x,
+            planned.plans[linear.name],
+            _seed(self._run.seed, linear.name),
+            None if scale is None else scale.to(device),
+            planned.corrected,
+            None if metric is None else metric.to(device),
+            self._error_tokens,
+        )
+        for name, tensor in result.tensors.named(linear.name).items():
+            self.result.tensors[name] = tensor.cpu()
+        self.result.entries[linear.name] = result.entry
+        if result.factors is not None:
+            method, residual = result.factors.method, result.factors.residual
+            residuals = self.result.residuals
+            residuals[method] = max(residuals.get(method, 0.0), residual)
+        self._progress.update()
+        return result
+
+
+def run_sparse(run: Run, planned: Planned, label: str) -> Tensor:
+    """Calibrate on sparse activations, and keep only the output of the last layer.
+
+    Args:
+        run: the model and the text to calibrate on.
+        planned: the plan of each linear.
+        label: label of the progress bar.
+
+    Returns:
+        [samples, tokens, hidden] in the compute dtype, on the device.
+    """
+    hidden = run.model.embed(run.windows)
+    with tqdm(
+        total=len(run.linears), desc=label, unit="linear", leave=False
+    ) as progress:
+        for layer in run.layers:
+            calibration = LayerCalibration(run, planned, progress, error_tokens=0)
+            calibration.on_sparse(layer, hidden)
+    return hidden
+
+
+def planes_of(model: StreamedModel, linear: Linear) -> list[Tensor]:
+    """What each plane of a linear's weight stands for, on the model's device."""
+    return [plane.to(model.device) for plane in model.planes(linear)]
+
+
+def _entry(raw: dict[str, Any]) -> LinearEntry:
+    n, k = raw["shape"]
+    return LinearEntry(**{**raw, "shape": (n, k)})
+
+
+def _seed(seed: int, name: str) -> int:
+    """A separate seed per linear, so that the order of work does not matter."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
