@@ -24,13 +24,15 @@ from peer import peer_linear
 from torch.nn.functional import linear as dense_linear
 
 from vllm_rsparse.bench.bandwidth import read_bandwidth
-from vllm_rsparse.bench.inputs import Inputs, bytes_read, kept_fraction, rotation
+from vllm_rsparse.bench.gate import check
+from vllm_rsparse.bench.inputs import Inputs, bytes_read, kept_fractions, rotation
 from vllm_rsparse.bench.layers import SHAPES, Layer
-from vllm_rsparse.bench.measure import check, row, time_dense, time_sparse
+from vllm_rsparse.bench.measure import row, time_dense, time_sparse
 from vllm_rsparse.bench.provenance import provenance
 from vllm_rsparse.bench.timing import Timing, time_calls
 from vllm_rsparse.op import tuning
 from vllm_rsparse.op.backends import Backend
+from vllm_rsparse.op.tables import Problem
 
 
 def time_peer(inputs: list[Inputs], kept: float) -> tuple[Timing, tuple[int, int, int]]:
@@ -74,18 +76,21 @@ def bench_layer(
         inputs = rotation(layer, tokens, dtype, "cuda")
         if not rows:
             dense_bytes = layer.n * layer.k * dtype.itemsize
-            add("dense", time_dense(inputs), dense_bytes, rho=1.0, kept=1.0, ranks=[])
-        kept = kept_fraction(inputs)
+            timing = time_dense(inputs, Backend.TRITON)
+            add("dense", timing, dense_bytes, rho=1.0, kept=1.0, ranks=[])
+        kept = kept_fractions(inputs)
         config = tuning.launch_config(
-            tuning.device_of(inputs[0].x.device), layer.n, layer.k, name, tokens
+            tuning.device_of(inputs[0].x.device),
+            Problem.of(inputs[0].operands.weight),
+            tokens,
         )
         ranks = list(inputs[0].operands.ranks)
-        facts = {"rho": rho, "kept": round(kept, 4), "ranks": ranks}
+        facts = {"rho": rho, "kept": round(kept[0], 4), "ranks": ranks}
         moved = bytes_read(inputs, kept)
         timing = time_sparse(inputs, Backend.TRITON)
         add("rsparse", timing, moved, **facts, config=asdict(config))
         if not args.no_peer and tokens == 1 and rho == 1.0:
-            timing, best = time_peer(inputs, kept)
+            timing, best = time_peer(inputs, kept[0])
             add("peer", timing, moved, **facts, config=best)
         del inputs
     return rows

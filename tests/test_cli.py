@@ -98,7 +98,6 @@ def test_every_subcommand_is_the_command_of_its_package():
         (["evaluate", "DIR", "--data", "FILE"], "--json"),
         (["evaluate", "DIR", "--data", "FILE"], "--plot"),
         (["inspect", "DIR"], "--plot"),
-        (["bench", "DIR"], "--output"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_refused_at_once(

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Environment variables, all of them, with their defaults.
 
-They are read once, where the model's config is built, and sent to every worker with it,
-so that all ranks use the same route whatever their own environment says.
+Those that decide the route are read once, where the model's config is built, and sent
+to every worker with it, so that all ranks use the same route whatever their own
+environment says.
 """
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm_rsparse.errors import SettingError
@@ -15,6 +17,7 @@ BACKEND = "VLLM_RSPARSE_BACKEND"
 MAX_SPARSE_TOKENS = "VLLM_RSPARSE_MAX_SPARSE_TOKENS"
 DENSE_WEIGHTS = "VLLM_RSPARSE_DENSE_WEIGHTS"
 METRICS_INTERVAL = "VLLM_RSPARSE_METRICS_INTERVAL"
+TUNING_DIR = "VLLM_RSPARSE_TUNING_DIR"
 
 
 def backend() -> str:
@@ -54,6 +57,21 @@ def metrics_interval() -> int:
     return 250 if interval is None else interval
 
 
+def tuning_directory() -> Path | None:
+    """Folder with tables of launch configurations that precede the shipped ones.
+
+    Every process reads its own. None (default) is ``tuning`` in ``cache_directory``.
+    """
+    value = os.environ.get(TUNING_DIR, "").strip()
+    return Path(value) if value else None
+
+
+def cache_directory() -> Path:
+    """The user's folder for what this machine keeps: compiled kernels, tables."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "vllm_rsparse"
+
+
 def _count(name: str, zero: str) -> int | None:
     raw = os.environ.get(name, "").strip()
     if not raw:
@@ -73,4 +91,5 @@ VLLM_ENVIRONMENT: dict[str, Callable[[], Any]] = {
     MAX_SPARSE_TOKENS: max_sparse_tokens,
     DENSE_WEIGHTS: dense_weights,
     METRICS_INTERVAL: metrics_interval,
+    TUNING_DIR: tuning_directory,
 }

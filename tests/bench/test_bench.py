@@ -13,10 +13,10 @@ from vllm_rsparse import cli
 from vllm_rsparse.artifact.schema import ArtifactInfo, BaseWeights, LinearEntry
 from vllm_rsparse.bench import inputs as bench_inputs
 from vllm_rsparse.bench import timing
-from vllm_rsparse.bench.inputs import bytes_read, kept_fraction, make_inputs
+from vllm_rsparse.bench.gate import check, exact_dense
+from vllm_rsparse.bench.inputs import bytes_read, kept_fractions, make_inputs
 from vllm_rsparse.bench.layers import SHAPES, Layer, layers_of
-from vllm_rsparse.bench.measure import check
-from vllm_rsparse.bench.tuner import candidates
+from vllm_rsparse.formats.names import WEIGHT_FORMATS
 from vllm_rsparse.op import reference
 
 SMALL = Layer("qkv", (64, 32, 32), 96, kept=0.5, ranks=(0, 7, 0))
@@ -71,10 +71,43 @@ def test_inputs_keep_what_the_layer_says(kept: float) -> None:
     layer = Layer("o", (16,), 4096, kept)
     made = [make_inputs(layer, 1, torch.bfloat16, "cpu", seed) for seed in range(4)]
     # A fraction of 16384 draws: its standard deviation is at most 0.004.
-    assert kept_fraction(made) == pytest.approx(kept, abs=0.02)
-    weights = kept_fraction(made) * layer.n * layer.k * 2
+    counted = kept_fractions(made)
+    assert counted == pytest.approx([kept], abs=0.02)
+    weights = counted[0] * layer.n * layer.k * 2
     small = 4 * layer.k + 2 * layer.k
-    assert bytes_read(made, kept_fraction(made)) == pytest.approx(weights + small)
+    assert bytes_read(made, counted) == pytest.approx(weights + small)
+
+
+def test_planes_are_kept_each_by_its_own_thresholds() -> None:
+    layer = Layer("o", (16, 8), 4096).stored_as("int8-planes", 128)
+    made = [make_inputs(layer.with_budget(0.5, 1.0), 1, torch.bfloat16, "cpu", 0)]
+    counted = kept_fractions(made)
+    # 4096 draws: a standard deviation below 0.008.
+    assert counted == pytest.approx([0.5, 0.05], abs=0.04)
+    # Four bits and, in the first plane, a scale and a zero point of 128 channels.
+    first, second = (part * layer.n * layer.k / 2 for part in counted)
+    first *= 1 + (16 + 4) / 128 / 4
+    small = 2 * 2 * 4 * layer.k + 2 * layer.k
+    assert bytes_read(made, counted) == pytest.approx(first + second + small)
+
+
+@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+@pytest.mark.parametrize("group", [128, 32])
+def test_random_weights_have_outputs_like_their_inputs(name: str, group: int) -> None:
+    layer = Layer("o", (128, 64), 256).stored_as(name, group)
+    one = make_inputs(layer, 3, torch.float32, "cpu", 0)
+    assert one.operands.weight.format.name == name
+    # Channels' scales up to 1.5, scales of the weight up to 1.5, codes a little off 0.
+    assert 0.5 < exact_dense(one).std() < 3
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "stored"),
+    [("int4", 64, 64), ("int4", 0, 96), ("fp8", 64, 0), ("fp8-block", 64, 128)],
+)
+def test_groups_are_those_of_the_format(name: str, group: int, stored: int) -> None:
+    layer = Layer("o", (64,), 96 if group == 0 else 128)
+    assert layer.stored_as(name, group).group == stored
 
 
 def test_inputs_carry_the_factors() -> None:
@@ -90,7 +123,7 @@ def test_inputs_of_another_budget_share_the_weight() -> None:
     assert other.operands.weight is one.operands.weight
     assert torch.equal(other.x, one.x)
     # 4096 draws: a standard deviation below 0.008.
-    assert kept_fraction([other]) == pytest.approx(0.75, abs=0.04)
+    assert kept_fractions([other]) == pytest.approx([0.75], abs=0.04)
 
 
 def test_wrong_results_are_not_timed() -> None:
@@ -100,14 +133,6 @@ def test_wrong_results_are_not_timed() -> None:
         check(good * 1.01, good, "op")
     with pytest.raises(RuntimeError, match="relative error nan"):
         check(good * float("nan"), good, "op")
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 4])
-@pytest.mark.parametrize("layer", SHAPES["qwen3-32b"], ids=lambda layer: layer.name)
-def test_candidates_are_distinct_and_fit_the_shape(layer: Layer, tokens: int) -> None:
-    configs = candidates(layer, tokens, processors=132)
-    assert len(set(configs)) == len(configs) > 4
-    assert all(config.use_dot == (tokens > 2) for config in configs)
 
 
 @pytest.fixture
@@ -141,6 +166,27 @@ def test_command_prints_a_table_and_writes_rows(
         assert min(half["ranks"]) > 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="times on the CPU")
+@pytest.mark.usefixtures("quick")
+def test_a_linear_in_every_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "rows.json"
+    command = ["bench", "--n", "128", "64", "--k", "256", "--tokens", "1"]
+    command += ["--weights", "bf16", *WEIGHT_FORMATS, "--output", str(output)]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("unquantized: ") == len(WEIGHT_FORMATS) - 1
+    assert "weights int4, groups of 128" in printed
+    rows = json.loads(output.read_text())["rows"]
+    assert list(dict.fromkeys(row["format"] for row in rows)) == list(WEIGHT_FORMATS)
+    for name in WEIGHT_FORMATS[1:]:
+        dense, wide, sparse = (row for row in rows if row["format"] == name)
+        assert dense["baseline"] == "vllm-rsparse's dense route, backend cpu"
+        assert "bfloat16 weights" in wide["baseline"]
+        assert sparse["speedup"] == pytest.approx(dense["us"] / sparse["us"], abs=0.01)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a device to tune for")
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -149,11 +195,39 @@ def test_command_prints_a_table_and_writes_rows(
         (["--sparsity", "1"], r"--sparsity must lie in \[0, 1\)"),
         (["--rho", "0"], "--rho in"),
         (["--tune"], "needs a CUDA device"),
+        (["--k", "64"], "give one of: a prepared directory, --shapes, or"),
+        (["--weights", "bf16", "--dtype", "float16"], "contradicts --dtype"),
+        (["--output", "/none/rows.json"], "there is no folder /none"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_command_refuses(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert cli.main(["bench", "--shapes", "llama-3-8b", *options]) == 1
     assert re.search(f"vllm-rsparse bench: error: .*{message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--n", "64"], "--n and --k go together"),
+        (["--n", "60", "--k", "128", "--weights", "int4"], "multiple of 8"),
+        (["--n", "64", "--k", "96", "--weights", "int4"], "--group 128 does not"),
+        (
+            ["--n", "64", "--k", "96", "--weights", "int8-planes", "--group", "0"],
+            "32, 64",
+        ),
+        (["DIR", "--weights", "fp8"], "--weights is for shapes: DIR"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_command_refuses_a_linear(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", *options]) == 1
+    assert message in capsys.readouterr().err

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from vllm_rsparse import envs
 from vllm_rsparse.kernels.launch_config import LaunchConfig
-from vllm_rsparse.op import tuning
+from vllm_rsparse.op import tables, tuning
 from vllm_rsparse.op.launch_defaults import default_config, sparse_default
-from vllm_rsparse.op.tuning import Device, TunedEntry
+from vllm_rsparse.op.tables import Problem, TunedEntry
+from vllm_rsparse.op.tuning import Device
 
 GPU = Device("GPU", 132)
 CONFIG = LaunchConfig(128, 32, 4, 2, 1, use_dot=False)
@@ -21,15 +23,19 @@ CONFIG = LaunchConfig(128, 32, 4, 2, 1, use_dot=False)
 
 @pytest.fixture
 def config_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty directory of tables; forgets what was looked up before and after."""
+    """Empty directories of tables; forgets what was looked up before and after."""
 
     def forget() -> None:
-        for cached in (tuning.device_table, tuning.launch_config, tuning._log_untuned):
-            cached.cache_clear()
+        tuning.forget_tables()
+        tuning._log_untuned.cache_clear()
 
-    monkeypatch.setattr(tuning, "CONFIG_DIR", tmp_path)
+    shipped, user = tmp_path / "shipped", tmp_path / "user"
+    shipped.mkdir()
+    user.mkdir()
+    monkeypatch.setattr(tables, "SHIPPED", shipped)
+    monkeypatch.setenv(envs.TUNING_DIR, str(user))
     forget()
-    yield tmp_path
+    yield shipped
     forget()
 
 
@@ -38,28 +44,73 @@ def entry(tokens: int, split_k: int) -> TunedEntry:
     return TunedEntry(64, 256, "bfloat16", tokens, config, 5.0, 9.0)
 
 
+def write(path: Path, *entries: TunedEntry) -> None:
+    tables.write_table(path, list(entries), {"device": "GPU"})
+
+
+def look_up(tokens: int, n: int = 64, kind: str = "bfloat16", group: int = 0):
+    return tuning.launch_config(GPU, Problem(n, 256, kind, group), tokens)
+
+
 def entry_with(**values: Any) -> str:
     return json.dumps({"entries": [asdict(entry(1, 4)) | values]})
 
 
 def test_written_tables_read_back(config_dir: Path) -> None:
-    path = tuning.config_path("Some GPU")
-    tuning.write_table(path, [entry(8, 2), entry(1, 4)], {"device": "Some GPU"})
-    assert path == config_dir / "Some_GPU.json"
-    assert tuning.read_table(path) == [entry(1, 4), entry(8, 2)]
-    assert json.loads(path.read_text())["device"] == "Some GPU"
+    path = tables.table_path(config_dir / "new", "Some GPU")
+    write(path, entry(8, 2), entry(1, 4))
+    assert path == config_dir / "new" / "Some_GPU.json"
+    assert tables.read_table(path) == [entry(1, 4), entry(8, 2)]
+    assert json.loads(path.read_text())["device"] == "GPU"
 
 
 @pytest.mark.parametrize(("tokens", "split_k"), [(1, 4), (2, 4), (3, 2), (16, 2)])
 def test_nearest_number_of_tokens(config_dir: Path, tokens: int, split_k: int) -> None:
-    tuning.write_table(tuning.config_path("GPU"), [entry(1, 4), entry(8, 2)], {})
-    found = tuning.launch_config(GPU, 64, 256, "bfloat16", tokens)
-    assert found.split_k == split_k
+    write(config_dir / "GPU.json", entry(1, 4), entry(8, 2))
+    assert look_up(tokens).split_k == split_k
 
 
 def test_many_tokens_go_to_the_matrix_units(config_dir: Path) -> None:
-    tuning.write_table(tuning.config_path("GPU"), [entry(1, 4)], {})
-    assert tuning.launch_config(GPU, 64, 256, "bfloat16", 16).use_dot
+    write(config_dir / "GPU.json", entry(1, 4))
+    assert look_up(16).use_dot
+
+
+def test_the_users_table_precedes_the_shipped_one_shape_by_shape(
+    config_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger=tuning.__name__)
+    user = tables.user_directory() / "GPU.json"
+    write(config_dir / "GPU.json", entry(1, 4), replace(entry(1, 8), n=128))
+    write(user, entry(1, 2))
+    assert look_up(1).split_k == 2
+    assert look_up(1, n=128).split_k == 8
+    assert len(caplog.records) == 1
+    assert f"{user} (1), then {config_dir / 'GPU.json'} (2)" in caplog.text
+
+
+def test_a_missing_folder_of_tables_is_named(
+    config_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(envs.TUNING_DIR, str(config_dir / "none"))
+    with pytest.raises(tables.TableError, match=f"{envs.TUNING_DIR} is .*none"):
+        look_up(1)
+    monkeypatch.setenv(envs.TUNING_DIR, "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(config_dir))
+    assert tables.user_directory() == config_dir / "vllm_rsparse" / "tuning"
+    assert look_up(1) == default_config(64, 256, 1, 132)
+
+
+def test_formats_and_groups_have_entries_of_their_own(config_dir: Path) -> None:
+    packed = LaunchConfig(256, 64, 2, 1, 2, use_dot=False, packed=True)
+    made = TunedEntry(64, 256, "int4", 1, packed, 5.0, 9.0, group=128)
+    other = replace(made, group=64, config=replace(packed, split_k=4))
+    write(config_dir / "GPU.json", entry(1, 4), made, other)
+    # Both serve any number of tokens.
+    for tokens in (1, 16):
+        assert look_up(tokens, kind="int4", group=128) == packed
+        assert look_up(tokens, kind="int4", group=64).split_k == 4
+    untuned = look_up(1, kind="int4", group=32)
+    assert untuned == sparse_default(64, 256, "int4", 1, 132)
 
 
 @pytest.mark.usefixtures("config_dir")
@@ -68,8 +119,7 @@ def test_untuned_shapes_get_the_default_and_one_line_of_advice(
 ) -> None:
     caplog.set_level(logging.INFO, logger=tuning.__name__)
     for n in (64, 128, 192):
-        found = tuning.launch_config(GPU, n, 256, "bfloat16", 1)
-        assert found == default_config(n, 256, 1, 132)
+        assert look_up(1, n=n) == default_config(n, 256, 1, 132)
     assert len(caplog.records) == 1
     assert "--tune" in caplog.text
 
@@ -103,13 +153,18 @@ def test_default_fills_the_multiprocessors_that_there_are(tokens: int) -> None:
             entry_with(config=asdict(CONFIG) | {"block_n": 48}),
             r"entries\[0\].config: block_n must be a power of two, got 48; write",
         ),
+        (entry_with(dtype="int4"), "config: packed must be true for int4; write"),
+        (
+            entry_with(config=asdict(CONFIG) | {"num_warps": 1, "packed": True}),
+            "config: packed must be false for bfloat16; write",
+        ),
     ],
 )
 def test_broken_tables_are_named(config_dir: Path, text: str, message: str) -> None:
     path = config_dir / "GPU.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
-        tuning.read_table(path)
+        tables.read_table(path)
     assert str(path) in str(error.value)
 
 
@@ -133,12 +188,12 @@ def test_dot_needs_tiles_of_the_matrix_units() -> None:
         LaunchConfig(8, 64, 1, 4, 1, use_dot=True)
 
 
-@pytest.mark.parametrize("path", sorted(tuning.CONFIG_DIR.glob("*.json")), ids=str)
+@pytest.mark.parametrize("path", sorted(tables.SHIPPED.glob("*.json")), ids=str)
 def test_shipped_tables_are_valid(path: Path) -> None:
     document = json.loads(path.read_text())
-    assert tuning.config_path(document["device"]) == path
-    entries = tuning.read_table(path)
-    assert len({(e.n, e.k, e.dtype, e.tokens) for e in entries}) == len(entries) > 0
+    assert tables.table_path(path.parent, document["device"]) == path
+    entries = tables.read_table(path)
+    assert len({(e.problem, e.tokens) for e in entries}) == len(entries) > 0
 
 
 def test_a_program_with_several_blocks_has_two_steps_in_flight() -> None:

@@ -3,27 +3,34 @@
 
 import argparse
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_rsparse.arguments import output_file
+from vllm_rsparse import envs
+from vllm_rsparse.arguments import output_problem
 from vllm_rsparse.artifact.prepared import open_artifact
 from vllm_rsparse.bench.bandwidth import read_bandwidth
 from vllm_rsparse.bench.layers import SHAPES, Layer, layers_of
 from vllm_rsparse.bench.measure import measure_layer
 from vllm_rsparse.bench.provenance import device_name, provenance
 from vllm_rsparse.errors import SettingError
-from vllm_rsparse.op import tuning
-from vllm_rsparse.op.backends import resolve_backend
+from vllm_rsparse.formats.names import WEIGHT_FORMATS
+from vllm_rsparse.formats.plane_bits import GROUPS
+from vllm_rsparse.formats.registry import format_of_name
+from vllm_rsparse.op import tables, tuning
+from vllm_rsparse.op.backends import BACKENDS, Backend, resolve_backend
+from vllm_rsparse.op.tuning import device_of
 from vllm_rsparse.text_table import align
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_argument_group("what to measure: one of")
     what.add_argument(
         "directory", nargs="?", type=Path, help="prepared model whose layers to measure"
     )
@@ -33,6 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SHAPES,
         help="well-known models to measure by shape, without a checkpoint",
     )
+    what.add_argument(
+        "--n",
+        nargs="+",
+        type=int,
+        help="a single linear by its output features, of each fused shard; with --k",
+    )
+    what.add_argument("--k", type=int, help="its input features")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        choices=("bf16", *WEIGHT_FORMATS),
+        default=["float"],
+        help="without a directory: formats of the weights; float (also bf16) has that"
+        " of --dtype (default: float)",
+    )
+    parser.add_argument(
+        "--group",
+        type=int,
+        choices=(0, *GROUPS),
+        default=128,
+        help="input channels that share a scale in int4 and int8-planes; 0: all of"
+        " them (default: 128)",
+    )
     parser.add_argument(
         "--tokens", nargs="+", type=int, default=[1, 2], help="tokens per call"
     )
@@ -41,62 +71,136 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=float,
         default=[0.5],
-        help="with --shapes; several are timed on the same weights (default: 0.5)",
+        help="without a directory; several are timed on the same weights (default:"
+        " 0.5). In int8-planes a tenth of the kept channels are read with both planes",
     )
     parser.add_argument(
         "--rho",
         type=float,
         default=1.0,
-        help="with --shapes: share of the budget for exact channels (default: 1)",
+        help="without a directory: share of the budget for exact channels (default: 1)",
     )
     parser.add_argument(
         "--tensor-parallel-size", "-tp", type=int, default=1, help="of DIRECTORY"
     )
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--output", type=output_file, help="write the rows as JSON")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="write the rows to this file, as JSON; with --tune to bench.json in this"
+        " folder, and the table next to it",
+    )
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="search the launch configurations of these shapes for this GPU first",
+        help="search the launch configurations of these shapes for this GPU first, and"
+        " write them to the folder of --output (default: the one that the engine"
+        " reads, VLLM_RSPARSE_TUNING_DIR or ~/.cache/vllm_rsparse/tuning)",
+    )
+    parser.add_argument(
+        "--tune-seconds",
+        type=float,
+        default=25.0,
+        help="how long to search, for each of --weights (default: 25)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, and write the rows if requested."""
     measured = _layers(args)
+    output = _output(args)
     dtype = getattr(torch, args.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = resolve_backend("auto", device)
     if args.tune:
-        if device == "cpu":
-            raise SettingError("--tune needs a CUDA device, and there is none")
-        from vllm_rsparse.bench.tuner import tune
-
-        path = tune(
-            [budgets[0] for budgets in measured], args.tokens, dtype, provenance()
-        )
-        print(f"wrote {path}", file=sys.stderr)
-        tuning.forget_tables()
+        _tune(args, [budgets[0] for budgets in measured], dtype, device)
     bandwidth = read_bandwidth(device)
     print(f"{device_name()}: reads {bandwidth / 1e12:.2f} TB/s", file=sys.stderr)
-    rows = [
-        row
-        for tokens in args.tokens
-        for budgets in measured
-        for row in measure_layer(budgets, tokens, dtype, device, backend, bandwidth)
-    ]
-    print(table(rows))
-    if args.output:
+    rows = []
+    for weights in dict.fromkeys(budgets[0].format for budgets in measured):
+        of_format = [
+            row
+            for tokens in args.tokens
+            for budgets in measured
+            if budgets[0].format == weights
+            for row in measure_layer(budgets, tokens, dtype, device, backend, bandwidth)
+        ]
+        print(table(of_format), flush=True)
+        rows += of_format
+    if output is not None:
         document = {**provenance(), "read_gbps": round(bandwidth / 1e9), "rows": rows}
-        args.output.write_text(json.dumps(document, indent=1) + "\n")
+        output.write_text(json.dumps(document, indent=1) + "\n")
     return 0
+
+
+def _output(args: argparse.Namespace) -> Path | None:
+    """The file for the rows, checked before any work is done.
+
+    Raises:
+        SettingError: it could not be written.
+    """
+    if args.output is None:
+        return None
+    file = args.output
+    if args.tune:
+        if file.exists() and not file.is_dir():
+            raise SettingError(f"--output {file}: is a file; --tune writes a folder")
+        file.mkdir(parents=True, exist_ok=True)
+        file = file / "bench.json"
+    problem = output_problem(file)
+    if problem is not None:
+        raise SettingError(f"--output {file}: {problem}")
+    return file
+
+
+def _tune(
+    args: argparse.Namespace, layers: list[Layer], dtype: torch.dtype, device: str
+) -> None:
+    """Search, write the table, and use it from here on.
+
+    Raises:
+        SettingError: there is no device to search for, or the table cannot be written.
+    """
+    refusal = BACKENDS[Backend.TRITON].refusal(device)
+    if refusal is not None:
+        raise SettingError(f"--tune needs a CUDA device: {refusal}")
+    from vllm_rsparse.bench.tuner import tune
+
+    folder = args.output or tables.user_directory()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = tables.table_path(folder, device_of(torch.device(device)).name)
+    problem = output_problem(path)
+    if problem is not None:
+        raise SettingError(f"{path}: {problem}")
+    formats = {layer.format for layer in layers}
+    seconds = args.tune_seconds * len(formats)
+    tune(layers, args.tokens, dtype, device, path, seconds, provenance())
+    print(f"wrote {path}", file=sys.stderr)
+    if args.output is not None:
+        print(
+            f"the engine reads it with {envs.TUNING_DIR}={shlex.quote(str(folder))}",
+            file=sys.stderr,
+        )
+    # What follows measures what was found.
+    os.environ[envs.TUNING_DIR] = str(folder)
+    tuning.forget_tables()
 
 
 def _layers(args: argparse.Namespace) -> list[list[Layer]]:
     """Every layer to measure, with its budgets."""
     if min(args.tokens) < 1:
         raise SettingError(f"--tokens must be at least 1, got {min(args.tokens)}")
+    given = [args.directory is not None, args.shapes is not None]
+    given.append(args.n is not None or args.k is not None)
+    if sum(given) != 1:
+        raise SettingError(
+            "give one of: a prepared directory, --shapes, or --n with --k"
+        )
     if args.directory is not None:
+        if args.weights != ["float"]:
+            raise SettingError(
+                f"--weights is for shapes: {args.directory} has a format of its own"
+            )
         artifact = open_artifact(args.directory)
         return [
             [layer] for layer in layers_of(artifact.info, args.tensor_parallel_size)
@@ -106,16 +210,41 @@ def _layers(args: argparse.Namespace) -> list[list[Layer]]:
             "--sparsity must lie in [0, 1) and --rho in (0, 1], got"
             f" {' '.join(map(str, args.sparsity))} and {args.rho}"
         )
-    layers = dict.fromkeys(layer for name in args.shapes for layer in SHAPES[name])
+    if "bf16" in args.weights and args.dtype != "bfloat16":
+        raise SettingError(f"--weights bf16 contradicts --dtype {args.dtype}")
+    names = ["float" if name == "bf16" else name for name in args.weights]
     return [
         [layer.with_budget(sparsity, args.rho) for sparsity in args.sparsity]
-        for layer in layers
+        for name in dict.fromkeys(names)
+        for layer in _distinct(args, name)
     ]
 
 
+def _distinct(args: argparse.Namespace, weight_format: str) -> list[Layer]:
+    """The layers that were asked for, in a format, each once."""
+    if args.shapes is not None:
+        layers = [layer for name in args.shapes for layer in SHAPES[name]]
+    else:
+        if args.n is None or args.k is None or min(*args.n, args.k) < 1:
+            raise SettingError("--n and --k go together and are at least 1")
+        layers = [Layer("linear", tuple(args.n), args.k)]
+    stored = [layer.stored_as(weight_format, args.group) for layer in layers]
+    for layer in stored:
+        format_of_name(weight_format).check_shards(layer.shard_sizes)
+    return list(dict.fromkeys(stored))
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """The printed table: for each budget every layer, then the sum over the model's."""
-    lines = [["tokens", "layer", "N x K", "read", "dense us", "sparse us", "", "GB/s"]]
+    """The printed table: for each budget every layer, then the sum over the model's.
+
+    Args:
+        rows: of one format, as ``measure_layer`` gives them for each layer.
+    """
+    dense = [row for row in rows if row["method"] != "rsparse"]
+    names = {row["method"]: row["baseline"] for row in dense}
+    columns = [f"{method} us" for method in names]
+    head = ["tokens", "layer", "N x K", "read", *columns, "sparse us", "", "GB/s"]
+    lines = [head]
     for tokens in dict.fromkeys(row["tokens"] for row in rows):
         layers: list[list[dict[str, Any]]] = []
         for row in rows:
@@ -123,33 +252,40 @@ def table(rows: list[dict[str, Any]]) -> str:
                 if row["method"] == "dense":
                     layers.append([])
                 layers[-1].append(row)
-        for budget in range(1, len(layers[0])):
-            pairs = [(group[0], group[budget]) for group in layers]
-            lines.extend(_lines(tokens, pairs))
-    return align(lines)
+        for budget in range(len(names), len(layers[0])):
+            lines.extend(
+                _lines(
+                    tokens, [[*group[: len(names)], group[budget]] for group in layers]
+                )
+            )
+    group = f", groups of {rows[0]['group']}" if rows[0]["group"] else ""
+    notes = [f"{method}: {name}" for method, name in names.items()]
+    return "\n".join([f"weights {rows[0]['format']}{group}", align(lines), *notes])
 
 
-def _lines(
-    tokens: int, pairs: list[tuple[dict[str, Any], dict[str, Any]]]
-) -> list[list[str]]:
-    """A line per layer of one budget, and their sum."""
+def _lines(tokens: int, groups: list[list[dict[str, Any]]]) -> list[list[str]]:
+    """A line per layer of one budget, and their sum.
+
+    Args:
+        tokens: rows of the calls.
+        groups: for each layer its dense rows and its sparse one.
+    """
     lines = [
         [
             str(tokens),
-            f"{dense['count']} x {dense['layer']}",
-            f"{dense['n']} x {dense['k']}",
+            f"{sparse['count']} x {sparse['layer']}",
+            f"{sparse['n']} x {sparse['k']}",
             f"{sparse['kept']:.3f}",
-            f"{dense['us']:.1f}",
+            *(f"{row['us']:.1f}" for row in dense),
             f"{sparse['us']:.1f}",
-            f"{dense['us'] / sparse['us']:.2f}x",
+            f"{dense[0]['us'] / sparse['us']:.2f}x",
             f"{sparse['gbps']} ({sparse['share']:.0%})",
         ]
-        for dense, sparse in pairs
+        for *dense, sparse in groups
     ]
-    dense_us, sparse_us = (
+    sums = [
         sum(row["us"] * row["count"] for row in side)
-        for side in zip(*pairs, strict=True)
-    )
-    ratio = f"{dense_us / sparse_us:.2f}x"
-    totals = [f"{dense_us:.1f}", f"{sparse_us:.1f}", ratio, ""]
+        for side in zip(*groups, strict=True)
+    ]
+    totals = [*(f"{one:.1f}" for one in sums), f"{sums[0] / sums[-1]:.2f}x", ""]
     return [*lines, [str(tokens), "all", "", "", *totals]]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random tensors of a layer's shape, with masks of a given kept fraction."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.bench.layers import Layer
-from vllm_rsparse.formats.plain import store_float
+from vllm_rsparse.bench.weights import random_weight
+from vllm_rsparse.formats.int8_planes import INT8_PLANES
 from vllm_rsparse.op import reference
 from vllm_rsparse.op.operands import SparseOperands
 
@@ -21,19 +22,17 @@ ROTATED_BYTES = {"cuda": 600e6, "cpu": 200e6}
 
 @dataclass(frozen=True)
 class Inputs:
-    """One call's arguments and the weight in the layout of a dense layer.
+    """One call's arguments.
 
     Attributes:
         x: [tokens, K].
         scales: float32 [K], the channels' scales.
         operands: what the op holds.
-        dense_weight: [N, K], contiguous.
     """
 
     x: Tensor
     scales: Tensor
     operands: SparseOperands
-    dense_weight: Tensor
 
     def call(self, sparse: Callable[..., Tensor], **options: Any) -> Tensor:
         """Call a sparse route of the table of backends on these tensors."""
@@ -64,29 +63,34 @@ def make_inputs(
     scales = torch.rand(k, generator=generator, device=device) + 0.5
     x = (_randn(tokens, k, dtype, generator).float() * scales).to(dtype)
     shards = _shards(layer, scales, dtype, generator)
-    weight = _randn(k, layer.n, dtype, generator).mul_(k**-0.5).t()
-    operands = SparseOperands.from_shards(
-        store_float(weight), shards, layer.shard_sizes, dtype
-    )
-    return Inputs(x, scales, operands, weight.contiguous())
+    weight = random_weight(layer, dtype, generator)
+    operands = SparseOperands.from_shards(weight, shards, layer.shard_sizes, dtype)
+    return Inputs(x, scales, operands)
 
 
 def _shards(
     layer: Layer, scales: Tensor, dtype: torch.dtype, generator: torch.Generator
 ) -> list[LinearTensors]:
     """Thresholds and factors of every shard."""
-    normal = torch.distributions.Normal(0.0, 1.0)
-    # The tails of a normal distribution with the kept fraction; 0 and 1 included.
-    threshold = normal.icdf(torch.tensor(1 - layer.kept / 2)).item()
-    threshold = -1.0 if layer.kept >= 1 else threshold
+    thresholds = scales * _threshold(layer.kept)
+    if layer.format == INT8_PLANES.name:
+        thresholds = torch.stack([thresholds, scales * _threshold(layer.full)])
     shards = []
     for size, rank in zip(layer.shard_sizes, layer.ranks, strict=True):
         u = v = None
         if rank:
             u = _randn(size, rank, dtype, generator).mul_(rank**-0.5)
             v = _randn(rank, layer.k, dtype, generator).mul_(layer.k**-0.5)
-        shards.append(LinearTensors(scales * threshold, u, v, correction=None))
+        shards.append(LinearTensors(thresholds, u, v, correction=None))
     return shards
+
+
+def _threshold(kept: float) -> float:
+    """Where the tails of a normal distribution have this fraction; 0 and 1 included."""
+    if kept >= 1:
+        return -1.0
+    normal = torch.distributions.Normal(0.0, 1.0)
+    return normal.icdf(torch.tensor(1 - kept / 2)).item()
 
 
 def _randn(
@@ -101,22 +105,36 @@ def rotation(
     layer: Layer, tokens: int, dtype: torch.dtype, device: str
 ) -> list[Inputs]:
     """Enough independent inputs that none of them is still in the cache."""
-    weight_bytes = layer.n * layer.k * dtype.itemsize
-    copies = max(2, round(ROTATED_BYTES[device] / weight_bytes))
-    return [make_inputs(layer, tokens, dtype, device, seed) for seed in range(copies)]
+    first = make_inputs(layer, tokens, dtype, device, seed=0)
+    copies = max(2, round(ROTATED_BYTES[device] / first.operands.weight.nbytes))
+    others = (
+        make_inputs(layer, tokens, dtype, device, seed) for seed in range(1, copies)
+    )
+    return [first, *others]
 
 
-def kept_fraction(inputs: list[Inputs]) -> float:
-    """Counted fraction of channels that a call reads: the union over its tokens."""
+def kept_fractions(inputs: Sequence[Inputs]) -> list[float]:
+    """Counted fraction of channels that a call reads, for each plane of the weight.
+
+    A channel is read if any of the tokens keeps it.
+    """
     unions = [
-        reference.kept_mask(one.x, one.operands.thresholds).any(1).float().mean()
+        reference.kept_mask(one.x, one.operands.thresholds).any(1).float().mean(1)
         for one in inputs
     ]
-    return torch.stack(unions).mean().item()
+    rows = torch.stack(unions).mean(0)
+    planes = inputs[0].operands.weight.format.planes
+    return rows.unflatten(0, (planes, -1)).mean(1).tolist()
 
 
-def bytes_read(inputs: list[Inputs], kept: float) -> float:
-    """Bytes that a call must read if it keeps this fraction of every shard."""
-    one = inputs[0]
-    channels = [kept * one.operands.weight.k] * len(one.operands.shard_sizes)
-    return one.operands.bytes_read(channels, one.x.shape[0])
+def bytes_read(inputs: Sequence[Inputs], kept: Sequence[float]) -> float:
+    """Bytes that a call must read if it keeps these fractions of every shard.
+
+    Args:
+        inputs: of the call.
+        kept: by plane.
+    """
+    operands = inputs[0].operands
+    shards = len(operands.shard_sizes)
+    channels = [part * operands.weight.k for part in kept for _ in range(shards)]
+    return operands.bytes_read(channels, inputs[0].x.shape[0])

@@ -5,6 +5,10 @@ from dataclasses import dataclass, replace
 
 from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry, factor_rank
 from vllm_rsparse.errors import SettingError
+from vllm_rsparse.formats.fp8_block import BLOCK, FP8_BLOCK
+from vllm_rsparse.formats.int4 import INT4
+from vllm_rsparse.formats.int8_planes import INT8_PLANES
+from vllm_rsparse.formats.plane_bits import group_of
 from vllm_rsparse.model.families import by_engine_layer, kind_of
 from vllm_rsparse.model.names import LinearName, label_of
 
@@ -20,6 +24,10 @@ class Layer:
         kept: fraction of the channels that one token keeps.
         ranks: rank of each shard's factors.
         count: number of such layers in a model.
+        format: name of the weight's format.
+        group: input channels that share a scale, where the format has groups.
+        full: fraction of the channels that one token reads with all planes, in a format
+            with several.
     """
 
     name: str
@@ -28,6 +36,9 @@ class Layer:
     kept: float = 0.5
     ranks: tuple[int, ...] = ()
     count: int = 1
+    format: str = "float"
+    group: int = 0
+    full: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -41,8 +52,38 @@ class Layer:
     def with_budget(self, sparsity: float, rho: float) -> "Layer":
         """The layer at a target sparsity, a share rho of the budget for channels."""
         ranks = [factor_rank(n, self.k, sparsity, rho) for n in self.shard_sizes]
-        return replace(self, kept=rho * (1 - sparsity), ranks=tuple(ranks))
+        kept = rho * (1 - sparsity)
+        return replace(self, kept=kept, ranks=tuple(ranks), full=_FULL_SHARE * kept)
 
+    def stored_as(self, weight_format: str, group: int) -> "Layer":
+        """The layer with its weight in a format.
+
+        Args:
+            weight_format: name of the format.
+            group: input channels that share a scale, where the format has a choice; 0:
+                all of them.
+
+        Raises:
+            SettingError: the format has no such groups of this layer's channels.
+        """
+        if weight_format == FP8_BLOCK.name:
+            group = BLOCK
+        elif weight_format == INT4.name:
+            group = group or self.k
+        elif weight_format != INT8_PLANES.name:
+            group = 0
+        grouped = weight_format in (INT4.name, INT8_PLANES.name)
+        if grouped and (not group or self.k % group):
+            raise SettingError(
+                f"--group {group} does not divide the {self.k} input channels of"
+                f" {self.name}; {weight_format} takes 32, 64 and 128 where they do"
+            )
+        return replace(self, format=weight_format, group=group)
+
+
+# Of the kept channels, those that are read with all planes: about what 2.4 bits a
+# weight give (docs/notes/planes.md).
+_FULL_SHARE = 0.1
 
 _LLAMA_3_8B = (
     Layer("qkv", (4096, 1024, 1024), 4096),
@@ -107,7 +148,10 @@ def layers_of(info: ArtifactInfo, tensor_parallel: int) -> list[Layer]:
         name = label_of(kinds[0].engine_layer).removesuffix("_proj")
         shape = (name, sizes, entries[0].shape[1] // columns)
         alike.setdefault(shape, []).append(entries)
-    return [_mean_layer(*shape, groups) for shape, groups in alike.items()]
+    layers = [_mean_layer(*shape, groups) for shape, groups in alike.items()]
+    if info.served_format == INT8_PLANES.name:
+        return [one.stored_as(INT8_PLANES.name, group_of(one.k) or 0) for one in layers]
+    return [one.stored_as(info.served_format, info.base.group) for one in layers]
 
 
 def _mean_layer(
@@ -119,4 +163,13 @@ def _mean_layer(
         round(sum(group[shard].rank for group in groups) / len(groups))
         for shard in range(len(sizes))
     ]
-    return Layer(name, sizes, k, kept, tuple(ranks), len(groups))
+    full = [entry.full_fraction or 0.0 for group in groups for entry in group]
+    return Layer(
+        name,
+        sizes,
+        k,
+        kept,
+        tuple(ranks),
+        len(groups),
+        full=sum(full) / len(full),
+    )

@@ -145,21 +145,23 @@ def backend(directory: Path | None = None) -> Iterator[Finding]:
 
 
 def tuned_shapes() -> Iterator[Finding]:
-    """Whether launch configurations are shipped for this GPU."""
+    """Whether there are launch configurations for this GPU, and where."""
     from vllm.platforms import current_platform
 
-    from vllm_rsparse.op.tuning import device_table
+    from vllm_rsparse.op.tuning import device_tables
 
     if current_platform.device_type != "cuda":
         yield Finding(Level.OK, "tuned shapes", "only the triton backend uses them")
         return
     name = current_platform.get_device_name()
-    shapes = {(entry.n, entry.k) for entry in device_table(name)}
+    tables = device_tables(name)
+    problems = {entry.problem for table in tables for entry in table.entries}
+    places = ", then ".join(str(table.path) for table in tables)
     yield Finding(
-        Level.OK if shapes else Level.WARN,
+        Level.OK if problems else Level.WARN,
         "tuned shapes",
-        f"{len(shapes)} shapes (N, K) tuned for {name}"
-        if shapes
+        f"{len(problems)} shapes and formats tuned for {name}: {places}"
+        if problems
         else f"none for {name}, defaults are used; tune with"
         " `vllm-rsparse bench MODEL --tune`",
     )

@@ -40,20 +40,20 @@ def tuned_shapes(directory: Path) -> Iterator[Finding]:
     """Which of the model's fused layers have a launch configuration for this GPU."""
     from vllm.platforms import current_platform
 
-    from vllm_rsparse.op.tuning import device_table
+    from vllm_rsparse.bench.layers import layers_of
+    from vllm_rsparse.op.tables import Problem
+    from vllm_rsparse.op.tuning import device_tables
 
     if current_platform.device_type != "cuda":
         yield Finding(Level.OK, "tuned shapes", "only the triton backend uses them")
         return
     info = open_artifact(directory).info
     kind = format_of_name(info.served_format).kind(getattr(torch, info.base.dtype))
-    needed = set()
-    for names in by_engine_layer(info.linears):
-        entries = [info.linears[name] for name in names]
-        needed.add((sum(e.shape[0] for e in entries), entries[0].shape[1], kind))
+    needed = {Problem(one.n, one.k, kind, one.group) for one in layers_of(info, 1)}
     device = current_platform.get_device_name()
-    tuned = {(entry.n, entry.k, entry.dtype) for entry in device_table(device)}
-    missing = sorted(needed - tuned)
+    tables = device_tables(device)
+    tuned = {entry.problem for table in tables for entry in table.entries}
+    missing = sorted(needed - tuned, key=lambda problem: (problem.n, problem.k))
     yield Finding(
         Level.WARN if missing else Level.OK,
         "tuned shapes",
@@ -61,7 +61,7 @@ def tuned_shapes(directory: Path) -> Iterator[Finding]:
         f" {device}"
         + (
             "; defaults are used for "
-            + ", ".join(f"{n}x{k} {kind}" for n, k, kind in missing)
+            + ", ".join(f"{one.n}x{one.k} {one.kind}" for one in missing)
             if missing
             else ""
         ),

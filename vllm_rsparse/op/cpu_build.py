@@ -20,6 +20,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from vllm_rsparse.envs import cache_directory
 from vllm_rsparse.errors import BuildError
 
 logger = logging.getLogger(__name__)
@@ -86,12 +87,6 @@ def _native_flags() -> list[str]:
     if machine not in _NATIVE:
         return []
     return [_NATIVE[machine], *(_X86_FLAGS if machine == "x86_64" else [])]
-
-
-def cache_directory() -> Path:
-    """Where compiled kernels are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "vllm_rsparse"
 
 
 def _compile(command: list[str], target: Path) -> None:

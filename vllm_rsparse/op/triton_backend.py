@@ -13,6 +13,7 @@ from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.rsparse_linear import rsparse_linear as launch
 from vllm_rsparse.op.launch_defaults import DENSE_TOKENS, default_config, dense_config
 from vllm_rsparse.op.operands import OperandError, SparseOperands, check_input
+from vllm_rsparse.op.tables import Problem
 from vllm_rsparse.op.tuning import device_of, launch_config
 
 
@@ -37,7 +38,7 @@ def rsparse_linear(
     weight = operands.weight
     if config is None:
         device = device_of(x.device)
-        config = launch_config(device, weight.n, weight.k, weight.kind, x.shape[0])
+        config = launch_config(device, Problem.of(weight), x.shape[0])
         if config.packed and not _packable(weight, operands.shard_sizes):
             config = default_config(weight.n, weight.k, x.shape[0], device.processors)
     kernel = quantized_linear.sparse_linear if config.packed else launch
