@@ -33,8 +33,11 @@ from vllm_rsparse.op.tuning import device_of
 # the coarse one rotates over: 100 MB of the smallest layer.
 _FINALISTS = 4
 _COARSE_INPUTS = 24
-# Of the time allowed, for compiling; the rest is for timing.
+# Of the time allowed, for compiling; the rest is for timing. What the compilers are at
+# when that ends they finish, so that every layer gets a least time of its own: that of
+# some 50 configurations.
 _COMPILING = 0.6
+_LEAST_SECONDS = 1.0
 
 
 @dataclass
@@ -97,7 +100,8 @@ def tune(
     if device == "cuda":
         _compile_all(jobs, dtype, end - (1 - _COMPILING) * seconds)
     for index, job in enumerate(jobs):
-        share = (end - time.monotonic()) / (len(jobs) - index)
+        left = (end - time.monotonic()) / (len(jobs) - index)
+        share = max(_LEAST_SECONDS, left)
         entry = _tune_layer(job, dtype, device, time.monotonic() + share)
         table[entry.problem, job.tokens] = entry
         # Written after every shape, so that an interrupted search keeps its results.
