@@ -14,12 +14,12 @@ pytest.importorskip("triton")
 from vllm_rsparse import cli, envs
 from vllm_rsparse.bench import inputs as bench_inputs
 from vllm_rsparse.bench import timing, tuner
-from vllm_rsparse.bench.candidates import candidates, kind_of_layer
+from vllm_rsparse.bench.candidates import candidates, dense_candidates, kind_of_layer
 from vllm_rsparse.bench.layers import SHAPES, Layer
 from vllm_rsparse.formats.names import WEIGHT_FORMATS
 from vllm_rsparse.op import tables, tuning
-from vllm_rsparse.op.launch_defaults import sparse_default
-from vllm_rsparse.op.tables import Problem
+from vllm_rsparse.op.launch_defaults import dense_config, sparse_default
+from vllm_rsparse.op.tables import SPARSE, Problem
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4])
@@ -40,14 +40,33 @@ def test_candidates_are_distinct_and_fit(layer: Layer, name: str, tokens: int) -
     assert (len({config.packed for config in configs}) == 2) == (name == "fp8")
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+def test_candidates_of_the_dense_route(name: str, tokens: int) -> None:
+    for layer in (one.stored_as(name, 128) for one in SHAPES["qwen3-32b"]):
+        configs = dense_candidates(layer, tokens, processors=132)
+        if name == "float":
+            assert configs == []
+            continue
+        kind = kind_of_layer(layer)
+        assert configs[0] == dense_config(layer.n, layer.k, kind, tokens, 132)
+        assert len(set(configs)) == len(configs) > 4
+        assert all(config.packed != config.use_dot for config in configs)
+        assert any(config.packed for config in configs) == (tokens < 64)
+        assert any(config.use_dot for config in configs) == (tokens > 1)
+
+
 def test_what_is_not_compiled_in_time_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layer = Layer("o", (4096,), 4096).stored_as("int4", 128)
-    jobs = [tuner._Job(layer, count, candidates(layer, count, 132)) for count in (1, 2)]
+    jobs = [
+        tuner._Job(layer, count, SPARSE, candidates(layer, count, 132))
+        for count in (1, 2)
+    ]
     broken = jobs[0].configs[1]
 
-    def compiled(layer, tokens, config, dtype) -> str:
+    def compiled(layer, tokens, route, config, dtype) -> str:
         if len(started) > 5:
             time.sleep(0.2)
         started.append((tokens, config))
@@ -79,13 +98,16 @@ def test_a_table_is_written_and_read(
     folder = tmp_path / "tables"
     command = ["bench", "--n", "64", "--k", "64", "--weights", "int4", "--group", "32"]
     command += ["--tokens", "1", "--tune", "--tune-seconds", "0"]
+    command += ["--tune-routes", "sparse", "dense"]
     assert cli.main([*command, "--output", str(folder)]) == 0
     error = capsys.readouterr().err
     assert "1 of" in error
     assert f"{envs.TUNING_DIR}={folder}" in error
     assert json.loads((folder / "bench.json").read_text())["rows"]
-    (entry,) = tables.read_table(folder / "interpreter.json")
-    assert entry.problem == Problem(64, 64, "int4", 32)
+    dense, sparse = tables.read_table(folder / "interpreter.json")
+    assert [dense.route, sparse.route] == ["dense", "sparse"]
+    assert dense.problem == sparse.problem == Problem(64, 64, "int4", 32)
     device = tuning.device_of(torch.device("cpu"))
-    assert tuning.launch_config(device, entry.problem, 1) == entry.config
+    assert tuning.launch_config(device, sparse.problem, 1) == sparse.config
+    assert tuning.dense_launch_config(device, dense.problem, 1) == dense.config
     tuning.forget_tables()

@@ -113,6 +113,23 @@ def test_formats_and_groups_have_entries_of_their_own(config_dir: Path) -> None:
     assert untuned == sparse_default(64, 256, "int4", 1, 132)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "split_k"), [(1, None), (5, 2), (8, 2), (9, None), (33, 4), (65, None)]
+)
+def test_the_dense_route_takes_the_next_larger_number_of_tokens(
+    config_dir: Path, tokens: int, split_k: int | None
+) -> None:
+    packed = LaunchConfig(256, 128, 2, 1, 2, use_dot=False, packed=True)
+    tiles = LaunchConfig(128, 64, 4, 4, 3, use_dot=True)
+    made = TunedEntry(64, 256, "int4", 8, packed, 5.0, 9.0, group=128, route="dense")
+    write(config_dir / "GPU.json", made, replace(made, tokens=64, config=tiles))
+    problem = Problem(64, 256, "int4", 128)
+    found = tuning.dense_launch_config(GPU, problem, tokens)
+    assert (found and found.split_k) == split_k
+    # The sparse route has entries of its own.
+    assert look_up(8, kind="int4", group=128) == sparse_default(64, 256, "int4", 8, 132)
+
+
 @pytest.mark.usefixtures("config_dir")
 def test_untuned_shapes_get_the_default_and_one_line_of_advice(
     caplog: pytest.LogCaptureFixture,
@@ -153,6 +170,7 @@ def test_default_fills_the_multiprocessors_that_there_are(tokens: int) -> None:
             entry_with(config=asdict(CONFIG) | {"block_n": 48}),
             r"entries\[0\].config: block_n must be a power of two, got 48; write",
         ),
+        (entry_with(route="dense"), "config: the dense route has kernels for int4"),
         (entry_with(dtype="int4"), "config: packed must be true for int4; write"),
         (
             entry_with(config=asdict(CONFIG) | {"num_warps": 1, "packed": True}),

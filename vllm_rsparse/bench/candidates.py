@@ -9,7 +9,12 @@ import torch
 from vllm_rsparse.bench.layers import Layer
 from vllm_rsparse.formats.registry import format_of_name
 from vllm_rsparse.kernels.launch_config import LaunchConfig
-from vllm_rsparse.op.launch_defaults import VECTOR_TOKENS, sparse_default
+from vllm_rsparse.op.launch_defaults import (
+    DENSE_TOKENS,
+    VECTOR_TOKENS,
+    dense_config,
+    sparse_default,
+)
 from vllm_rsparse.op.tables import PACKABLE, PACKED_ONLY
 
 # More splits would spend their time on adding partial sums.
@@ -39,8 +44,8 @@ _DOT: list[_Kind] = [
 ]
 # Elements of a byte: 16 of them a thread, 8 threads a row of 128.
 _LISTED_BYTES: list[_Kind] = [
-    (256, 32, 1, 1, False, True),
-    (1024, 32, 2, 1, False, True),
+    (block_n, block_k, warps, 1, False, True)
+    for block_n, block_k, warps in ((256, 32, 1), (1024, 8, 2), (1024, 16, 2))
 ]
 _MASKED_BYTES: list[_Kind] = [
     (block_n, block_k, warps, 1, False, False)
@@ -58,6 +63,19 @@ _PACKED_BYTE_COLUMNS = (128, 64)
 # channels, and of several, where one step was never the fastest
 # (docs/notes/kernels-quantized.md).
 _STEPS_OF_ONE, _STEPS_OF_MORE = (1, 2), (2, 4)
+# Tokens that the packed kernel multiplies at a time, and from which its alternative is
+# tried on the dense route.
+_MOST_PACKED_TOKENS, _FEWEST_DOT_TOKENS = 16, 8
+# (block_n, block_k, warps, stages) of the kernel that widens tiles.
+_DENSE_TILES = (
+    (64, 64, 4, 3),
+    (128, 32, 4, 4),
+    (128, 64, 4, 2),
+    (128, 64, 4, 3),
+    (128, 64, 8, 3),
+    (128, 128, 8, 2),
+    (256, 64, 8, 3),
+)
 # Programs of a packed launch, a multiprocessor: registers allow 12 at a time.
 _PACKED_PROGRAMS = (4, 28)
 
@@ -78,6 +96,50 @@ def candidates(layer: Layer, tokens: int, processors: int) -> list[LaunchConfig]
     if kind in PACKABLE:
         found |= dict.fromkeys(_packed(layer, kind, processors))
     return sorted(found, key=lambda config: _distance(config, default))
+
+
+def dense_candidates(layer: Layer, tokens: int, processors: int) -> list[LaunchConfig]:
+    """Configurations of the dense route, the most likely first; none for floats.
+
+    Args:
+        layer: shape, format and group.
+        tokens: rows of the call.
+        processors: multiprocessors.
+    """
+    kind = kind_of_layer(layer)
+    if kind not in PACKABLE or tokens > DENSE_TOKENS:
+        return []
+    default = dense_config(layer.n, layer.k, kind, tokens, processors)
+    found = dict.fromkeys([default])
+    if tokens <= _MOST_PACKED_TOKENS:
+        found |= dict.fromkeys(_packed_dense(layer, kind, processors))
+    if tokens >= _FEWEST_DOT_TOKENS:
+        found |= dict.fromkeys(_dot_dense(layer, processors))
+    return sorted(found, key=lambda config: _distance(config, default))
+
+
+def _packed_dense(layer: Layer, kind: str, processors: int) -> Iterator[LaunchConfig]:
+    """Of the packed kernel without lists; programs that take as many blocks each."""
+    fewest, most = (processors * programs for programs in _PACKED_PROGRAMS)
+    for block_n in (*_PACKED_COLUMNS.get(kind, _PACKED_BYTE_COLUMNS), 64):
+        tiles = -(-layer.n // block_n) * format_of_name(layer.format).planes
+        blocks = -(-layer.k // 128)
+        for split_k in (split for split in range(1, blocks + 1) if not blocks % split):
+            if fewest <= tiles * split_k <= most or split_k == blocks:
+                for steps in (2, 4):
+                    yield LaunchConfig(
+                        block_n, 128, split_k, 1, steps, False, packed=True
+                    )
+
+
+def _dot_dense(layer: Layer, processors: int) -> Iterator[LaunchConfig]:
+    """Of the kernel that widens tiles."""
+    for block_n, block_k, warps, stages in _DENSE_TILES:
+        tiles = -(-layer.n // block_n)
+        for split_k in (1, 2, 4, 8, 16):
+            programs = tiles * split_k / processors
+            if 0.9 <= programs <= 8 and split_k * block_k <= layer.k:
+                yield LaunchConfig(block_n, block_k, split_k, warps, stages, True)
 
 
 def kind_of_layer(layer: Layer) -> str:

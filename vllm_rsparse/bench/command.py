@@ -98,6 +98,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " reads, VLLM_RSPARSE_TUNING_DIR or ~/.cache/vllm_rsparse/tuning)",
     )
     parser.add_argument(
+        "--tune-routes",
+        nargs="+",
+        choices=(tables.SPARSE, tables.DENSE),
+        default=[tables.SPARSE],
+        help="with --tune: the dense route is that of up to 64 tokens on quantized"
+        " weights (default: sparse)",
+    )
+    parser.add_argument(
         "--tune-seconds",
         type=float,
         default=25.0,
@@ -174,7 +182,8 @@ def _tune(
         raise SettingError(f"{path}: {problem}")
     formats = {layer.format for layer in layers}
     seconds = args.tune_seconds * len(formats)
-    tune(layers, args.tokens, dtype, device, path, seconds, provenance())
+    routes = dict.fromkeys(args.tune_routes)
+    tune(layers, args.tokens, list(routes), dtype, device, path, seconds, provenance())
     print(f"wrote {path}", file=sys.stderr)
     if args.output is not None:
         print(

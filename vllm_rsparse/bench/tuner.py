@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from vllm_rsparse.bench.candidates import candidates
-from vllm_rsparse.bench.gate import allowed, check
+from vllm_rsparse.bench.candidates import candidates, dense_candidates
+from vllm_rsparse.bench.gate import allowed, check, exact_dense
 from vllm_rsparse.bench.inputs import Inputs, make_inputs, rotation
 from vllm_rsparse.bench.layers import Layer
 from vllm_rsparse.bench.measure import time_dense
@@ -25,8 +26,8 @@ from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.rsparse_linear import listed_channels
 from vllm_rsparse.op import reference, tables
 from vllm_rsparse.op.backends import Backend
-from vllm_rsparse.op.tables import TunedEntry
-from vllm_rsparse.op.triton_backend import rsparse_linear
+from vllm_rsparse.op.tables import DENSE, SPARSE, TunedEntry
+from vllm_rsparse.op.triton_backend import dense_linear, rsparse_linear
 from vllm_rsparse.op.tuning import device_of
 
 # How many of the coarse ranking are timed again more accurately, and how many inputs
@@ -38,14 +39,16 @@ _COARSE_INPUTS = 24
 # some 50 configurations.
 _COMPILING = 0.6
 _LEAST_SECONDS = 1.0
+_CANDIDATES = {SPARSE: candidates, DENSE: dense_candidates}
 
 
 @dataclass
 class _Job:
-    """A layer and a number of tokens, and the configurations to try."""
+    """A layer, a number of tokens and a route, and the configurations to try."""
 
     layer: Layer
     tokens: int
+    route: str
     configs: list[LaunchConfig]
     total: int = field(init=False)
     default: LaunchConfig = field(init=False)
@@ -57,12 +60,15 @@ class _Job:
 
     @property
     def label(self) -> str:
-        return f"{self.layer.n} x {self.layer.k} {self.layer.format}, {self.tokens}"
+        return (
+            f"{self.layer.n} x {self.layer.k} {self.layer.format}, {self.tokens} tokens"
+        )
 
 
 def tune(
     layers: Sequence[Layer],
     tokens: Sequence[int],
+    routes: Sequence[str],
     dtype: torch.dtype,
     device: str,
     path: Path,
@@ -74,6 +80,7 @@ def tune(
     Args:
         layers: shapes to search.
         tokens: numbers of tokens to search.
+        routes: ``sparse``, ``dense`` or both.
         dtype: of activations.
         device: "cuda"; "cpu" with Triton's interpreter, for tests.
         path: of the table.
@@ -87,15 +94,17 @@ def tune(
     """
     end = time.monotonic() + seconds
     table = {
-        (e.problem, e.tokens): e
+        (e.problem, e.tokens, e.route): e
         for e in (tables.read_table(path) if path.exists() else [])
     }
     processors = device_of(torch.device(device)).processors
     shapes = {(one.n, one.k, one.format, one.group): one for one in layers}
     jobs = [
-        _Job(layer, count, candidates(layer, count, processors))
+        _Job(layer, count, route, configs)
         for layer in shapes.values()
         for count in tokens
+        for route in routes
+        if (configs := _CANDIDATES[route](layer, count, processors))
     ]
     if device == "cuda":
         _compile_all(jobs, dtype, end - (1 - _COMPILING) * seconds)
@@ -103,7 +112,7 @@ def tune(
         left = (end - time.monotonic()) / (len(jobs) - index)
         share = max(_LEAST_SECONDS, left)
         entry = _tune_layer(job, dtype, device, time.monotonic() + share)
-        table[entry.problem, job.tokens] = entry
+        table[entry.problem, job.tokens, job.route] = entry
         # Written after every shape, so that an interrupted search keeps its results.
         tables.write_table(path, list(table.values()), facts)
 
@@ -118,17 +127,21 @@ def _tune_layer(
     for config in job.configs:
         if coarse and time.monotonic() > deadline:
             break
-        coarse.append((_measure(inputs[:_COARSE_INPUTS], config, 24, 4), config))
+        taken = _measure(inputs[:_COARSE_INPUTS], job.route, config, 24, 4)
+        coarse.append((taken, config))
     best_first = sorted(coarse, key=lambda pair: pair[0])[:_FINALISTS]
     finalists = dict.fromkeys([job.default, *(config for _, config in best_first)])
-    fine = {config: _measure(inputs, config, 100, 9) for config in finalists}
+    fine = {config: _measure(inputs, job.route, config, 100, 9) for config in finalists}
     best = min(fine, key=lambda config: fine[config])
-    expected = inputs[0].call(reference.rsparse_linear)
+    if job.route == SPARSE:
+        expected = inputs[0].call(reference.rsparse_linear)
+    else:
+        expected = exact_dense(inputs[0])
     limit = allowed(Backend.TRITON, inputs[0].x)
-    check(inputs[0].call(rsparse_linear, config=best), expected, str(best), limit)
+    check(_call(inputs[0], job.route, best), expected, str(best), limit)
     dense = time_dense(inputs, Backend.TRITON).median
     print(
-        f"{job.label} tokens: {fine[best]:.2f} us with {best}; default"
+        f"{job.label}, {job.route}: {fine[best]:.2f} us with {best}; default"
         f" {fine[job.default]:.2f}, dense {dense:.2f};"
         f" {len(coarse)} of {job.total} configurations tried",
         file=sys.stderr,
@@ -143,13 +156,21 @@ def _tune_layer(
         round(fine[best], 2),
         round(dense, 2),
         weight.group,
+        job.route,
     )
 
 
+def _call(inputs: Inputs, route: str, config: LaunchConfig) -> Tensor:
+    """The product of a route with a configuration."""
+    if route == SPARSE:
+        return inputs.call(rsparse_linear, config=config)
+    return dense_linear(inputs.x, inputs.operands.weight, None, config)
+
+
 def _measure(
-    inputs: list[Inputs], config: LaunchConfig, calls: int, replays: int
+    inputs: list[Inputs], route: str, config: LaunchConfig, calls: int, replays: int
 ) -> float:
-    timed = [partial(one.call, rsparse_linear, config=config) for one in inputs]
+    timed = [partial(_call, one, route, config) for one in inputs]
     return time_calls(timed, calls, replays).median
 
 
@@ -171,13 +192,13 @@ def _compile_all(jobs: list[_Job], dtype: torch.dtype, deadline: float) -> None:
         for job in jobs:
             if rank < len(job.configs):
                 config = job.configs[rank]
-                key = _kernel_key(job.layer, job.tokens, config)
+                key = _kernel_key(job, config)
                 if key not in futures:
-                    task = (job.layer, job.tokens, config, dtype)
+                    task = (job.layer, job.tokens, job.route, config, dtype)
                     futures[key] = pool.submit(_compile, *task)
     wait(futures.values(), max(0.0, deadline - time.monotonic()))
     # What is used without a table is always waited for.
-    keys = {_kernel_key(job.layer, job.tokens, job.default) for job in jobs}
+    keys = {_kernel_key(job, job.default) for job in jobs}
     for key, future in futures.items():
         if key not in keys:
             future.cancel()
@@ -194,15 +215,14 @@ def _compile_all(jobs: list[_Job], dtype: torch.dtype, deadline: float) -> None:
     fits = {key for key, problem in results.items() if not problem}
     for job in jobs:
         job.configs = [
-            config
-            for config in job.configs
-            if _kernel_key(job.layer, job.tokens, config) in fits
+            config for config in job.configs if _kernel_key(job, config) in fits
         ]
 
 
-def _kernel_key(layer: Layer, tokens: int, config: LaunchConfig) -> tuple:
+def _kernel_key(job: _Job, config: LaunchConfig) -> tuple:
     """What a compiled kernel depends on."""
-    sizes = layer.shard_sizes
+    layer = job.layer
+    sizes = layer.shard_sizes if job.route == SPARSE else (layer.n,)
     channels: int | None = None
     if config.listed:
         channels = listed_channels(layer.k, config.split_k)
@@ -213,6 +233,7 @@ def _kernel_key(layer: Layer, tokens: int, config: LaunchConfig) -> tuple:
         channels = (blocks - 1).bit_length()
     starts = [sum(sizes[: index + 1]) for index in range(len(sizes))]
     return (
+        job.route,
         layer.format,
         layer.group,
         config.block_n,
@@ -227,7 +248,7 @@ def _kernel_key(layer: Layer, tokens: int, config: LaunchConfig) -> tuple:
         all(start % 16 == 0 for start in starts),
         layer.k % max(config.block_k, 16) == 0,
         # Triton specialises on 1 and on multiples of 16, hence on the tokens here.
-        tokens,
+        job.tokens,
         len(sizes),
         any(layer.ranks),
     )
@@ -239,12 +260,16 @@ def _compile_inputs(layer: Layer, tokens: int, dtype: torch.dtype) -> Inputs:
 
 
 def _compile(
-    layer: Layer, tokens: int, config: LaunchConfig, dtype: torch.dtype
+    layer: Layer,
+    tokens: int,
+    route: str,
+    config: LaunchConfig,
+    dtype: torch.dtype,
 ) -> str:
     """Why the device cannot run a configuration; empty if it can."""
     inputs = _compile_inputs(layer, tokens, dtype)
     try:
-        inputs.call(rsparse_linear, config=config)
+        _call(inputs, route, config)
         torch.cuda.synchronize()
     # Errors of the compiler are of many classes, and some cannot be sent to the parent.
     except Exception as error:

@@ -30,10 +30,12 @@ from vllm_rsparse.formats.fp8_block import FP8_BLOCK
 from vllm_rsparse.formats.int4 import INT4
 from vllm_rsparse.formats.int8_planes import INT8_PLANES
 from vllm_rsparse.kernels.launch_config import LaunchConfig
-from vllm_rsparse.validation import CONFIG, must, parse_json, validate
+from vllm_rsparse.validation import CONFIG, must, one_of, parse_json, validate
 
 SHIPPED = Path(__file__).parent / "configs"
 _REMEDY = "; write the table again with `vllm-rsparse bench --tune`"
+# Routes that entries are for.
+SPARSE, DENSE = "sparse", "dense"
 # Kinds that only the packed kernel reads, and those that it can read.
 PACKED_ONLY = (INT4.name, INT8_PLANES.name, FP8_BLOCK.name)
 PACKABLE = (*PACKED_ONLY, FP8.kind(torch.float8_e4m3fn))
@@ -65,8 +67,9 @@ class Problem:
 class TunedEntry:
     """One entry of a device's table: the fastest configuration and its measurement.
 
-    ``sparse_us`` is for 50% kept channels per token and independent masks; ``dense_us``
-    is the dense kernel of the format in the same run (``bench.baselines``).
+    ``sparse_us`` is for 50% kept channels per token and independent masks, or for the
+    whole weight on the dense route; ``dense_us`` is the dense product of the format in
+    the same run (``bench.baselines``).
     """
 
     n: int
@@ -77,6 +80,7 @@ class TunedEntry:
     sparse_us: float
     dense_us: float
     group: int = 0
+    route: str = SPARSE
 
     @property
     def problem(self) -> Problem:
@@ -119,6 +123,7 @@ class _EntryFile:
     sparse_us: StrictFloat = must("be a number")
     dense_us: StrictFloat = must("be a number")
     group: StrictInt = must("be an integer >= 0", ge=0, default=0)
+    route: StrictStr = one_of(SPARSE, DENSE, default=SPARSE)
 
 
 # Besides the entries a table has what it was measured on, for people.
@@ -172,7 +177,7 @@ def read_table(path: Path) -> list[TunedEntry]:
         values = asdict(entry)
         try:
             config = LaunchConfig(**values.pop("config"))
-            _check_kernel(config, entry.dtype)
+            _check_kernel(config, entry.dtype, entry.route)
         except ValueError as error:
             where = f"{path}: entries[{index}].config"
             raise TableError(f"{where}: {error}{_REMEDY}") from error
@@ -180,12 +185,19 @@ def read_table(path: Path) -> list[TunedEntry]:
     return entries
 
 
-def _check_kernel(config: LaunchConfig, kind: str) -> None:
+def _check_kernel(config: LaunchConfig, kind: str, route: str) -> None:
     """Refuse a kernel that does not read weights of this kind.
 
     Raises:
         ValueError: names the kind.
     """
+    if route == DENSE:
+        if kind not in PACKABLE or config.packed == config.use_dot:
+            raise ValueError(
+                f"the dense route has kernels for {', '.join(PACKABLE)}, with either"
+                f" packed or use_dot; got {kind}"
+            )
+        return
     if kind in PACKED_ONLY and not config.packed:
         raise ValueError(f"packed must be true for {kind}")
     if config.packed and kind not in PACKABLE:
@@ -196,7 +208,9 @@ def write_table(
     path: Path, entries: list[TunedEntry], provenance: dict[str, Any]
 ) -> None:
     """Write a device's table, sorted, one entry per line, for readable diffs."""
-    ordered = sorted(entries, key=lambda e: (e.dtype, e.group, e.n, e.k, e.tokens))
+    ordered = sorted(
+        entries, key=lambda e: (e.dtype, e.group, e.n, e.k, e.route, e.tokens)
+    )
     facts = "".join(
         f"  {json.dumps(key)}: {json.dumps(value)},\n"
         for key, value in provenance.items()

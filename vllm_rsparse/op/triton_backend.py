@@ -14,7 +14,7 @@ from vllm_rsparse.kernels.rsparse_linear import rsparse_linear as launch
 from vllm_rsparse.op.launch_defaults import DENSE_TOKENS, default_config, dense_config
 from vllm_rsparse.op.operands import OperandError, SparseOperands, check_input
 from vllm_rsparse.op.tables import Problem
-from vllm_rsparse.op.tuning import device_of, launch_config
+from vllm_rsparse.op.tuning import dense_launch_config, device_of, launch_config
 
 
 def rsparse_linear(
@@ -83,8 +83,11 @@ def dense_linear(
         if x.shape[0] > DENSE_TOKENS:
             wide = quantized_linear.dequantise(weight, x.dtype)
             return functional.linear(x, wide, bias)
-        processors = device_of(x.device).processors
-        config = dense_config(n, k, weight.kind, x.shape[0], processors)
+        device = device_of(x.device)
+        processors = device.processors
+        config = dense_launch_config(device, Problem.of(weight), x.shape[0])
+        if config is None:
+            config = dense_config(n, k, weight.kind, x.shape[0], processors)
         if config.packed and not _packable(weight, (n,)):
             config = dense_config(n, k, weight.kind, DENSE_TOKENS, processors)
     return quantized_linear.dense_linear(x, weight, bias, config)

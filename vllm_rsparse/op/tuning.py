@@ -17,7 +17,14 @@ from vllm_rsparse.op.launch_defaults import (
     VECTOR_TOKENS,
     sparse_default,
 )
-from vllm_rsparse.op.tables import Problem, Table, find_tables, read_table
+from vllm_rsparse.op.tables import (
+    DENSE,
+    SPARSE,
+    Problem,
+    Table,
+    find_tables,
+    read_table,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +82,7 @@ def launch_config(device: Device, problem: Problem, tokens: int) -> LaunchConfig
         candidates = [
             entry
             for entry in table.entries
-            if entry.problem == problem
+            if (entry.problem, entry.route) == (problem, SPARSE)
             and (entry.config.use_dot or entry.config.packed or tokens <= VECTOR_TOKENS)
         ]
         if candidates:
@@ -84,10 +91,36 @@ def launch_config(device: Device, problem: Problem, tokens: int) -> LaunchConfig
     return sparse_default(problem.n, problem.k, problem.kind, tokens, device.processors)
 
 
+@cache
+def dense_launch_config(
+    device: Device, problem: Problem, tokens: int
+) -> LaunchConfig | None:
+    """A tuned configuration of the dense route; None: use the default.
+
+    The one for the fewest tokens that are enough, unless it is for twice as many.
+
+    Args:
+        device: where the kernels run.
+        problem: the layer's shape and format.
+        tokens: rows of the call.
+    """
+    for table in device_tables(device.name):
+        candidates = [
+            entry
+            for entry in table.entries
+            if (entry.problem, entry.route) == (problem, DENSE)
+            and tokens <= entry.tokens < 2 * tokens
+        ]
+        if candidates:
+            return min(candidates, key=lambda entry: entry.tokens).config
+    return None
+
+
 def forget_tables() -> None:
     """Read the tables again at the next lookup, after one was written."""
     device_tables.cache_clear()
     launch_config.cache_clear()
+    dense_launch_config.cache_clear()
 
 
 @cache
