@@ -167,6 +167,12 @@ REFUSED: dict[str, tuple[Change, str]] = {
         r"fused linears \(qkv_proj\)",
     ),
     "vision": (_config(vision_config={"depth": 2}), "a vision-language model"),
+    "residual streams": (
+        # Gemma 3n.
+        _config(altup_num_inputs=4, num_kv_shared_layers=2),
+        r"several residual streams \(AltUp\) \(altup_num_inputs = 4\)",
+    ),
+    "shared keys": (_config(num_kv_shared_layers=2), "layers share keys and values"),
     "encoder": (_config(is_encoder_decoder=True), "an encoder-decoder model"),
     "layers": (_config(num_hidden_layers=None), "num_hidden_layers is None"),
     "no gate": (

@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.checkpoint import Checkpoint
+from vllm_rsparse.model.linears import find_linears
+from vllm_rsparse.model.loading import load_model
 from vllm_rsparse.model.streaming import StreamedModel
+from vllm_rsparse.testing.families import FAMILIES
 from vllm_rsparse.testing.quantized import LAYOUTS, write_plain, write_quantized
 
 UP = "model.layers.2.mlp.up_proj"
@@ -62,6 +66,61 @@ def test_streaming_runs_on_the_weights_that_will_be_served(
             with model.layer(index):
                 model.run_layer(index, hidden[-1])
     assert torch.equal(hidden[0], hidden[1])
+
+
+FAMILY_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("Qwen3.5 vision", "fp8-block-native"),
+        ("Qwen3 MoE", "fp8-block-native"),
+        ("Qwen3 MoE", "gptq"),
+        ("Phi3", "awq"),
+        ("Gemma4 E2B", "w4a16-g64"),
+    ],
+)
+def test_families_run_on_the_weights_that_will_be_served(
+    family: str, layout: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    options = {**FAMILIES[family].options}
+    if "num_experts" in options:
+        options["moe_intermediate_size"] = 128
+    made = replace(FAMILIES[family], options=options)
+    made.save(tmp_path / "source", FAMILY_SIZES)
+    meant = write_quantized(tmp_path / "source", tmp_path / "q", layout)
+    write_plain(tmp_path / "source", tmp_path / "plain", meant)
+    windows = torch.arange(40).view(2, 20)
+    results = []
+    for name in ("q", "plain"):
+        checkpoint = Checkpoint(tmp_path / name)
+        linears, dtype = find_linears(checkpoint)
+        streamed = StreamedModel(checkpoint, torch.device("cpu"), torch.float32)
+        hidden = streamed.embed(windows)
+        for index in range(2):
+            with streamed.layer(index):
+                streamed.run_layer(index, hidden)
+        whole = load_model(checkpoint, torch.float32, torch.device("cpu"))
+        with torch.no_grad():
+            logits = whole(windows).logits
+        results.append((linears, dtype, hidden, logits))
+    (linears, dtype, *states), (plain_linears, plain_dtype, *plain_states) = results
+    assert linears == plain_linears
+    assert dtype == plain_dtype == "float32"
+    for state, plain in zip(states, plain_states, strict=True):
+        assert torch.equal(state, plain)
 
 
 def test_a_quantized_head(pyllama: Path, tmp_path: Path) -> None:

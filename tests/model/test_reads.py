@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.language_model import LanguageModel
@@ -47,3 +48,18 @@ def test_a_dense_model_reads_its_linears_and_the_tied_head(tmp_path: Path) -> No
     assert reads("Llama tied", tmp_path) == TokenReads(
         linears=ATTENTION + 2 * 3 * 24 * 16, experts=0, others=0, head=100 * 16
     )
+
+
+def test_keys_and_values_that_a_layer_takes_from_another_are_not_read(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    FAMILIES["Gemma4 E2B"].save(tmp_path, SIZES)
+    file = tmp_path / "model.safetensors"
+    unused = {"model.layers.3.self_attn.k_proj.weight": torch.zeros(64, 16)}
+    save_file(load_file(file) | unused, file, {"format": "pt"})
+    checkpoint = Checkpoint(tmp_path)
+    linears, _ = find_linears(checkpoint)
+    counted = token_reads(LanguageModel(checkpoint), linears)
+    per_layer_embeddings = 2 * 24 * 16
+    assert counted.others == 4 * per_layer_embeddings

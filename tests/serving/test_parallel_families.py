@@ -6,39 +6,29 @@ checkpoint; put together, the ranks must compute what the definition gives on th
 linears. Eight ranks share two key-value heads, and 515 tokens divide by none of them.
 """
 
-import importlib.util
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("vllm")
 
-from vllm.config import (
-    ModelConfig,
-    VllmConfig,
-    set_current_vllm_config,
-)
-from vllm.distributed import parallel_state
+from vllm.config import ModelConfig
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.model_loader.utils import (
-    initialize_model,
-    process_weights_after_loading,
-)
-from vllm.model_executor.models import registry
 
 from vllm_rsparse.plugin import register
-from vllm_rsparse.serving.linear import RSparseLinearMethod
 from vllm_rsparse.testing.cases import one_linear
 from vllm_rsparse.testing.families import FAMILIES, separate
+
+from .simulated import build_model, output, sparse_linears
+
+pytestmark = pytest.mark.usefixtures("torchvision", "inspected_here")
 
 VOCABULARY, LAYERS = 515, 2
 SIZES = {
@@ -54,52 +44,6 @@ SIZES = {
 }
 
 
-TORCHVISION = (
-    "torchvision",
-    "torchvision/io",
-    "torchvision/transforms",
-    "torchvision/transforms/functional",
-    "torchvision/transforms/v2",
-    "torchvision/transforms/v2/functional",
-)
-# A module that has every name, each a class that has every attribute.
-ANY_NAME = """
-__version__ = "0.28.0"
-
-
-class Anything(type):
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return name
-
-
-def __getattr__(name):
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return Anything(name, (), {})
-"""
-
-
-class FakeGroup(SimpleNamespace):
-    """One rank of a group whose collectives leave the joining to the test."""
-
-    @property
-    def device_group(self):
-        return SimpleNamespace(rank=lambda: 0, size=lambda: self.world_size)
-
-    def all_reduce(self, x):
-        return x
-
-    @property
-    def is_first_rank(self):
-        return self.rank_in_group == 0
-
-    @property
-    def is_last_rank(self):
-        return self.rank_in_group == self.world_size - 1
-
-
 @dataclass(frozen=True)
 class Base:
     """A random checkpoint with an artifact.
@@ -109,39 +53,19 @@ class Base:
         tensors: the checkpoint's.
         linears: weights and biases, every linear on its own.
         artifact: tensors by linear.
+        shares_keys: layers take keys and values from others.
     """
 
     directory: Path
     tensors: dict[str, torch.Tensor]
     linears: dict[str, torch.Tensor]
     artifact: dict[str, dict[str, torch.Tensor]]
+    shares_keys: bool = False
 
     def tensor(self, ending):
         """The language model's tensor of this name."""
         found = [t for name, t in self.tensors.items() if name.endswith(ending)]
         return found[0] if found else None
-
-
-@pytest.fixture(scope="module", autouse=True)
-def torchvision(tmp_path_factory):
-    """A stand-in where it is not installed, which is where PyTorch is a CPU build.
-
-    vLLM's classes of models with vision import names from it, which they use to prepare
-    images.
-    """
-    if importlib.util.find_spec("torchvision"):
-        yield
-        return
-    root = tmp_path_factory.mktemp("torchvision")
-    for module in TORCHVISION:
-        folder = root / module
-        folder.mkdir()
-        (folder / "__init__.py").write_text(ANY_NAME)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(root)
-        yield
-    for name in [name for name in sys.modules if name.startswith("torchvision")]:
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -172,15 +96,8 @@ def checkpoint(request, tmp_path_factory, write_artifact):
         "max_sparse_tokens": 8,
     }
     (directory / "config.json").write_text(json.dumps(values))
-    return Base(directory, tensors, linears, artifact)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def inspected_here():
-    """vLLM looks at a model's class in this process; a new one takes seconds each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
-        yield
+    shares_keys = bool(family.options.get("num_kv_shared_layers"))
+    return Base(directory, tensors, linears, artifact, shares_keys)
 
 
 @pytest.fixture
@@ -191,40 +108,10 @@ def build(checkpoint, monkeypatch):
         str(checkpoint.directory), skip_tokenizer_init=True, dtype="float32"
     )
 
-    def make(rank, size, stage=0, stages=1):
-        for name, group in (
-            ("_TP", FakeGroup(rank_in_group=rank, world_size=size)),
-            ("_PP", FakeGroup(rank_in_group=stage, world_size=stages)),
-            ("_EP", FakeGroup(rank_in_group=0, world_size=1)),
-            ("_DP", FakeGroup(rank_in_group=0, world_size=1)),
-            ("_PCP", FakeGroup(rank_in_group=0, world_size=1)),
-        ):
-            monkeypatch.setattr(parallel_state, name, group)
-        world = FakeGroup(rank_in_group=0, world_size=1)
-        monkeypatch.setattr(parallel_state, "_WORLD", world)
-        config = VllmConfig(model_config=model_config)
-        config.parallel_config.pipeline_parallel_size = stages
-        with set_current_vllm_config(config), torch.no_grad():
-            model = initialize_model(vllm_config=config)
-            model.load_weights(checkpoint.tensors.items())
-            process_weights_after_loading(model, model_config, torch.device("cpu"))
-        return model
+    def make(*ranks):
+        return build_model(monkeypatch, model_config, checkpoint.tensors, *ranks)
 
     return make
-
-
-def sparse_linears(model):
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "quant_method", None), RSparseLinearMethod)
-    }
-
-
-def output(layer, x):
-    """A layer's output: half of a pair in vLLM's own models, else all it returns."""
-    y = layer(x)
-    return y[0] if isinstance(y, tuple) else y
 
 
 def whole(name, x, checkpoint):
@@ -291,6 +178,8 @@ def find_tied(model):
 
 
 def test_pipeline_stages_share_the_layers(checkpoint, build):
+    if checkpoint.shares_keys:
+        pytest.skip("vLLM does not take keys and values from another stage")
     stages = [sparse_linears(build(0, 1, stage, 2)) for stage in range(2)]
     names = [{n for m in s.values() for n in m.quant_method.names} for s in stages]
     assert all(".layers.0." in name for name in names[0])

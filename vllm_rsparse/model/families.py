@@ -144,6 +144,8 @@ class Family:
             model alone calls "model".
         heads: and what it calls "lm_head".
         experts: routed experts, which some of its layers have.
+        accepts: keys of a config that mark what other families do not have, see
+            ``linears``.
     """
 
     architectures: tuple[str, ...] = ()
@@ -153,6 +155,7 @@ class Family:
     paths: tuple[str, ...] = ("model",)
     heads: tuple[str, ...] = ("lm_head",)
     experts: Experts | None = None
+    accepts: Collection[str] = ()
 
     def layer(self, config: Mapping[str, Any], index: int) -> LayerSpec:
         """The linears of a decoder layer.
@@ -162,6 +165,11 @@ class Family:
             index: of the layer.
         """
         return self.spec.without(self.lacks(config, index))
+
+    def stored_module(self, kind: str) -> str:
+        """The module of the checkpoint that holds a kind, itself or a fused one."""
+        fused = self.spec.fused_tensor(kind)
+        return kind if fused is None else fused.module
 
     def language_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part of ``config.json`` that describes the language model."""
@@ -194,13 +202,16 @@ def _no_mlp(config: Mapping[str, Any], index: int) -> tuple[str, ...]:
     return tuple(absent)
 
 
-def _keys_for_values(config: Mapping[str, Any], index: int) -> tuple[str, ...]:
-    """Gemma 4's global layers may have no values of their own."""
+def _keys_of_others(config: Mapping[str, Any], index: int) -> tuple[str, ...]:
+    """Gemma 4's global layers may have no values, the last of E2B and E4B no keys."""
+    layers = config["num_hidden_layers"]
+    shared = config.get("num_kv_shared_layers") or 0
+    if index >= layers - shared:
+        return ("self_attn.k_proj", "self_attn.v_proj")
     types = config.get("layer_types")
     # transformers' default: every sixth layer.
     is_global = (index + 1) % 6 == 0 if types is None else types[index] != _SLIDING
-    last = index == config["num_hidden_layers"] - 1
-    copied = config.get("attention_k_eq_v") and (is_global or last)
+    copied = config.get("attention_k_eq_v") and (is_global or index == layers - 1)
     return ("self_attn.v_proj",) if copied else ()
 
 
@@ -212,6 +223,12 @@ _HYBRID = LayerSpec((*DELTA_NET, *_SEVEN), (_DELTA_QKV,))
 DENSE = Family()
 _HYBRID_EXPERTS = LayerSpec((*DELTA_NET, *ATTENTION, *SHARED_EXPERT), (_DELTA_QKV,))
 _GEMMA_EXPERTS = Experts("experts", chosen_key="top_k_experts")
+# E2B and E4B.
+_GEMMA_ACCEPTS = (
+    "num_kv_shared_layers",
+    "hidden_size_per_layer_input",
+    "audio_config",
+)
 FAMILIES = (
     Family(
         ("Mistral3ForConditionalGeneration", "Gemma3ForConditionalGeneration"),
@@ -238,15 +255,17 @@ FAMILIES = (
     ),
     Family(
         ("Gemma4ForCausalLM",),
-        lacks=_keys_for_values,
+        lacks=_keys_of_others,
         experts=_GEMMA_EXPERTS,
+        accepts=_GEMMA_ACCEPTS,
     ),
     Family(
         ("Gemma4ForConditionalGeneration",),
-        lacks=_keys_for_values,
+        lacks=_keys_of_others,
         text_config="text_config",
         paths=("model.language_model",),
         experts=_GEMMA_EXPERTS,
+        accepts=_GEMMA_ACCEPTS,
     ),
     Family(
         ("Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM"),

@@ -79,7 +79,6 @@ def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
     _refuse_config(checkpoint.config, str(checkpoint.directory / "config.json"))
     model = LanguageModel(checkpoint)
     _refuse_tensors(model)
-    _refuse_quantized(model)
     layers = model.config["num_hidden_layers"]
     linears, dtypes = [], set()
     for layer in range(layers):
@@ -131,23 +130,6 @@ def _refuse_tensors(model: LanguageModel) -> None:
                 )
 
 
-def _refuse_quantized(model: LanguageModel) -> None:
-    """Formats are described by the names in a checkpoint, which the engine changes."""
-    if not model.checkpoint.quantized:
-        return
-    for changed, what in (
-        (model.family.text_config is not None, "wraps a language model"),
-        (bool(model.family.spec.fused), "has fused linears"),
-        (model.family.experts is not None, "is a mixture of experts"),
-    ):
-        if changed:
-            raise CheckpointError(
-                f"{model.checkpoint.directory}: {_model_name(model.checkpoint.config)}"
-                f" {what}, and the checkpoint is quantized; this combination is not"
-                " supported: prepare the unquantized model"
-            )
-
-
 def _refuse_missing_layer(model: LanguageModel, layer: int) -> None:
     """Refuse a config.json that has more layers than the weights."""
     checkpoint, prefix = model.checkpoint, f"{model.layer_path}.{layer}."
@@ -176,12 +158,15 @@ def _refuse_config(config: dict[str, Any], where: str) -> None:
         ("n_routed_experts", _EXPERTS),
         ("vision_config", "a vision-language model"),
         ("audio_config", "an audio model"),
+        ("altup_num_inputs", "a model of several residual streams (AltUp)"),
         ("num_kv_shared_layers", "a model whose layers share keys and values"),
         ("hidden_size_per_layer_input", "a model with per-layer embeddings"),
     ):
         if key == "vision_config" and family.text_config is not None:
             continue
         if what == _EXPERTS and family.experts is not None:
+            continue
+        if key in family.accepts:
             continue
         value = config.get(key) or language.get(key)
         if value:

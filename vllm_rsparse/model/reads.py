@@ -31,12 +31,16 @@ def token_reads(model: LanguageModel, linears: Iterable[Linear]) -> TokenReads:
     """Count them, by the headers of the checkpoint."""
     experts = model.family.experts
     layers = model.config["num_hidden_layers"]
+    kinds = {kind.name for kind in model.family.spec}
     chosen, in_layers = 0, 0
     for name in model.checkpoint.plain_names():
         module, _, _ = name.rpartition(".")
         parsed = LinearName.parse(module)
         if parsed.path != model.layer_path or (parsed.layer or 0) >= layers:
             continue
+        present = {kind.name for kind in model.layer(parsed.layer or 0)}
+        if parsed.kind in kinds - present:
+            continue  # keys and values that Gemma 4's last layers do not use
         size = _size(model, name)
         if experts is not None and f"{parsed.kind}.".startswith(f"{experts.module}."):
             chosen += size

@@ -7,9 +7,12 @@ own forward runs with its decoder layers replaced by recorders, which yields the
 hidden states and the arguments (rotary embeddings, attention masks by layer type) of
 each layer. After that one layer at a time is loaded, run and freed, so peak memory does
 not depend on the number of layers. On CUDA, the weights of as many layers as fit stay.
+
+What goes from layer to layer besides hidden states (``SharedKeysValues``) is appended
+to them, so that whoever keeps the states keeps that too.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,6 +29,7 @@ from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.memory import release_freed_memory
 from vllm_rsparse.model.module_weights import ModuleWeights
 from vllm_rsparse.model.modules import expose_linears
+from vllm_rsparse.model.shared_kv import SharedKeysValues
 
 # On CUDA, the tokens that run together (whole windows). On a CPU windows run alone.
 CUDA_TOKENS = 8192
@@ -72,7 +76,11 @@ class StreamedModel:
         for index, layer in enumerate(layers):
             spec = self._tensors.layer(index)
             expose_linears(layer, spec, self._tensors.config)
-        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._shared = SharedKeysValues(layers)
+        # Arguments of each layer: positional ones (Gemma 4's per-layer embeddings) by
+        # window, the others the same for all.
+        self._positional: list[list[tuple[Any, ...]]] = []
+        self._named: list[dict[str, Any]] = []
         self._weights = ModuleWeights(self._tensors, self._model, device)
         self._tokens_at_once = CUDA_TOKENS if device.type == "cuda" else 1
 
@@ -111,7 +119,8 @@ class StreamedModel:
             windows: int64 [samples, tokens].
 
         Returns:
-            [samples, tokens, hidden] in the compute dtype, on the device.
+            [samples, tokens, hidden] in the compute dtype, on the device. Where layers
+            share keys and values, these follow in the last dimension (``visible``).
         """
         outside = [
             (name, module)
@@ -120,14 +129,21 @@ class StreamedModel:
         ]
         for name, module in outside:
             self._weights.materialise(module, f"model.{name}")
+        self._positional = []
         hidden = [self._record(window) for window in windows.split(1)]
         for _, module in outside:
             module.to("meta")
-        return torch.cat(hidden)
+        return self._shared.append_empty(torch.cat(hidden))
 
-    def batches(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Hidden states [samples, tokens, hidden] as many windows as run together."""
-        return hidden.split(max(1, self._tokens_at_once // hidden.shape[1]))
+    def visible(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., hidden] alone, without shared keys and values."""
+        return self._shared.without(hidden)
+
+    def batches(self, hidden: Tensor) -> Iterator[slice]:
+        """Rows of states [samples, tokens, hidden] whose windows run together."""
+        size = max(1, self._tokens_at_once // hidden.shape[1])
+        for start in range(0, len(hidden), size):
+            yield slice(start, min(start + size, len(hidden)))
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -184,17 +200,24 @@ class StreamedModel:
             index: a layer that is materialised now.
             hidden: [samples, tokens, hidden].
         """
-        for part in self.batches(hidden):
-            part.copy_(self.call_layer(index, part))
+        for rows in self.batches(hidden):
+            hidden[rows] = self.call_layer(index, hidden[rows], rows)
 
-    def call_layer(self, index: int, hidden: Tensor) -> Tensor:
-        """Output of a materialised layer for windows [windows, tokens, hidden].
+    def call_layer(self, index: int, hidden: Tensor, rows: slice) -> Tensor:
+        """Output of a materialised layer for some of the embedded windows.
 
         Differentiable by ``hidden`` where gradients are enabled.
+
+        Args:
+            index: of the layer.
+            hidden: [windows, tokens, hidden], entering the layer.
+            rows: which of the windows that ``embed`` got last.
         """
-        args, kwargs = self._arguments[index]
-        out = self._layers[index](hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        windows = [arguments[index] for arguments in self._positional[rows]]
+        args = [_joined(one, hidden.device) for one in zip(*windows, strict=True)]
+        visible, shared = self._shared.split(hidden)
+        out = self._layers[index](visible, *args, **{**self._named[index], **shared})
+        return self._shared.join(out[0] if isinstance(out, tuple) else out, shared)
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -232,23 +255,30 @@ class StreamedModel:
     def _logits(self, norm: nn.Module, hidden: Tensor) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        def decode(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-            return BaseModelOutputWithPast(last_hidden_state=norm(hidden[None]))
+        class Output(BaseModelOutputWithPast):
+            """Without what some decoders also return (Gemma 4, experts)."""
 
-        self._base.forward = decode
+            def __getattr__(self, name: str) -> None:
+                if name.startswith("_"):
+                    raise AttributeError(name)
+
+        visible = self.visible(hidden)[None]
+        self._base.forward = lambda *_, **__: Output(last_hidden_state=norm(visible))
         try:
-            return self._model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+            return self._model(inputs_embeds=visible, use_cache=False).logits[0]
         finally:
             del self._base.forward
 
     def _record(self, window: Tensor) -> Tensor:
         """Run the model's forward on one window [1, tokens] with recording layers."""
         first: list[Tensor] = []
-        recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        positional: list[tuple[Any, ...]] = []
+        named: list[dict[str, Any]] = []
 
         def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             first.append(hidden_states)
-            recorded.append((args, kwargs))
+            positional.append(tuple(_on_cpu(argument) for argument in args))
+            named.append(kwargs)
             return hidden_states
 
         # An attribute of the instance, not another module: the model's forward may
@@ -260,9 +290,22 @@ class StreamedModel:
         finally:
             for layer in self._layers:
                 del layer.forward
+        self._positional.append(positional)
         # The same for all windows: they have the same length and no padding.
-        self._arguments = recorded
+        self._named = named
         return first[0]
+
+
+def _on_cpu(argument: Any) -> Any:
+    """Where the embeddings of all layers for all windows are kept."""
+    return argument.cpu() if isinstance(argument, Tensor) else argument
+
+
+def _joined(windows: Sequence[Any], device: torch.device) -> Any:
+    """An argument of several windows as one; what is no tensor is the same for all."""
+    if not isinstance(windows[0], Tensor):
+        return windows[0]
+    return torch.cat([window.to(device) for window in windows])
 
 
 def _skeleton(tensors: LanguageModel, dtype: torch.dtype) -> Any:

@@ -30,6 +30,8 @@ from vllm_rsparse.formats.checkpoints.layout import (
     main_format,
 )
 from vllm_rsparse.formats.checkpoints.parse import parse_scheme
+from vllm_rsparse.model.families import DENSE, family_of
+from vllm_rsparse.model.names import LinearName
 from vllm_rsparse.serving.served import ServedModel
 from vllm_rsparse.serving.weights.factory import shared_layout
 
@@ -62,9 +64,12 @@ class BaseQuantization:
         self.dictionary = _normalised(dictionary)
         self.scheme = parse_scheme(self.dictionary, where)
         self.config = _vllm_config(self.dictionary)
+        self._family = DENSE
 
     def update(self, model_name: str, hf_config: Any, revision: str | None) -> None:
         """Let vLLM's config read what it needs from the model."""
+        architectures = getattr(hf_config, "architectures", None)
+        self._family = family_of({"architectures": architectures})
         text_config = getattr(hf_config, "text_config", None) or hf_config
         for name, source in _HEADS.items():
             if getattr(self.config, name, 0) is None:
@@ -102,7 +107,7 @@ class BaseQuantization:
             CheckpointError: the shards differ in it, or vLLM interprets the
                 dictionary differently.
         """
-        layout = shared_layout(self.scheme, names)
+        layout = shared_layout(self.scheme, [self._stored(name) for name in names])
         plain = isinstance(method, UnquantizedLinearMethod)
         if plain and self.scheme.tensors_decide:
             return None
@@ -113,6 +118,15 @@ class BaseQuantization:
                 f" but vLLM uses {type(method).__name__}; please report this checkpoint"
             )
         return layout
+
+    def stored_format(self, name: str) -> tuple[str, int]:
+        """Format and group of a linear's weight, as ``format_of_layout`` gives them."""
+        return format_of_layout(self.scheme.layout(self._stored(name)))
+
+    def _stored(self, name: str) -> str:
+        """The checkpoint's module that holds a linear: its dictionary has these."""
+        linear = LinearName.parse(name)
+        return str(linear.of_kind(self._family.stored_module(linear.kind)))
 
 
 def require_prepared_base(
@@ -130,10 +144,7 @@ def require_prepared_base(
     """
     prepared = artifact.info.base
     names = artifact.info.linears
-    formats = (
-        (format_of_layout(base.scheme.layout(name)) for name in names) if base else ()
-    )
-    served = main_format(formats)
+    served = main_format(map(base.stored_format, names) if base else ())
     if served != (prepared.format, prepared.group):
         raise ArtifactError(
             f"{artifact.json_path}: was prepared for weights in"

@@ -80,6 +80,8 @@ class RandomFamily:
 
         values = {**sizes, **self.options}
         values = {name: value for name, value in values.items() if value is not None}
+        if values.get("hidden_size_per_layer_input"):
+            values["vocab_size_per_layer_input"] = values["vocab_size"]
         config_class = getattr(
             transformers, f"{self.config or self.architecture}Config"
         )
@@ -150,14 +152,14 @@ def separate(
     return result
 
 
-# Gated DeltaNet: 8 heads of keys, 16 of values, 16 channels each. (To run, and not only
+# Gated DeltaNet: 8 heads of keys, 16 of values, 32 channels each. (To run, and not only
 # to be built, vLLM's layer needs 128 on a CPU.)
-_DELTA_KEYS, _DELTA_VALUES = 128, 256
+_DELTA_KEYS, _DELTA_VALUES = 256, 512
 _DELTA_NET = {
     "linear_num_key_heads": 8,
     "linear_num_value_heads": 16,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
 }
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _SHARED = {"shared_expert_intermediate_size": 48}
@@ -171,6 +173,16 @@ _GEMMA4 = {
     "global_head_dim": 64,
     "num_global_key_value_heads": 2,
     "hidden_size_per_layer_input": 0,
+}
+# Per-layer embeddings; the last two layers have queries only, and wider MLPs. Published
+# models of this kind have values in all other layers.
+_GEMMA4_SHARED = {
+    **_GEMMA4,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 24,
 }
 _GEMMA4_VISION = {**_VISION, "head_dim": 8, "num_key_value_heads": 8}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
@@ -228,6 +240,7 @@ FAMILIES = {
     ),
     # Layers of two head sizes, the second without values.
     "Gemma4": RandomFamily("Gemma4", "Gemma4Text", _GEMMA4),
+    "Gemma4 E2B": RandomFamily("Gemma4", "Gemma4Text", _GEMMA4_SHARED),
     "Gemma4 MoE": RandomFamily(
         "Gemma4",
         "Gemma4Text",

@@ -6,6 +6,7 @@ with it.
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ Tensors = dict[str, Tensor]
 # Makes the tensors of a linear, by suffix, and their dequantised float32 weight.
 Quantise = Callable[[Tensor], tuple[Tensors, Tensor]]
 
+# Names of what is quantized: not vision models, not gates and per-layer embeddings.
+_QUANTIZED = (
+    r"^(?!.*(vision|visual|audio|per_layer)).*(_proj|in_proj_qkv|in_proj_z)\.weight$"
+)
 E4M3_MAX = 448.0
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -26,7 +31,8 @@ def write_quantized(source: Path, target: Path, layout: str) -> Tensors:
     """Write a quantized copy of a checkpoint of one file.
 
     Args:
-        source: directory of a plain checkpoint; its ``*_proj`` linears are quantized.
+        source: directory of a plain checkpoint. The linears of its language model are
+            quantized, experts included; the config lists those that are not.
         target: directory to create.
         layout: one of ``LAYOUTS``.
 
@@ -34,16 +40,29 @@ def write_quantized(source: Path, target: Path, layout: str) -> Tensors:
         All tensors of the equivalent plain checkpoint, with float32 linears.
     """
     config, quantise = LAYOUTS[layout]
-    stored, meant = {}, {}
+    stored, meant, plain = {}, {}, []
     for name, tensor in load_file(source / "model.safetensors").items():
-        if not name.endswith("_proj.weight"):
+        linear, _, suffix = name.rpartition(".")
+        if not re.search(_QUANTIZED, name):
             stored[name] = meant[name] = tensor
+            if tensor.ndim == 2 and not linear.endswith(("embed_tokens", "lm_head")):
+                plain.append(linear)
             continue
         parts, meant[name] = quantise(tensor.float())
-        linear = name.removesuffix("weight")
-        stored |= {linear + suffix: part for suffix, part in parts.items()}
+        stored |= {f"{linear}.{suffix}": part for suffix, part in parts.items()}
+    if plain:
+        config = config | _left_out(config["quant_method"], plain)
     _write(source, target, stored, {"quantization_config": config})
     return meant
+
+
+def _left_out(method: str, names: list[str]) -> dict[str, Any]:
+    """How a method's config lists linears that are not quantized."""
+    if method == "compressed-tensors":
+        return {"ignore": ["lm_head", *names]}
+    if method == "gptq":
+        return {"dynamic": {f"-:{re.escape(name)}": {} for name in names}}
+    return {"modules_to_not_convert": names}
 
 
 def write_plain(source: Path, target: Path, tensors: Tensors) -> None:

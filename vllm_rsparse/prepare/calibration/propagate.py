@@ -65,7 +65,7 @@ def stage_input(
     try:
         for windows in model.batches(hidden):
             with suppress(_Reached):
-                model.call_layer(linear.layer, windows)
+                model.call_layer(linear.layer, hidden[windows], windows)
     finally:
         handle.remove()
     x = torch.cat(rows)

@@ -169,7 +169,7 @@ class _Probe:
                 sparse.install(linear.kind, LinearTensors(thresholds), prefix)
                 out = self.hidden.clone()
                 model.run_layer(linear.layer, out)
-            difference = (out - self.exact)[:, prefix:]
+            difference = model.visible(out - self.exact)[:, prefix:]
             norm = torch.linalg.vector_norm(difference, dtype=torch.float64)
             errors.append(norm.item() ** 2)
         return errors

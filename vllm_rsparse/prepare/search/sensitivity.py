@@ -221,11 +221,11 @@ def _backward(
 ) -> None:
     """Replace the gradient by the layer's output with that by its input, in place."""
     with torch.enable_grad():
-        pairs = zip(model.batches(entering), model.batches(gradient), strict=True)
-        for windows, part in pairs:
-            h = windows.to(model.device).requires_grad_()
-            out = model.call_layer(index, h)
-            part.copy_(torch.autograd.grad(out, h, part)[0])
+        for windows in model.batches(entering):
+            h = entering[windows].to(model.device).requires_grad_()
+            out = model.call_layer(index, h, windows)
+            (by_input,) = torch.autograd.grad(out, h, gradient[windows])
+            gradient[windows] = by_input
 
 
 def _output_gradient(
