@@ -42,7 +42,7 @@ def write_quantized(source: Path, target: Path, layout: str) -> Tensors:
     config, quantise = LAYOUTS[layout]
     stored, meant, plain = {}, {}, []
     for name, tensor in load_file(source / "model.safetensors").items():
-        linear, _, suffix = name.rpartition(".")
+        linear = name.rpartition(".")[0]
         if not re.search(_QUANTIZED, name):
             stored[name] = meant[name] = tensor
             if tensor.ndim == 2 and not linear.endswith(("embed_tokens", "lm_head")):
