@@ -123,6 +123,7 @@ class Fp8WhileLoading(LoadTimeFormat):
     format = FP8
     bases = (FLOAT.name,)
     artifact_scales = True
+    quantised_inputs = True
 
     def scales(self, weight: Tensor) -> Tensor:
         """See the base class."""

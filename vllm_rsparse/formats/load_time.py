@@ -24,12 +24,15 @@ class LoadTimeFormat(ABC):
         format: the weight format that it gives.
         bases: names of the formats that the checkpoint's own weights may have.
         artifact_scales: whether ``prepare`` writes ``scales`` into the artifact.
+        quantised_inputs: whether dense steps may round x to the format too, as vLLM
+            does where it quantizes to it while loading.
     """
 
     name: ClassVar[str]
     format: ClassVar[WeightFormat]
     bases: ClassVar[tuple[str, ...]]
     artifact_scales: ClassVar[bool] = False
+    quantised_inputs: ClassVar[bool] = False
 
     def scales(self, weight: Tensor) -> Tensor:
         """What ``encode`` needs to know of the whole linear: float32 [N].

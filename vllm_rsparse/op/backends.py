@@ -55,10 +55,13 @@ class Routes:
         sparse: x [M, K], operands, bias -> [M, N]; ``reference`` defines it.
         dense: x [M, K], weight, bias -> [M, N]; ``reference.dense_linear`` if the
             weight is dequantised at every call.
+        dense_quantised: the same where the base model's own layers round x to the
+            format of the weight; None: ``dense`` serves those too.
     """
 
     sparse: SparseRoute
     dense: DenseRoute
+    dense_quantised: DenseRoute | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,14 @@ def _triton_dense(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tenso
     return triton_backend.dense_linear(x, weight, bias)
 
 
+def _triton_dense_quantised(
+    x: Tensor, weight: StoredWeight, bias: Tensor | None
+) -> Tensor:
+    from vllm_rsparse.op import triton_backend
+
+    return triton_backend.dense_quantised_linear(x, weight, bias)
+
+
 @lru_cache(maxsize=2)
 def _float16_is_emulated(device_type: str) -> bool:
     """Whether the device has no product of float16 that oneDNN knows."""
@@ -159,7 +170,9 @@ BACKENDS: dict[int, Implementation] = {
         load=lambda: None,
         routes={
             one.name: Routes(
-                _triton_sparse, library_linear if one is FLOAT else _triton_dense
+                _triton_sparse,
+                library_linear if one is FLOAT else _triton_dense,
+                _triton_dense_quantised if one is FP8 else None,
             )
             for one in FORMATS
         },

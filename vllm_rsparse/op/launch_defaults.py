@@ -11,13 +11,14 @@ from vllm_rsparse.kernels.launch_config import LaunchConfig
 # units win (H200, kernels/README.md).
 VECTOR_TOKENS = 2
 # Columns of a program of the packed kernel: 16 bytes a thread, 8 threads a row.
+INT8_PLANES = "int8-planes"
 _PACKED_COLUMNS = {
     "int4": 256,
-    "int8-planes": 256,
+    INT8_PLANES: 256,
     "float8_e4m3fn": 128,
     "fp8-block": 128,
 }
-_FOUR_BIT = ("int4", "int8-planes")
+_FOUR_BIT = ("int4", INT8_PLANES)
 # Up to this many elements the packed kernel takes blocks of 64 channels, not 128.
 _SMALL_ELEMENTS = 40 * 10**6
 # Tokens up to which the packed kernel reads a whole weight fastest, and up to which a
@@ -43,40 +44,44 @@ def sparse_default(
         processors: multiprocessors of the device.
     """
     if kind == "float8_e4m3fn" and tokens <= VECTOR_TOKENS:
-        return fp8_config(n, k, processors)
+        return fp8_config(n, k, tokens, processors)
     if kind in _PACKED_COLUMNS:
         return packed_config(n, k, kind, processors)
     return default_config(n, k, tokens, processors)
 
 
-def fp8_config(n: int, k: int, processors: int) -> LaunchConfig:
-    """A configuration of the vector units for fp8, from what won on the H100.
+def fp8_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig:
+    """A configuration of the vector units for fp8, from what won on the H200.
 
-    Channels are masked in place: 28672 x 4096 took 24.5 us with 2464 programs and 24.9
-    with 4928. Listed with 1024 columns, as for two-byte elements, it took 31.4 us on an
-    H200.
+    Small layers are masked in place, with about 12 programs per multiprocessor; large
+    ones are listed. 28672 x 4096 takes 19.4 us listed with 1024 columns and two warps,
+    31.4 with four warps, and 21.8 masked.
 
     Args:
         n: output features of the (fused) layer on this rank.
         k: input features.
+        tokens: rows of the call, 1 or 2.
         processors: multiprocessors of the device.
     """
-    block_n, block_k, split_k = 128, 32, 1
-    enough = 2400 if n * k >= _LISTED_ELEMENTS else 1500
-    enough = enough * processors // PROCESSORS
-    while -(-n // block_n) * split_k < enough and k >= 2 * split_k * block_k:
-        split_k *= 2
+    if n * k >= _LISTED_ELEMENTS:
+        split_k = max(1, 8 * processors // -(-n // 1024))
+        block_k = 16 if tokens == 1 else 8
+        return LaunchConfig(1024, block_k, split_k, 2, 1, False, listed=True)
+    block_n, block_k = (128, 64) if tokens == 1 else (256, 32)
+    most = max(1, k // block_k)
+    split_k = min(most, max(1, 12 * processors // -(-n // block_n)))
     return LaunchConfig(block_n, block_k, split_k, 1, 1, False)
 
 
 def packed_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
-    """A configuration of the sparse route for int4 and fp8, from what won on the H100.
+    """A configuration of the sparse route for int4 and fp8, from what won on the H200.
 
     A program is one warp. Registers allow 12 of them per multiprocessor and 6 are
     enough; a layer that would have fewer is divided into shorter blocks of channels.
-    The words of two steps are in flight together, or of one step if the program has a
-    single block: in int4, 28672 x 4096 took 22.3 and 27.5 us with four blocks a
-    program, 6144 x 4096 took 8.3 and 7.6 with one.
+    The more blocks a program has, the more steps have their words in flight together:
+    in int4 with four blocks a program, 28672 x 4096 took 27.5, 22.3 and 20.3 us with
+    one, two and four steps (the first two on an H100); 6144 x 4096 with one block took
+    7.3 us with one and 7.9 with two.
 
     Args:
         n: output features of the (fused) layer on this rank.
@@ -84,13 +89,29 @@ def packed_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
         kind: of the weight.
         processors: multiprocessors of the device.
     """
+    if kind == INT8_PLANES:
+        return _planes_config(n, k, processors)
     block_n = _PACKED_COLUMNS[kind]
     block_k = 64 if n * k < _SMALL_ELEMENTS else 128
     enough = 800 * processors // PROCESSORS
     blocks = -(-k // block_k)
     split_k = _even_splits(-(-n // block_n), blocks, enough)
-    stages = 1 if split_k == blocks else 2
+    each = blocks // split_k
+    stages = 1 if each == 1 else 2 if each < 4 else 4
     return LaunchConfig(block_n, block_k, split_k, 1, stages, False, packed=True)
+
+
+def _planes_config(n: int, k: int, processors: int) -> LaunchConfig:
+    """The same for planes, which the splits are divided between.
+
+    On the H200 at 4.2 bits read, more and narrower programs took 11.8 instead of
+    13.3 us for 6144 x 4096 and 37.1 instead of 39.5 us for 28672 x 4096.
+    """
+    large = n * k >= _LISTED_ELEMENTS
+    block_n = _PACKED_COLUMNS[INT8_PLANES] // (1 if large else 2)
+    enough = 2000 * processors // PROCESSORS
+    split_k = _even_splits(2 * -(-n // block_n), -(-k // 128), enough)
+    return LaunchConfig(block_n, 128, split_k, 1, 4 if large else 2, False, packed=True)
 
 
 def dense_config(
@@ -110,14 +131,22 @@ def dense_config(
         block_n = _PACKED_COLUMNS[kind] // (2 if kind in _FOUR_BIT else 1)
         block_n //= 2 if tokens > 8 else 1
         enough = 1500 * processors // PROCESSORS
-        split_k = _even_splits(-(-n // block_n), -(-k // 128), enough)
-        stages = 4 if kind in _FOUR_BIT else 2
-        return LaunchConfig(block_n, 128, split_k, 1, stages, False, packed=True)
+        blocks = -(-k // 128)
+        split_k = _even_splits(-(-n // block_n), blocks, enough)
+        # FP8 on the H200: 10.8 instead of 12.1 us for 6144 x 4096 and 4 tokens; with
+        # 16, it pays only where a program has several blocks.
+        few = kind not in _FOUR_BIT and tokens > 8 and blocks < 4 * split_k
+        return LaunchConfig(
+            block_n, 128, split_k, 1, 2 if few else 4, False, packed=True
+        )
+    # FP8 on the H200, 64 tokens: 25.1 instead of 30.4 us for 6144 x 4096 with 64
+    # columns, and 18.0 instead of 20.5 for 4096 x 4096.
+    block_n, stages, enough = (128, 3, 380) if kind in _FOUR_BIT else (64, 4, 256)
+    enough = enough * processors // PROCESSORS
     split_k = 1
-    enough = 380 * processors // PROCESSORS
-    while -(-n // 128) * split_k < enough and k >= 128 * split_k:
+    while -(-n // block_n) * split_k < enough and k >= 128 * split_k:
         split_k *= 2
-    return LaunchConfig(128, 64, split_k, 4, 3, True)
+    return LaunchConfig(block_n, 64, split_k, 4, stages, True)
 
 
 def _even_splits(tiles: int, blocks: int, enough: int) -> int:

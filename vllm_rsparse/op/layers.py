@@ -20,7 +20,8 @@ _ATTRIBUTE = "rsparse_layer"
 _numbers = itertools.count()
 # The operands of the last call by number, so that they are built and checked once.
 _operands: dict[int, SparseOperands] = {}
-# x [M, K], bias -> [M, N]: the base model's own layer, where dense steps use it.
+# x [M, K], bias -> [M, N]: what dense steps of a layer use instead of the backend's
+# dense route, such as the base model's own layer.
 DenseLayer = Callable[[Tensor, Tensor | None], Tensor]
 _dense: dict[int, DenseLayer] = {}
 
@@ -41,12 +42,12 @@ def layer_of(thresholds: Tensor) -> int | None:
 
 
 def set_dense_layer(layer: int, dense: DenseLayer) -> None:
-    """Let the dense steps of a layer run on weights of their own."""
+    """Let the dense steps of a layer take a route of their own."""
     _dense[layer] = dense
 
 
 def dense_layer_of(thresholds: Tensor) -> DenseLayer | None:
-    """What the dense steps of a layer run on; None: on the weights of the op."""
+    """The route of a layer's dense steps; None: the backend's dense route."""
     layer = layer_of(thresholds)
     return None if layer is None else _dense.get(layer)
 

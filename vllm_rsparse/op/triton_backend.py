@@ -2,13 +2,16 @@
 """The backend ``triton``: looks up a launch configuration and calls ``kernels/``."""
 
 from collections.abc import Sequence
+from functools import cache
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.fp8 import FP8
 from vllm_rsparse.kernels import quantized_linear
+from vllm_rsparse.kernels.fp8_product import ALIGNMENT, fp8_product
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.rsparse_linear import rsparse_linear as launch
 from vllm_rsparse.op.launch_defaults import DENSE_TOKENS, default_config, dense_config
@@ -91,6 +94,42 @@ def dense_linear(
         if config.packed and not _packable(weight, (n,)):
             config = dense_config(n, k, weight.kind, DENSE_TOKENS, processors)
     return quantized_linear.dense_linear(x, weight, bias, config)
+
+
+def dense_quantised_linear(
+    x: Tensor, weight: StoredWeight, bias: Tensor | None
+) -> Tensor:
+    """``dense_linear`` of an fp8 weight whose base model rounds x to fp8 too.
+
+    Many tokens go to the library's product of fp8, with x rounded as the base model's
+    own layer does (``reference.dense_quantised_linear``), where it has one: bfloat16 on
+    devices with matrix units for fp8. Other calls leave x as it is.
+    """
+    check_input(x, weight, bias)
+    if x.shape[0] <= DENSE_TOKENS or not _multiplies_fp8(x, weight):
+        return dense_linear(x, weight, bias)
+    out = fp8_product(x, weight)
+    return out if bias is None else out.add_(bias)
+
+
+def _multiplies_fp8(x: Tensor, weight: StoredWeight) -> bool:
+    """Whether the library has a product of fp8 for these operands."""
+    return (
+        x.dtype == torch.bfloat16
+        and weight.n % ALIGNMENT == 0
+        and weight.k % ALIGNMENT == 0
+        and has_fp8_units(x.device)
+    )
+
+
+@cache
+def has_fp8_units(device: torch.device) -> bool:
+    """Whether the device is an NVIDIA GPU with matrix units for fp8 (Ada and later)."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 9)
+    )
 
 
 def _packable(weight: StoredWeight, shard_sizes: Sequence[int]) -> bool:

@@ -16,8 +16,9 @@ from vllm.model_executor.layers.linear import (
 )
 
 from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.op import layers, ops
-from vllm_rsparse.op.backends import load_backend, routes_of
+from vllm_rsparse.op.backends import DenseRoute, load_backend, routes_of
 from vllm_rsparse.op.operands import SparseOperands
 from vllm_rsparse.serving.dense import BaseLayer
 from vllm_rsparse.serving.served import ServedModel
@@ -143,10 +144,13 @@ class RSparseLinearMethod(LinearMethodBase):
         layers.forget_layer(self.layer_number)
         stored = self.weights.stored(layer, self.partition)
         # A backend that cannot read the format fails here, and not at a request.
-        routes_of(self.backend, stored.format)
+        routes = routes_of(self.backend, stored.format)
         dense_bytes = 0
         if self.dense is None:
             replace_parameters(layer, self.weights, stored)
+            if self.weights.quantised_inputs and routes.dense_quantised is not None:
+                dense = _with_weight(routes.dense_quantised, stored)
+                layers.set_dense_layer(self.layer_number, dense)
         else:
             register_stored(layer, stored, DATA_BESIDE_BASE)
             dense_bytes = self.dense.process(layer)
@@ -201,6 +205,15 @@ class RSparseLinearMethod(LinearMethodBase):
             self.backend,
         )
         return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _with_weight(route: DenseRoute, weight: StoredWeight) -> layers.DenseLayer:
+    """x [M, K], bias -> [M, N] by a route on this weight."""
+
+    def apply(x: Tensor, bias: Tensor | None) -> Tensor:
+        return route(x, weight, bias)
+
+    return apply
 
 
 def shard_slices(

@@ -151,7 +151,7 @@ def _group_layout(group: _Group, form: str, where: str) -> Layout | None:
     if form == "pack-quantized":
         return _int4(group.weights, group.input_activations, where)
     if form in _FP8_FORMATS and group.weights.type == "float":
-        return _fp8(group.weights, where)
+        return _fp8(group.weights, group.input_activations is not None, where)
     if form == "naive-quantized":
         form = "int-quantized"
     refuse(where, _UNSUPPORTED.get(form, f"the format {form!r}"), _INSTEAD)
@@ -179,14 +179,14 @@ def _int4(weights: _Weights, activations: _Weights | None, where: str) -> Layout
     return PackQuantized(group) if weights.symmetric else PackQuantizedAsymmetric(group)
 
 
-def _fp8(weights: _Weights, where: str) -> Layout:
+def _fp8(weights: _Weights, quantised_inputs: bool, where: str) -> Layout:
     if weights.num_bits != 8 or not weights.symmetric:
         kind = "symmetric" if weights.symmetric else "asymmetric"
         refuse(where, f"{kind} {weights.num_bits}-bit float weights", _INSTEAD)
     if weights.granularity == "channel":
-        return Fp8Channel()
+        return Fp8Channel(quantised_inputs)
     if weights.granularity == "tensor":
-        return Fp8Tensor()
+        return Fp8Tensor(quantised_inputs)
     if weights.granularity == "block":
         if weights.block_structure == [BLOCK, BLOCK]:
             return Fp8Block()

@@ -29,7 +29,7 @@ from vllm_rsparse.formats.fp8_block import (
 
 class _Fp8(Layout):
     required = ("weight", "weight_scale")
-    # Activations stay in the model's dtype: their scales are not used.
+    # Where x is rounded, it gets a scale per token: those of the checkpoint are unused.
     unread = ("input_scale", "input_zero_point")
 
     @property
@@ -51,6 +51,8 @@ class _Fp8(Layout):
 class Fp8Channel(_Fp8):
     """``weight_scale`` [N, 1]."""
 
+    quantised_inputs: bool = True
+
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
         """See the base class."""
         n, k = matrix(shapes, "weight")
@@ -69,6 +71,8 @@ class Fp8Channel(_Fp8):
 @dataclass(frozen=True)
 class Fp8Tensor(_Fp8):
     """``weight_scale`` [] or [1]; of fused linears one scale per linear."""
+
+    quantised_inputs: bool = True
 
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
         """See the base class."""

@@ -22,11 +22,14 @@ class Layout(ABC):
         checked: suffixes of tensors that it may have; where ``store`` is given one, it
             refuses values that it would otherwise have to take into account.
         unread: suffixes of tensors that it may have and that nobody needs.
+        quantised_inputs: whether the base model's own layer rounds x to the format of
+            the weight.
     """
 
     required: ClassVar[tuple[str, ...]]
     checked: ClassVar[tuple[str, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ()
+    quantised_inputs: bool = False
 
     @property
     def suffixes(self) -> tuple[str, ...]:

@@ -61,11 +61,14 @@ class CheckpointWeights(ABC):
         while_loading: the parameters have no memory until the layer's tensors are
             there. vLLM allocates them then, and processes the layer before it loads
             the next: the device never holds more than one layer in both forms.
+        quantised_inputs: whether dense steps may round x to the format of the weight,
+            as the base model's own layer does.
     """
 
     parameters: tuple[str, ...]
     required: tuple[str, ...]
     while_loading: bool = False
+    quantised_inputs: bool = False
 
     @abstractmethod
     def create(self, layer: LinearBase, partition: Partition) -> None:

@@ -37,6 +37,7 @@ class LayoutWeights(CheckpointWeights, Generic[AnyLayout]):
         self.names = names
         self.parameters = layout.suffixes
         self.required = layout.required
+        self.quantised_inputs = layout.quantised_inputs
 
     def create(self, layer: LinearBase, partition: Partition) -> None:
         """See the base class."""

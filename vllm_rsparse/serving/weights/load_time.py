@@ -49,6 +49,7 @@ class LoadTimeWeights(CheckpointWeights):
         self._names = names
         self.parameters = source.parameters
         self.required = source.required
+        self.quantised_inputs = load_time.quantised_inputs
         # Other sources start with values by which they recognise what was not loaded.
         self.while_loading = isinstance(source, FloatWeights)
 

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""fp8 weights times many tokens on the matrix units for fp8, by the library.
+
+The library wants both operands with the input channels next to each other: x is rounded
+to fp8 with a scale per token, and the weight, an input channel a row, is turned into
+scratch [N, K]. On an H200 the four linears of Llama-3-8B take 226, 247 and 883 us at
+128, 256 and 2048 tokens; widened to bfloat16 for cuBLAS they take 345, 344 and 1420.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_rsparse.formats.base import StoredWeight
+
+# The library's kernels need both dimensions to be multiples of this.
+ALIGNMENT = 16
+# Channels and columns of a turned tile, the best of seven on an H200.
+_TURNED_K, _TURNED_N = 64, 128
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def fp8_product(x: Tensor, weight: StoredWeight) -> Tensor:
+    """x, rounded to fp8 by token, times an fp8 weight: [M, N] in bfloat16.
+
+    Args:
+        x: bfloat16 [M, K]; rows may lie apart.
+        weight: of the format fp8; N and K are multiples of ``ALIGNMENT``.
+    """
+    rounded, scales = round_rows(x)
+    assert weight.scales is not None
+    return torch._scaled_mm(
+        rounded,
+        turned_rows(weight).t(),
+        scale_a=scales,
+        scale_b=weight.scales[None, :],
+        out_dtype=x.dtype,
+    )
+
+
+def turned_rows(weight: StoredWeight) -> Tensor:
+    """The elements of an fp8 weight as contiguous float8_e4m3fn [N, K]."""
+    n, k = weight.n, weight.k
+    rows = weight.data.t().view(torch.uint8)
+    turned = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
+    _turn_kernel[(triton.cdiv(k, _TURNED_K), triton.cdiv(n, _TURNED_N))](
+        rows,
+        turned,
+        n,
+        k,
+        BLOCK_K=_TURNED_K,
+        BLOCK_N=_TURNED_N,
+        num_warps=4,
+    )
+    return turned.view(torch.float8_e4m3fn)
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as float8_e4m3fn [M, K] and its scales, float32 [M, 1].
+
+    A token's scale is its largest magnitude over 448, as in vLLM's FP8 layers.
+    """
+    tokens, k = x.shape
+    rounded = torch.empty(tokens, k, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
+    if tokens:
+        _round_kernel[(tokens,)](
+            x,
+            rounded,
+            scales,
+            k,
+            x.stride(0),
+            LARGEST=_LARGEST,
+            BLOCK_K=triton.next_power_of_2(max(1, k)),
+            num_warps=8,
+        )
+    return rounded, scales
+
+
+@triton.jit
+def _turn_kernel(
+    rows_ptr, turned_ptr, n, k, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_k = offs_k < k
+    mask_n = offs_n < n
+    tile = tl.load(
+        rows_ptr + offs_k.to(tl.int64)[:, None] * n + offs_n[None, :],
+        mask=mask_k[:, None] & mask_n[None, :],
+        other=0,
+        eviction_policy="evict_first",
+    )
+    tl.store(
+        turned_ptr + offs_n.to(tl.int64)[:, None] * k + offs_k[None, :],
+        tl.trans(tile),
+        mask=mask_n[:, None] & mask_k[None, :],
+    )
+
+
+@triton.jit
+def _round_kernel(
+    x_ptr,
+    rounded_ptr,
+    scale_ptr,
+    k,
+    stride_m,
+    LARGEST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask = offs_k < k
+    x = tl.load(x_ptr + row * stride_m + offs_k, mask=mask, other=0.0).to(tl.float32)
+    # A row of zeros keeps a scale that can be divided by.
+    largest = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-12)
+    scale = largest / LARGEST
+    tl.store(scale_ptr + row, scale)
+    x = tl.minimum(tl.maximum(x / scale, -LARGEST), LARGEST)
+    tl.store(rounded_ptr + row * k + offs_k, x.to(tl.float8e4nv), mask=mask)

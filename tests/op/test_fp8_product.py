@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fp8 weights times x rounded to fp8: the parts that are ours, and on a GPU the whole.
+
+The product itself is the library's, and needs a GPU with matrix units for fp8.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from vllm_rsparse.formats.base import StoredWeight
+from vllm_rsparse.formats.fp8 import channel_scales, quantise_fp8
+from vllm_rsparse.kernels.fp8_product import round_rows, turned_rows
+from vllm_rsparse.op import reference, triton_backend
+from vllm_rsparse.op.launch_defaults import DENSE_TOKENS
+from vllm_rsparse.testing.cases import relative_error
+from vllm_rsparse.testing.tolerances import tolerance
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def weight_of(n: int, k: int) -> StoredWeight:
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(DEVICE)
+    return quantise_fp8(weight, channel_scales(weight))
+
+
+def inputs(tokens: int, k: int, dtype: torch.dtype) -> Tensor:
+    x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(k)).to(DEVICE)
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (130, 67), (40, 256)], ids=str)
+def test_turned_rows(shape):
+    weight = weight_of(*shape)
+    turned = turned_rows(weight)
+    assert turned.is_contiguous()
+    assert torch.equal(turned.view(torch.uint8), weight.data.view(torch.uint8))
+
+
+@pytest.mark.parametrize("k", [8, 48, 67])
+def test_rounded_rows(k):
+    x = inputs(3, k, torch.float32)
+    x[1] = 0
+    x[2] *= 1e4
+    rounded, scales = round_rows(x)
+    assert torch.equal(scales[:, 0], x.abs().amax(1).clamp(min=1e-12) / 448)
+    expected = (x / scales).to(torch.float8_e4m3fn).float()
+    # Triton's interpreter loses the carry where rounding reaches the next power of two.
+    carried = torch.frexp(expected).mantissa.abs() == 0.5
+    compared = torch.ones_like(carried) if DEVICE == "cuda" else ~carried
+    assert torch.equal(rounded.float()[compared], expected[compared])
+    assert compared.sum() > compared.numel() // 2
+    assert (rounded[1].float() == 0).all()
+
+
+def test_rounded_rows_that_lie_apart():
+    x = inputs(4, 64, torch.bfloat16)
+    rounded, scales = round_rows(x[::2, :32])
+    again, same = round_rows(x[::2, :32].contiguous())
+    assert torch.equal(scales, same)
+    assert torch.equal(rounded.view(torch.uint8), again.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [DENSE_TOKENS + 1, 200])
+def test_product_on_a_gpu(tokens, bias):
+    weight = weight_of(256, 512)
+    x = inputs(tokens, 512, torch.bfloat16)
+    added = torch.randn(256, device=DEVICE, dtype=torch.bfloat16) if bias else None
+    out = triton_backend.dense_quantised_linear(x, weight, added)
+    expected = reference.dense_quantised_linear(x.float(), weight, added)
+    assert relative_error(out, expected) < tolerance(torch.bfloat16)
+    # It is another function than the one with x as it is.
+    plain = reference.dense_linear(x.float(), weight, added)
+    assert relative_error(out, plain) > 2 * tolerance(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "dtype"),
+    [
+        (DENSE_TOKENS, (64, 32), torch.bfloat16),
+        (DENSE_TOKENS + 1, (72, 32), torch.bfloat16),
+        (DENSE_TOKENS + 1, (64, 32), torch.float32),
+    ],
+    ids=["few-tokens", "not-aligned", "float32"],
+)
+def test_other_calls_leave_the_input_as_it_is(tokens, shape, dtype):
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        dtype = torch.float32  # the interpreter multiplies in float32
+    weight = weight_of(*shape)
+    x = inputs(tokens, shape[1], dtype)
+    out = triton_backend.dense_quantised_linear(x, weight, None)
+    expected = reference.dense_linear(x.float(), weight, None)
+    assert relative_error(out, expected) < tolerance(dtype)
