@@ -5,7 +5,7 @@ Scales are multiplied with, including those called ``weight_scale_inv``.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class _Fp8(Layout):
 class Fp8Channel(_Fp8):
     """``weight_scale`` [N, 1]."""
 
-    quantised_inputs: bool = True
+    quantised_inputs: bool = field(default=True, repr=False)
 
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
         """See the base class."""
@@ -72,7 +72,7 @@ class Fp8Channel(_Fp8):
 class Fp8Tensor(_Fp8):
     """``weight_scale`` [] or [1]; of fused linears one scale per linear."""
 
-    quantised_inputs: bool = True
+    quantised_inputs: bool = field(default=True, repr=False)
 
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
         """See the base class."""
