@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
+    parser.add_argument(
+        "--layers", type=int, help="number of decoder layers (default: the shape's)"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5])
     parser.add_argument(
@@ -91,6 +95,8 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._shape = SHAPES[args.shape]
+        if args.layers is not None:
+            self._shape = replace(self._shape, layers=args.layers)
         self._rows: list[dict[str, Any]] = []
         engine: dict[str, Any] = dict(_TOGETHER) if args.together else {}
         self._job = {
@@ -116,6 +122,7 @@ class Benchmark:
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "shape": args.shape,
+            "layers": self._shape.layers,
         }
         if disabled := os.environ.get("VLLM_DISABLED_KERNELS"):
             self._facts["disabled_kernels"] = disabled

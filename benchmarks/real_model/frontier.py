@@ -32,7 +32,7 @@ from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.measure import Loss, Passage, measure_passages
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.prepare.options import PrepareOptions
-from vllm_rsparse.prepare.pipeline import prepare
+from vllm_rsparse.prepare.pipeline import prepare_all
 from vllm_rsparse.testing.quantized import write_quantized
 from vllm_rsparse.text_table import align
 from vllm_rsparse.texts.tokens import load_tokenizer
@@ -72,26 +72,43 @@ class Frontier:
 
     def rows(self, base: str, known: Sequence[Row]) -> Iterator[Row]:
         """The rows of a base that are not known yet."""
-        wanted = [(DENSE, 0.0)] if LAYOUTS[base] is not None else []
-        wanted += [(r, s) for s in self.args.sparsity for r in self.args.recipes]
         done = {(row["base"], row["recipe"], row["sparsity"]) for row in known}
-        wanted = [(r, s) for r, s in wanted if (base, Path(r).stem, s) not in done]
-        if not wanted:
+        wanted = {
+            recipe: [
+                sparsity
+                for sparsity in sparsities
+                if (base, Path(recipe).stem, sparsity) not in done
+            ]
+            for recipe, sparsities in self._wanted(base).items()
+        }
+        if not any(wanted.values()):
             return
         directory = self._base(base)
         model = self.reference if directory == self.args.model else None
-        for recipe, sparsity in wanted:
-            seconds, prepared = 0.0, None
+        for recipe, sparsities in wanted.items():
+            if not sparsities:
+                continue
+            prepared: list[PreparedDirectory | None] = [None]
+            started = time.monotonic()
             if recipe != DENSE:
-                started = time.monotonic()
-                prepared = self._prepare(directory, base, recipe, sparsity)
-                seconds = time.monotonic() - started
+                prepared = self._prepare(directory, base, recipe, sparsities)
+            seconds = time.monotonic() - started
             model = model or self._load(directory)
             losses = {
-                domain: measure_passages(model, [prepared], passages, self.reference)[0]
+                domain: measure_passages(model, prepared, passages, self.reference)
                 for domain, passages in self.domains.items()
             }
-            yield row_of(base, Path(recipe).stem, sparsity, seconds, losses, prepared)
+            for index, (sparsity, one) in enumerate(
+                zip(sparsities, prepared, strict=True)
+            ):
+                mine = {domain: each[index] for domain, each in losses.items()}
+                share = seconds / len(sparsities)
+                yield row_of(base, Path(recipe).stem, sparsity, share, mine, one)
+
+    def _wanted(self, base: str) -> dict[str, list[float]]:
+        """The sparsities of each recipe, and of the base itself unless it is MODEL."""
+        dense = {DENSE: [0.0]} if LAYOUTS[base] is not None else {}
+        return dense | dict.fromkeys(self.args.recipes, self.args.sparsity)
 
     def _base(self, base: str) -> Path:
         """The directory of a base model, written unless it is there."""
@@ -104,22 +121,21 @@ class Frontier:
         return target
 
     def _prepare(
-        self, directory: Path, base: str, recipe: str, sparsity: float
-    ) -> PreparedDirectory:
-        output = self.args.work / f"{base}-{Path(recipe).stem}-{sparsity}"
-        prepare(
-            PrepareOptions(
-                model=str(directory),
-                output=output,
-                sparsity=sparsity,
-                calibration_data=tuple(self.args.calibration_data),
-                recipe=recipe,
-                samples=self.args.samples,
-                tokens=self.args.tokens,
-                overwrite=True,
-            )
+        self, directory: Path, base: str, recipe: str, sparsities: Sequence[float]
+    ) -> list[PreparedDirectory | None]:
+        """One directory for each sparsity, all of one run."""
+        options = PrepareOptions(
+            model=str(directory),
+            output=self.args.work / f"{base}-{Path(recipe).stem}",
+            sparsity=tuple(sparsities),
+            calibration_data=tuple(self.args.calibration_data),
+            recipe=recipe,
+            samples=self.args.samples,
+            tokens=self.args.tokens,
+            overwrite=True,
         )
-        return PreparedDirectory.open(output)
+        prepare_all(options)
+        return [PreparedDirectory.open(output) for output in options.outputs]
 
 
 def row_of(

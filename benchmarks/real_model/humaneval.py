@@ -11,6 +11,8 @@ Each model answers greedily in an engine of its own, the chat template applied.
 decode steps are sparse and prompts, which are longer, dense, as for a single user. Only
 a step that a new prompt joins is dense for all.
 
+With ``--at-once`` several models answer at the same time and share the GPU.
+
 Answers run as programs, each in a subprocess with limits on time, memory and processes.
 Run this on a machine that may be lost.
 """
@@ -34,6 +36,8 @@ from typing import Any
 SECONDS, MEMORY = 10, 2 << 30
 AT_ONCE = 8
 RESAMPLES = 10_000
+# For a batch of answers; engines that start together cannot measure what is free.
+KV_CACHE = 4 << 30
 ASK = (
     "Complete the following Python function. Answer with the whole function, including"
     " the imports that it needs, in one code block.\n\n```python\n{prompt}```"
@@ -87,12 +91,19 @@ def passes(source: str) -> bool:
 
 
 def answer_all(
-    model: Path, problems: Sequence[Problem], tokens: int, batch: int
+    model: Path, problems: Sequence[Problem], args: argparse.Namespace
 ) -> list[str]:
     """Greedy answers, in an engine of this process."""
     from vllm import LLM, SamplingParams
 
-    engine = LLM(model=str(model), max_model_len=tokens + 1024, max_num_seqs=batch)
+    tokens = args.tokens
+    engine = LLM(
+        model=str(model),
+        max_model_len=tokens + 1024,
+        max_num_seqs=args.batch,
+        gpu_memory_utilization=0.9 / args.at_once,
+        kv_cache_memory_bytes=KV_CACHE,
+    )
     chats = [
         [{"role": "user", "content": ASK.format(prompt=problem["prompt"])}]
         for problem in problems
@@ -131,7 +142,7 @@ def answer_apart(model: Path, args: argparse.Namespace) -> list[str]:
         result = Path(folder) / "answers.json"
         command = [sys.executable, __file__, str(result), str(model), "--worker"]
         command += ["--problems", str(args.problems), "--tokens", str(args.tokens)]
-        command += ["--batch", str(args.batch)]
+        command += ["--batch", str(args.batch), "--at-once", str(args.at_once)]
         if args.limit is not None:
             command += ["--limit", str(args.limit)]
         environment = os.environ | {"VLLM_RSPARSE_MAX_SPARSE_TOKENS": str(args.batch)}
@@ -149,16 +160,20 @@ def main() -> None:
     parser.add_argument(
         "--batch", type=int, default=32, help="problems that decode together, sparse"
     )
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="models that answer at the same time"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     problems = read_problems(args.problems, args.limit)
     if args.worker:
-        answers = answer_all(args.models[0], problems, args.tokens, args.batch)
+        answers = answer_all(args.models[0], problems, args)
         args.out.write_text(json.dumps(answers))
         return
     rows: list[dict[str, Any]] = []
-    for model in args.models:
-        answers = answer_apart(model, args)
+    engines = ThreadPoolExecutor(args.at_once)
+    answered = engines.map(lambda model: answer_apart(model, args), args.models)
+    for model, answers in zip(args.models, answered, strict=True):
         sources = map(program, problems, answers)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             passed = list(pool.map(passes, sources))
