@@ -92,6 +92,7 @@ def _compressed(weights: dict[str, Any], activations: dict[str, Any] | None) -> 
     }
 
 
+_INT4_GROUP = 128
 # Weight format -> quantization_config of the base model.
 WEIGHTS: dict[str, dict | None] = {
     "bf16": None,
@@ -112,7 +113,8 @@ WEIGHTS: dict[str, dict | None] = {
         "fmt": "e4m3",
     },
     "int4": _compressed(
-        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}, None
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": _INT4_GROUP},
+        None,
     ),
 }
 
@@ -178,7 +180,8 @@ def write_sparse_model(
     artifact.mkdir(parents=True, exist_ok=True)
     save_file(tensors, artifact / TENSORS_NAME)
     digest = file_sha256(artifact / TENSORS_NAME)
-    stored = BaseWeights("float" if weights == "bf16" else weights, "bfloat16")
+    name = "float" if weights == "bf16" else weights
+    stored = BaseWeights(name, "bfloat16", _INT4_GROUP if weights == "int4" else 0)
     info = ArtifactInfo(sparsity, entries, "bfloat16", digest, stored)
     (artifact / JSON_NAME).write_text(write_info(info))
     quantization = QuantizationSettings(

@@ -119,30 +119,38 @@ def _library(method: str, inputs: list[Inputs], weights: list[Tensor]) -> Baseli
 
 
 def _scaled_call(inputs: Inputs) -> Callable[[], Tensor]:
+    """The library's FP8 product, with a scale per token that is found first."""
     # Imported here, so that a CPU can be measured without Triton.
-    from vllm_rsparse.bench.scaled_mm import scaled_linear
+    from vllm_rsparse.kernels.fp8_product import round_rows
 
-    scales = inputs.operands.weight.scales
+    x, rows, scales = inputs.x, _plain(inputs), inputs.operands.weight.scales
     assert scales is not None
-    return partial(scaled_linear, inputs.x, _plain(inputs), scales)
+
+    def call() -> Tensor:
+        rounded, token_scales = round_rows(x)
+        return torch._scaled_mm(
+            rounded,
+            rows.t(),
+            scale_a=token_scales,
+            scale_b=scales[None],
+            out_dtype=x.dtype,
+        )
+
+    return call
+
+
+def _has_scaled_mm(inputs: Inputs) -> bool:
+    """Whether the library has a product of fp8 for this call."""
+    if not inputs.x.is_cuda:
+        return False
+    from vllm_rsparse.op.triton_backend import multiplies_fp8
+
+    return multiplies_fp8(inputs.x, inputs.operands.weight)
 
 
 def _plain(inputs: Inputs) -> Tensor:
     """The stored elements, [N, K] contiguous."""
     return inputs.operands.weight.data.contiguous()
-
-
-def _has_scaled_mm(inputs: Inputs) -> bool:
-    """Whether the library multiplies FP8 with a scale per token and per channel."""
-    x, (n, k) = inputs.x, inputs.operands.weight.shape
-    return (
-        x.is_cuda
-        and x.dtype == torch.bfloat16
-        and n % 16 == 0
-        and k % 16 == 0
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(x.device) >= (8, 9)
-    )
 
 
 def _onednn_packs(dtype: torch.dtype) -> bool:

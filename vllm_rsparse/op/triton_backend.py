@@ -106,13 +106,13 @@ def dense_quantised_linear(
     devices with matrix units for fp8. Other calls leave x as it is.
     """
     check_input(x, weight, bias)
-    if x.shape[0] <= DENSE_TOKENS or not _multiplies_fp8(x, weight):
+    if x.shape[0] <= DENSE_TOKENS or not multiplies_fp8(x, weight):
         return dense_linear(x, weight, bias)
     out = fp8_product(x, weight)
     return out if bias is None else out.add_(bias)
 
 
-def _multiplies_fp8(x: Tensor, weight: StoredWeight) -> bool:
+def multiplies_fp8(x: Tensor, weight: StoredWeight) -> bool:
     """Whether the library has a product of fp8 for these operands."""
     return (
         x.dtype == torch.bfloat16

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of random weights for ``bench_serve.py``: artifact and base agree."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from vllm_rsparse.artifact.prepared import open_artifact
+from vllm_rsparse.formats.checkpoints.layout import format_of_layout
+from vllm_rsparse.formats.checkpoints.parse import parse_scheme
+
+
+@pytest.fixture
+def random_model(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(repository / "benchmarks")
+    import random_model
+
+    yield random_model
+    sys.modules.pop("random_model")
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp8", "fp8-block", "int4"])
+def test_the_artifact_names_the_format_of_its_base(
+    random_model: ModuleType, tmp_path: Path, weights: str
+) -> None:
+    shape = random_model.SHAPES["tiny"]
+    random_model.write_sparse_model(tmp_path, shape, 0.5, 1.0, weights)
+    info = open_artifact(tmp_path).info
+    dictionary = random_model.WEIGHTS[weights]
+    layout = None
+    if dictionary is not None:
+        layout = parse_scheme(dictionary, "config").layout(next(iter(info.linears)))
+    assert format_of_layout(layout) == (info.base.format, info.base.group)
