@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from .interpreter import integer_overflow_checked, patched_once
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,3 +37,25 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fast_interpreter() -> Iterator[None]:
+    """Where kernels are interpreted: see ``interpreter.py``."""
+    try:
+        import triton
+    except ImportError:
+        yield
+        return
+    if not triton.knobs.runtime.interpret:
+        yield
+        return
+    with patched_once(), integer_overflow_checked(False):
+        yield
+
+
+@pytest.fixture
+def overflow_checked(_fast_interpreter: None) -> Iterator[None]:
+    """The interpreter refuses sums and products that int32 does not hold."""
+    with integer_overflow_checked(True):
+        yield
