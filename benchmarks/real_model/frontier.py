@@ -27,7 +27,7 @@ import torch
 
 from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.bench.provenance import commit
-from vllm_rsparse.evaluate.chats import answers_of, by_domain, read_prompts
+from vllm_rsparse.evaluate.chats import answers_of, by_domain
 from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.measure import Loss, Passage, measure_passages
 from vllm_rsparse.model.checkpoint import Checkpoint
@@ -35,6 +35,7 @@ from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare_all
 from vllm_rsparse.testing.quantized import write_quantized
 from vllm_rsparse.text_table import align
+from vllm_rsparse.texts.prompts import read_prompts
 from vllm_rsparse.texts.tokens import load_tokenizer
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
@@ -60,7 +61,7 @@ class Frontier:
         self.args = args
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.reference = self._load(args.model)
-        prompts = read_prompts(args.prompts, load_tokenizer(args.model))
+        prompts = read_prompts(args.prompts, load_tokenizer(args.model), "--prompts")
         args.work.mkdir(parents=True, exist_ok=True)
         answers = answers_of(
             self.reference, prompts, args.answer_tokens, args.work / "answers.json"

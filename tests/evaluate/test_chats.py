@@ -179,13 +179,15 @@ def test_answers_are_kept_and_taken_from_the_file(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "has no prompt"),
+        ("", "is empty"),
         ("\n{", "line 2"),
         ("[]", 'line 1: expected an object with "prompt"'),
         ('{"text": "a"}', 'line 1: expected an object with "prompt"'),
+        ('{"prompt": 3}', "line 1: prompt must be a string, got 3"),
+        ('{"messages": [{"role": "user"}]}', "messages[0].content must be a string"),
         (
             '{"messages": [{"role": "assistant", "content": "a"}]}',
-            "that ends with the user's",
+            "the last message must be the user's, got the role 'assistant'",
         ),
         (json.dumps({"prompt": "word " * 3000}), "leaves no room for an answer"),
     ],

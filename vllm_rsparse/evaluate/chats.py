@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts of several domains, and the dense model's own greedy answers to them.
+"""The dense model's own greedy answers to prompts of several domains.
 
 What a user loses is what the answers lose: the prompt runs dense and the answer sparse,
 and the dense model's answer is fed to both, so that every token of it is compared.
@@ -8,19 +8,18 @@ and the dense model's answer is fed to both, so that every token of it is compar
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from vllm_rsparse.errors import CheckpointError, SettingError
+from vllm_rsparse.errors import SettingError
 from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.measure import Passage
 from vllm_rsparse.model.checkpoint import read_json
-from vllm_rsparse.validation import parse_json
+from vllm_rsparse.texts.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -28,19 +27,6 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 32
 # An answer needs a sparse token and one that it predicts.
 SHORTEST = 2
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a user asks.
-
-    Attributes:
-        domain: figures are reported for each.
-        ids: tokens, the chat template applied.
-    """
-
-    domain: str
-    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -61,75 +47,6 @@ class Answer:
     def passage(self) -> Passage:
         """The prompt dense, the answer counted."""
         return Passage(torch.tensor(self.prompt + self.answer), len(self.prompt))
-
-
-def read_prompts(file: Path, tokenizer: Any) -> list[Prompt]:
-    """Read JSON lines.
-
-    A line is an object with ``messages`` (a list of ``role`` and ``content``, the last
-    one the user's) or ``prompt`` (the text of a single user's message), and optionally
-    ``domain``. Without a chat template the messages' texts are the prompt.
-
-    Raises:
-        CheckpointError: the file, or a line of it, is not that.
-    """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"--chat {file}: cannot be read ({error})") from error
-    prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            where = f"--chat {file}, line {number}"
-            raw = parse_json(line, where, CheckpointError)
-            domain, messages = _messages(raw, where)
-            prompts.append(Prompt(domain, _tokens(tokenizer, messages, where)))
-    if not prompts:
-        raise CheckpointError(f"--chat {file}: has no prompt")
-    return prompts
-
-
-def _messages(raw: Any, where: str) -> tuple[str, list[Mapping[str, str]]]:
-    """Domain and messages of a line."""
-    messages = None
-    if isinstance(raw, dict):
-        messages = raw.get("messages")
-        if isinstance(raw.get("prompt"), str):
-            messages = [{"role": "user", "content": raw["prompt"]}]
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in messages
-        )
-        or messages[-1]["role"] != "user"
-    ):
-        raise CheckpointError(
-            f'{where}: expected an object with "prompt" (text), or with "messages", a'
-            ' list of {"role", "content"} that ends with the user\'s'
-        )
-    return str(raw.get("domain", "chat")), messages
-
-
-def _tokens(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], where: str
-) -> list[int]:
-    if tokenizer.chat_template is None:
-        text = "\n".join(message["content"] for message in messages)
-        return list(tokenizer(text)["input_ids"])
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-    # A template raises its own errors (roles that it does not know).
-    except Exception as error:
-        raise CheckpointError(
-            f"{where}: the model's chat template refuses it ({error})"
-        ) from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def answers_of(

@@ -14,7 +14,7 @@ from vllm_rsparse import __version__
 from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.artifact.tensors import file_sha256
 from vllm_rsparse.errors import SettingError
-from vllm_rsparse.evaluate.chats import answers_of, by_domain, read_prompts
+from vllm_rsparse.evaluate.chats import answers_of, by_domain
 from vllm_rsparse.evaluate.engine import check_engine, measure_served
 from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.measure import (
@@ -28,6 +28,7 @@ from vllm_rsparse.evaluate.report import chat_table, table
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
 from vllm_rsparse.model.device import choose_device
 from vllm_rsparse.texts.documents import read_sources
+from vllm_rsparse.texts.prompts import read_prompts
 from vllm_rsparse.texts.tokens import load_tokenizer
 from vllm_rsparse.texts.windows import spread_windows
 

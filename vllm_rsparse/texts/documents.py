@@ -131,13 +131,8 @@ def read_sources(files: Iterable[Path | TextFile], option: str) -> list[Source]:
 
 def _read(file: TextFile, option: str) -> Source:
     name = f"{option} {file.path}"
-    try:
-        data = file.path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{name}: cannot be read ({error.strerror})") from error
+    data = _read_bytes(file.path, name)
     text = _decode(data, name)
-    if not text.strip():
-        raise CheckpointError(f"{name}: is empty; leave it out")
     if is_jsonl(file.path, text, name):
         documents = tuple(
             Document(line.key, line.value, line.number, line.tools)
@@ -147,6 +142,26 @@ def _read(file: TextFile, option: str) -> Source:
         documents = (Document("text", text),)
     digest = hashlib.sha256(data).hexdigest()
     return Source(name, file.path, digest, documents[0].kind, documents, file.weight)
+
+
+def read_text(file: Path, name: str) -> str:
+    """The text of a UTF-8 file.
+
+    Args:
+        file: what to read.
+        name: of the file, for messages.
+
+    Raises:
+        CheckpointError: it is missing, empty or not text.
+    """
+    return _decode(_read_bytes(file, name), name)
+
+
+def _read_bytes(file: Path, name: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{name}: cannot be read ({error.strerror})") from error
 
 
 def _decode(data: bytes, name: str) -> str:
@@ -165,4 +180,6 @@ def _decode(data: bytes, name: str) -> str:
         raise CheckpointError(
             f"{name}: contains NUL bytes, so it is not text; leave it out"
         )
+    if not text.strip():
+        raise CheckpointError(f"{name}: is empty; leave it out")
     return text

@@ -113,7 +113,7 @@ def _line(line: str, number: int, where: str) -> Line | None:
             f'{where}: has both "text" and "messages"; keep the one to be read'
         )
     if "messages" in found:
-        return Line(number, "messages", *_chat(value, where))
+        return Line(number, "messages", *read_chat(value, where))
     if not found:
         keys = ", ".join(map(shown, value)) or "none"
         raise CheckpointError(
@@ -127,9 +127,14 @@ def _line(line: str, number: int, where: str) -> Line | None:
     return Line(number, "text", text) if text.strip() else None
 
 
-def _chat(
+def read_chat(
     value: dict[str, Any], where: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Messages and tools of an object with ``messages``.
+
+    Raises:
+        CheckpointError: they are not of the schema; names ``where``.
+    """
     messages, tools = value["messages"], value.get("tools")
     if not isinstance(messages, list) or not messages:
         raise CheckpointError(

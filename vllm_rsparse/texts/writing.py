@@ -13,8 +13,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import chain, cycle, islice, zip_longest
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,12 @@ from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.loading import load_model, loaded_bytes
 from vllm_rsparse.model.memory import free_memory, release_freed_memory
 from vllm_rsparse.texts.documents import Document, Source
+from vllm_rsparse.texts.prompts import prompt_ids
+from vllm_rsparse.texts.seeds import seed_prompts, seeds_digest
 from vllm_rsparse.texts.tokens import DocumentTokens, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-SEEDS = Path(__file__).with_name("seeds.jsonl")
 SAMPLING: Mapping[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 50}
 # Rounds over the seeds, after which a model that writes next to nothing is given up.
 ROUNDS = 8
@@ -120,7 +120,7 @@ class TextWriter:
     def identity(self) -> dict[str, Any]:
         """What the text depends on besides model, device, seed and libraries."""
         return {
-            "seeds": hashlib.sha256(SEEDS.read_bytes()).hexdigest(),
+            "seeds": seeds_digest(),
             "sampling": dict(SAMPLING),
             "batch": self._pace.batch,
             "answer": self._pace.answer,
@@ -141,20 +141,20 @@ class TextWriter:
             CheckpointError: the model does not fit or cannot be loaded, or it writes
                 too little.
         """
-        seeds = _seeds("prompt" if self.chat else "start")
+        prompts = seed_prompts("prompt" if self.chat else "start")
         index = used = count = 0
         logger.info("the model writes %d tokens of calibration text itself", tokens)
         progress = tqdm(total=tokens, desc="calibration text", unit="token")
         try:
-            while used < ROUNDS * len(seeds):
+            while used < ROUNDS * len(prompts):
                 size = self._pace.batch
                 if count:  # no more than are still needed
                     size = min(size, math.ceil((tokens - count) * used / count))
                 if index < len(kept):
                     batch = kept[index]
                 else:
-                    prompts = [*islice(cycle(seeds), used, used + size)]
-                    batch = self._write(prompts, seed, index)
+                    asked = [*islice(cycle(prompts), used, used + size)]
+                    batch = self._write(asked, seed, index)
                 index += 1
                 used += size
                 written = sum(map(self._count, batch))
@@ -220,21 +220,13 @@ class TextWriter:
             )
 
     def _prompt_ids(self, prompt: str) -> list[int]:
-        if not self.chat:
-            return list(self._tokenizer(prompt)["input_ids"])
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        # Templates are programs: what they do not expect ends in any exception.
-        except Exception as error:
-            raise CheckpointError(
-                f"{self._checkpoint.directory}: the model's chat template refuses a"
-                f" user's message ({error}); {_GIVE_TEXT}"
-            ) from error
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        message = {"role": "user", "content": prompt}
+        return prompt_ids(
+            self._tokenizer,
+            [message],
+            str(self._checkpoint.directory),
+            f"; {_GIVE_TEXT}",
+        )
 
     def _ends(self) -> list[int]:
         """Tokens that end an answer: the model's own, and the tokenizer's."""
@@ -310,15 +302,3 @@ def writing_dtype(
     except (AttributeError, RuntimeError):  # a torch without oneDNN
         native = False
     return stored if stored == torch.bfloat16 and native else compute
-
-
-@cache
-def _seeds(key: str) -> tuple[str, ...]:
-    """The seeds with this key; domains take turns, so any part covers them all."""
-    domains: dict[str, list[str]] = {}
-    for line in SEEDS.read_text(encoding="utf-8").splitlines():
-        seed = json.loads(line)
-        if key in seed:
-            domains.setdefault(seed["domain"], []).append(seed[key])
-    turns = chain.from_iterable(zip_longest(*domains.values()))
-    return tuple(seed for seed in turns if seed is not None)
