@@ -6,6 +6,7 @@ vLLM builds and loads a small model of each format twice, with rsparse and witho
 
 import gc
 import json
+import logging
 import pickle
 from dataclasses import replace
 from types import SimpleNamespace
@@ -205,8 +206,11 @@ def test_a_backend_that_cannot_read_the_weights_fails_at_start(
         build(quantized, quantization="rsparse", hf_overrides={"rsparse": settings})
 
 
-def test_separate_dense_weights_are_the_bases_own_layers(quantized, artifact, build):
+def test_separate_dense_weights_are_the_bases_own_layers(
+    quantized, artifact, build, caplog
+):
     """Dense steps are the base model's, bit for bit; sparse ones are not."""
+    caplog.set_level(logging.INFO)
     settings = {"artifact": str(artifact), "max_sparse_tokens": 2}
     settings |= {"backend": "reference", "dense_weights": "separate"}
     ours = build(quantized, quantization="rsparse", hf_overrides={"rsparse": settings})
@@ -224,6 +228,7 @@ def test_separate_dense_weights_are_the_bases_own_layers(quantized, artifact, bu
             one_token = mine(x[:1])[0]
             assert not torch.equal(one_token, expected[:1]), name
     assert sparse == 2 * LAYERS
+    assert "MiB of the base model's own layers (dense_weights: separate)" in caplog.text
 
 
 def test_what_is_written_is_read_again_and_sent_to_workers(quantized, artifact):

@@ -177,7 +177,7 @@ class RSparseLinearMethod(LinearMethodBase):
         self.ranks = list(operands.ranks)
         self.weight_format, self.group = stored.format.code, stored.group
         self.served.note_loaded(
-            self.names, stored.nbytes + dense_bytes, operands.artifact_nbytes
+            self.names, stored.nbytes, dense_bytes, operands.artifact_nbytes
         )
         counters = self.served.open_counters()
         if counters is not None:

@@ -58,6 +58,7 @@ class ServedModel:
         self._coverage_checked = False
         self._loaded: set[str] = set()
         self._weight_bytes = 0
+        self._dense_bytes = 0
         self._artifact_bytes = 0
         self._counters: Counters | None = None
         self._counting = False
@@ -172,24 +173,37 @@ class ServedModel:
             )
 
     def note_loaded(
-        self, names: Collection[str], weight_bytes: int, artifact_bytes: int
+        self,
+        names: Collection[str],
+        weight_bytes: int,
+        dense_bytes: int,
+        artifact_bytes: int,
     ) -> None:
         """Log the size of this process's layers when the last of them is loaded.
 
         Args:
             names: checkpoint names of the layer's shards.
             weight_bytes: of the layer's weight on this rank.
+            dense_bytes: of the base model's own copy of it, 0 without one.
             artifact_bytes: of its thresholds, factors and correction.
         """
         self._loaded.update(names)
         self._weight_bytes += weight_bytes
+        self._dense_bytes += dense_bytes
         self._artifact_bytes += artifact_bytes
         if self._loaded == self.coverage.claimed:
+            separate = ""
+            if self._dense_bytes:
+                separate = (
+                    f" {self._dense_bytes / (1 << 20):.1f} MiB of the base model's own"
+                    " layers (dense_weights: separate),"
+                )
             logger.info(
-                "rsparse: %d linears loaded: %.1f MiB of weights, and %.1f MiB of"
+                "rsparse: %d linears loaded: %.1f MiB of weights,%s and %.1f MiB of"
                 " thresholds and factors",
                 len(self._loaded),
                 self._weight_bytes / (1 << 20),
+                separate,
                 self._artifact_bytes / (1 << 20),
             )
 
