@@ -74,7 +74,9 @@ def test_product_on_a_gpu(tokens, bias):
     expected = reference.dense_quantised_linear(x.float(), weight, added)
     assert relative_error(out, expected) < tolerance(torch.bfloat16)
     # It is another function than the one with x as it is.
-    plain = reference.dense_linear(x.float(), weight, added)
+    plain = reference.dense_linear(
+        x.float(), weight, None if added is None else added.float()
+    )
     assert relative_error(out, plain) > 2 * tolerance(torch.bfloat16)
 
 
