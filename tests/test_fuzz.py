@@ -107,7 +107,11 @@ def artifact(
     more: dict[str, Any] = {"provenance": {"base": "x", "seed": 0}}
     if weights is not None:
         scales = {scales_name(name): torch.ones(s[0]) for name, s in LINEARS.items()}
+        entry = {"shape": [9, 6], "rho": 1.0, "rank": 0}
+        entry |= {"sparsity": 0.4, "kept_fraction": 0.6}
+        scales["lm_head.thresholds"] = torch.rand(6)
         more |= {"weights": weights, "head": weights, "more": scales}
+        more["sparse_head"] = entry
     write_artifact(directory, LINEARS, version=version, **more)
     use(directory)  # what is imported and allocated once
     return directory
@@ -139,7 +143,7 @@ def use(directory: Path) -> None:
     """What a server does with an artifact; only ArtifactError may come out."""
     try:
         opened = Artifact(directory)
-        for name in opened.info.linears:
+        for name in opened.info.entries:
             opened.read(name)
             opened.read(name, slice(0, 2), slice(1, 3))
             opened.read_scales(name, slice(0, 2))
@@ -177,7 +181,7 @@ def test_rsparse_json_that_is_accepted_survives_a_round_trip(
         except ArtifactError:
             return
         again = read_info(write_info(info), "here")
-        assert again.linears == info.linears
+        assert again.entries == info.entries
 
     check()
 

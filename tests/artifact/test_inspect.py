@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_rsparse.cli import main
 
@@ -38,6 +39,19 @@ def test_tables(
     # The entries have no relative error: no table of dashes.
     assert "relative error" not in output
     assert "base_model: somewhere/small" in output
+
+
+def test_a_sparse_output_layer(
+    write_artifact: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = {"shape": [64, 16], "rho": 1.0, "rank": 0}
+    head |= {"sparsity": 0.4, "kept_fraction": 0.625}
+    more = {"lm_head.thresholds": torch.rand(16)}
+    write_artifact(tmp_path, LINEARS, sparse_head=head, more=more)
+    assert main(["inspect", str(tmp_path)]) == 0
+    sparsity = rows(capsys.readouterr().out, "sparsity")
+    assert sparsity["layer"] == ["q_proj", "down_proj", "lm_head"]
+    assert sparsity["-"] == ["-", "-", "0.375"]
 
 
 def test_bytes_per_token(

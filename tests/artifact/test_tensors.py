@@ -230,3 +230,49 @@ def test_unknown_linear(artifact_dir):
 def test_json_is_plain_data(artifact_dir):
     raw = json.loads((artifact_dir / "rsparse.json").read_text())
     assert raw["linears"][Q]["shape"] == [6, 10]
+
+
+HEAD = {"shape": [20, 10], "sparsity": 0.4, "rho": 1.0, "rank": 0, "kept_fraction": 0.6}
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_the_thresholds_of_a_sparse_output_layer(tmp_path, write_artifact, planes):
+    linears, weights = LINEARS, {}
+    if planes == 2:
+        linears, weights = {Q: (8, 32, 0, False)}, {"weights": "int8-planes"}
+    more = {"lm_head.thresholds": torch.rand(10)}
+    write_artifact(
+        tmp_path, linears, planes=planes, sparse_head=HEAD, more=more, **weights
+    )
+    artifact = Artifact(tmp_path)
+    assert torch.equal(artifact.read("lm_head").thresholds, *more.values())
+    assert artifact.read_scales("lm_head") is None
+    assert list(artifact.info.entries) == [*linears, "lm_head"]
+    assert artifact.info.head_sparsity == 0.4
+    # The target and what was achieved are of the layers' linears.
+    assert artifact.info.achieved_sparsity == model_sparsity(artifact.info.linears)
+    assert read_info(write_info(artifact.info), "x") == artifact.info
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({"rank": 1}, "sparse_head must have rank 0"),
+        ({"correction": True}, "sparse_head must have rank 0, and neither corr"),
+        ({"shape": [20, 9]}, r"lm_head.thresholds is F32 \[10\], expected F32 \[9\]"),
+        ({"sparsity": 2}, r"sparse_head.sparsity must lie in \[0, 1\], got 2"),
+        (None, "'lm_head.thresholds' belongs to no linear"),
+    ],
+)
+def test_an_output_layer_that_is_refused(tmp_path, write_artifact, head, message):
+    entry = None if head is None else HEAD | head
+    more = {"lm_head.thresholds": torch.rand(10)}
+    write_artifact(tmp_path, LINEARS, sparse_head=entry, more=more)
+    with pytest.raises(ArtifactError, match=message):
+        Artifact(tmp_path)
+
+
+def test_a_linear_called_like_the_output_layer(tmp_path, write_artifact):
+    write_artifact(tmp_path, {"lm_head": (20, 10, 0, False)}, sparse_head=HEAD)
+    with pytest.raises(ArtifactError, match="linears has lm_head, which sparse_head"):
+        Artifact(tmp_path)

@@ -165,6 +165,7 @@ def test_quantization_config_without_a_version_is_the_newest():
         ),
         ({"base": {"bits": 4}}, r"base: .* has a quant_method, got {'bits'"),
         (CONFIG_1 | {"format_version": 3}, "format_version is 3.* reads 1 and 2"),
+        ({"head_sparsity": 1.0}, r"head_sparsity must lie in \[0, 1\), got 1.0"),
         (CONFIG_1 | {"sparsity": "half"}, "sparsity must be a number, got 'half'"),
     ],
 )

@@ -101,11 +101,15 @@ class PlainPyTorch:
         )
         self.model_dir = model_dir
         planes = first or {}
-        listed = json.loads((model_dir / "rsparse/rsparse.json").read_text())["linears"]
+        info = json.loads((model_dir / "rsparse/rsparse.json").read_text())
+        listed = info["linears"]
+        if "sparse_head" in info:
+            listed["lm_head"] = info["sparse_head"]
         with safe_open(model_dir / "rsparse/rsparse.safetensors", "pt") as tensors:
             for name, linear in list(self.model.named_modules()):
                 parent, _, label = name.rpartition(".")
-                names = [f"{parent}.{part}" for part in PARTS.get(label, (label,))]
+                prefix = f"{parent}." if parent else ""
+                names = [f"{prefix}{part}" for part in PARTS.get(label, (label,))]
                 if not isinstance(linear, torch.nn.Linear) or names[0] not in listed:
                     continue
                 sizes = [listed[name]["shape"][0] for name in names]

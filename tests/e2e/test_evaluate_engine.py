@@ -27,6 +27,7 @@ def test_scores_and_counts_equal_plain_pytorch(
     stdlib = Path(sysconfig.get_path("stdlib"))
     command = [Path(sys.executable).parent / "vllm-rsparse", "prepare", pyllama]
     command += [prepared, "--sparsity", "0.5", "--recipe", "uniform"]
+    command += ["--head-sparsity", "0.05"]
     command += ["--calibration-samples", "2", "--calibration-tokens", "256"]
     command += ["--calibration-data", stdlib / "argparse.py"]
     subprocess.run(command, check=True)

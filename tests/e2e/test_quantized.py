@@ -148,12 +148,12 @@ def test_two_ranks_quantize_a_plain_checkpoint_while_loading(
     assert_same_tokens(tokens, plain_pytorch(prepared, int(ALWAYS), weights=plain))
 
 
-def test_a_quantized_output_layer_next_to_a_tied_embedding(
+def test_a_quantized_sparse_output_layer_next_to_a_tied_embedding(
     pyllama, tmp_path, plain_pytorch
 ):
     """The embedding is looked up as it is stored."""
     prepared = tmp_path / "prepared"
-    prepare(pyllama, prepared, "--head", "fp8")
+    prepare(pyllama, prepared, "--head", "fp8", "--head-sparsity", "0.4")
     plain = rounded(pyllama, prepared, tmp_path / "plain")
     tokenizer = AutoTokenizer.from_pretrained(prepared)
     tokens = tokenizer(Path(json.__file__).read_text()).input_ids[:192]

@@ -142,6 +142,37 @@ def test_channels_and_bytes_by_kind(tmp_path: Path, tokens: int) -> None:
     assert samples["dense_bytes", "up_proj"] == 16 * K * 4
 
 
+def test_the_output_layer_counts_in_steps_of_the_layers(tmp_path: Path) -> None:
+    model = Model()
+    case = make_case(1, K, [40], [0], seed=9)
+    number = layers.next_layer()
+    layers.set_layer(case.operands.thresholds, number)
+    counters = Counters(Settings(tmp_path, 1), 0)
+    # A tied one is loaded before the layers.
+    counters.register(number, ["lm_head"], case.operands, last=True)
+    model.register(counters)
+    observers.add_observer(counters.observe)
+
+    def logits(x: torch.Tensor) -> None:
+        ops.linear(x, *case.operands.schema_args(), 2, int(Backend.REFERENCE))
+
+    logits(torch.randn(1, K))  # before any step: not counted
+    model.step(torch.randn(2, K))
+    x = torch.randn(1, K)  # one of the two is sampled from
+    logits(x)
+    # A graph is replayed: only the output layer is called from Python.
+    logits(torch.randn(1, K))
+    model.step(torch.randn(5, K))
+    logits(torch.randn(5, K))
+    samples = scrape(Exporter(tmp_path))
+    assert samples["step_tokens_sum", "sparse"] == 2
+    assert samples["step_tokens_sum", "dense"] == 5
+    assert samples["sampled_channels_total", "lm_head"] == K
+    kept = int((x.abs() > case.operands.thresholds).sum())
+    assert samples["sampled_channels_kept_total", "lm_head"] == kept
+    assert samples["dense_bytes", "lm_head"] == 40 * K * 4
+
+
 def test_every_so_many_sparse_steps_are_sampled(tmp_path: Path) -> None:
     model = Model()
     count(tmp_path, model, interval=3)

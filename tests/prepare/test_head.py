@@ -1,36 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the model does to its logits is part of the loss that scores and trials use."""
+"""The output layer as it is served, in scores, trials, artifact and `evaluate`."""
 
 import json
 import shutil
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.artifact.tensors import Artifact
+from vllm_rsparse.errors import CheckpointError, PrepareError
+from vllm_rsparse.evaluate.loading import SwitchableModel
+from vllm_rsparse.evaluate.measure import measure
+from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING
+from vllm_rsparse.model.checkpoint import Checkpoint
+from vllm_rsparse.model.language_model import LanguageModel
+from vllm_rsparse.model.streaming import StreamedModel
+from vllm_rsparse.prepare.calibration.head import calibrate_head
+from vllm_rsparse.prepare.calibration.loss import divergence, text_losses
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
+from vllm_rsparse.prepare.report import summary
+from vllm_rsparse.prepare.run import Run
+from vllm_rsparse.prepare.search.sensitivity import _output_gradient
+from vllm_rsparse.prepare.store.run_store import RunStore
 
 SCALING = 16.0  # a power of two: scaling by it is exact
 LAYERS = 2
 
 
-def _prepare(model: Path, output: Path) -> tuple[ArtifactInfo, Artifact]:
-    info = prepare(
-        PrepareOptions(
-            model=str(model),
-            output=output,
-            sparsity=0.5,
-            calibration_data=(Path(sysconfig.get_path("stdlib")) / "argparse.py",),
-            recipe="best",
-            samples=2,
-            tokens=128,
-            device="cpu",
-        )
-    )
+def _prepare(
+    model: Path, output: Path, **changes: Any
+) -> tuple[ArtifactInfo, Artifact]:
+    settings: dict[str, Any] = {
+        "sparsity": 0.5,
+        "calibration_data": (Path(sysconfig.get_path("stdlib")) / "argparse.py",),
+        "recipe": "best",
+        "samples": 2,
+        "tokens": 128,
+        "device": "cpu",
+    }
+    info = prepare(PrepareOptions(str(model), output, **(settings | changes)))
     return info, Artifact(output / "rsparse")
 
 
@@ -72,3 +89,138 @@ def test_the_same_function_with_scaled_logits_is_prepared_alike(
         assert scaled.linears[name].sparsity == pytest.approx(entry.sparsity)
         mine, theirs = artifact.read(name), other.read(name)
         assert theirs.thresholds.tolist() == pytest.approx(mine.thresholds.tolist())
+
+
+@pytest.fixture(scope="module")
+def small(pyllama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _write(pyllama, tmp_path_factory.mktemp("models") / "small", 1.0)
+
+
+def test_only_the_head_is_sparse(small: Path, tmp_path: Path) -> None:
+    options = {"sparsity": 0.0, "recipe": "teal", "head": "fp8", "head_sparsity": 0.4}
+    info, artifact = _prepare(small, tmp_path / "out", **options)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["head_sparsity"] == 0.4
+    assert info.sparse_head == artifact.info.sparse_head
+    assert info.sparse_head.shape == (4096, 384)
+    assert info.sparse_head.kept_fraction == pytest.approx(0.6, abs=1e-3)
+    assert info.achieved_sparsity == 0.0
+    assert f"{info.provenance['head']['kl_divergence']:.4f} nats" in summary(info)
+
+    # What `evaluate` measures, by the definition and apart from it.
+    prepared = PreparedDirectory.open(tmp_path / "out")
+    model = SwitchableModel(prepared.checkpoint, torch.device("cpu"), torch.float32)
+    windows = torch.randint(0, 4096, (2, 20))
+    (loss,) = measure(model, [prepared], windows, 5)
+    with torch.inference_mode():
+        states = model.model.model(windows).last_hidden_state[:, 5:-1].flatten(0, 1)
+        weight = model.head.weight
+        exact = (states @ weight.T).log_softmax(-1)
+        kept = states.abs() > artifact.read("lm_head").thresholds
+        rounded = FP8_WHILE_LOADING.round_trip(weight)
+        logs = (torch.where(kept, states, 0) @ rounded.T).log_softmax(-1)
+    expected = (exact.exp() * (exact - logs)).sum(-1).mean().item()
+    assert loss.kl_divergence == pytest.approx(expected, rel=1e-3)
+    assert loss.by_kind["lm_head"] == pytest.approx(0.4, abs=0.1)
+    assert loss.achieved_sparsity == 0.0
+
+
+def test_a_prompt_uses_the_whole_quantized_head(small: Path, tmp_path: Path) -> None:
+    options = {"sparsity": 0.0, "recipe": "teal", "head": "fp8", "head_sparsity": 0.4}
+    _prepare(small, tmp_path / "out", **options)
+    prepared = PreparedDirectory.open(tmp_path / "out")
+    model = SwitchableModel(prepared.checkpoint, torch.device("cpu"), torch.float32)
+    windows = torch.randint(0, 4096, (1, 8))
+    sparse = torch.zeros(1, 8, dtype=torch.bool)
+    sparse[0, 4:] = True
+    model.use(prepared.artifact)
+    logits = model.logits(windows, 0, sparse)[0]
+    with torch.inference_mode():
+        states = model.model.model(windows).last_hidden_state[0]
+        whole = states @ FP8_WHILE_LOADING.round_trip(model.head.weight).T
+    torch.testing.assert_close(logits[:4], whole[:4], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits[4:], whole[4:], rtol=1e-2, atol=1e-2)
+
+
+class Served:
+    """The output layer of a run, in plain PyTorch."""
+
+    def __init__(self, run: Run, hidden: Tensor) -> None:
+        tensors = load_file(run.model.checkpoint.directory / "model.safetensors")
+        self.weight = tensors["model.embed_tokens.weight"].float()
+        self.rounded = FP8_WHILE_LOADING.round_trip(self.weight)
+        self._norm = tensors["model.norm.weight"].float()
+        states = self.states(hidden[:, run.dense_prefix :].flatten(0, 1))
+        scores = (states.abs() * self.rounded.norm(dim=0)).flatten().sort().values
+        dropped = round(run.head_sparsity * len(scores))
+        self._least = scores[dropped - 1 : dropped + 1].mean()
+
+    def states(self, hidden: Tensor) -> Tensor:
+        mean = hidden.pow(2).mean(-1, keepdim=True)
+        return hidden * (mean + 1e-6).rsqrt() * self._norm
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        states = self.states(hidden)
+        kept = states.abs() * self.rounded.norm(dim=0) > self._least
+        return torch.where(kept, states, 0) @ self.rounded.T
+
+
+@pytest.fixture
+def run(small: Path, tmp_path: Path) -> Run:
+    checkpoint, cpu = Checkpoint(small), torch.device("cpu")
+    model = StreamedModel(
+        checkpoint, cpu, torch.float32, head_load_time=FP8_WHILE_LOADING
+    )
+    windows = torch.randint(0, 4096, (2, 10))
+    store = RunStore(tmp_path / "store", {})
+    return Run(model, (), windows, 3, 0, store, head_sparsity=0.4)
+
+
+def test_losses_of_candidates_are_of_the_head_that_is_served(run: Run) -> None:
+    hidden = torch.randn(2, 10, 384)
+    served = Served(run, hidden)
+    logs = served(hidden[:, 3:]).log_softmax(-1)
+    exact = (served.states(hidden[:, 3:]) @ served.weight.T).log_softmax(-1)
+    expected = (exact.exp() * (exact - logs)).sum(-1).mean().item()
+    assert divergence(run, hidden, hidden) == pytest.approx(expected, rel=1e-4)
+    head = calibrate_head(run, hidden)
+    assert head is not None
+    assert head.divergence == pytest.approx(expected, rel=1e-4)
+    labels = run.windows[:, 4:, None]
+    nll = -logs[:, :-1].gather(-1, labels).mean().item()
+    assert text_losses(run, [hidden]) == pytest.approx([nll], rel=1e-4)
+
+
+def test_scores_are_gradients_of_the_head_that_is_served(run: Run) -> None:
+    hidden = torch.randn(2, 10, 384)
+    served, generator = Served(run, hidden), torch.Generator().manual_seed(run.seed)
+    found = _output_gradient(run, hidden)
+    assert not found[:, :3].any()
+    for row in range(2):
+        h = hidden[row, 3:].requires_grad_()
+        logs = served(h).log_softmax(-1)
+        labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
+        (expected,) = torch.autograd.grad(-logs.gather(-1, labels).sum(), h)
+        torch.testing.assert_close(found[row, 3:], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_head_of_the_base_needs_no_calibration(run: Run) -> None:
+    plain = StreamedModel(run.model.checkpoint, run.model.device, torch.float32)
+    hidden = torch.randn(2, 10, 384)
+    unchanged = replace(run, model=plain, head_sparsity=0.0)
+    assert calibrate_head(unchanged, hidden) is None
+    assert divergence(unchanged, hidden, hidden) == 0.0
+
+
+def test_a_head_that_the_checkpoint_quantized_stays(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LanguageModel, "head_is_quantized", True)
+    with pytest.raises(CheckpointError, match=r"leave out --head and --head-sparsity"):
+        _prepare(small, tmp_path / "out", head_sparsity=0.3)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+def test_a_share_is_required(value: float) -> None:
+    with pytest.raises(PrepareError, match=r"--head-sparsity must lie in \[0, 1\)"):
+        PrepareOptions("x", Path("y"), 0.5, head_sparsity=value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output layer in FP8: vLLM's own modules, with tensor-parallel ranks faked."""
+"""The output layer in FP8 and sparse: vLLM's own modules, with faked ranks."""
 
 from types import SimpleNamespace
 
@@ -13,12 +13,14 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
 from vllm.model_executor.model_loader.reload import layerwise
 
-from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.errors import ArtifactError, SettingError
 from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING
 from vllm_rsparse.serving import head as head_module
 from vllm_rsparse.serving.config import RSparseConfig
 
 HIDDEN, WORDS = 48, 75  # padded to 128
+SPARSITY = 0.4
+THRESHOLDS = torch.linspace(0, 2, HIDDEN)
 SHAPES = {"model.layers.0.mlp.down_proj": (HIDDEN, 40, 0, False)}
 
 
@@ -39,9 +41,20 @@ def engine(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path, write_artifact):
-    def make(**options):
+    def make(words=WORDS, **options):
         if not (tmp_path / "rsparse").exists():
-            write_artifact(tmp_path / "rsparse", SHAPES, head="fp8")
+            entry = {
+                "shape": [words, HIDDEN],
+                "sparsity": SPARSITY,
+                "rho": 1.0,
+                "rank": 0,
+                "kept_fraction": 1 - SPARSITY,
+            }
+            more = {"lm_head.thresholds": THRESHOLDS}
+            write_artifact(
+                tmp_path / "rsparse", SHAPES, head="fp8", sparse_head=entry, more=more
+            )
+        options = {"head_sparsity": 0} | options
         made = RSparseConfig.from_config(
             {"artifact": "rsparse", "backend": "reference", **options}
         )
@@ -53,6 +66,15 @@ def config(tmp_path, write_artifact):
 
 def build(kind, config):
     return kind(WORDS, HIDDEN, torch.float32, quant_config=config, prefix=kind.__name__)
+
+
+def expected_logits(x, weight, head="as-stored", sparse=True):
+    """By the definition, of the whole vocabulary."""
+    if head == "fp8":
+        weight = FP8_WHILE_LOADING.round_trip(weight)
+    if sparse:
+        x = torch.where(x.abs() > THRESHOLDS, x, 0)
+    return x @ weight.T
 
 
 def load(layer, weight):
@@ -108,11 +130,13 @@ def test_an_embedding_next_to_an_output_layer_has_no_copy(engine, config):
     assert [name for name, _ in embedding.named_parameters()] == ["weight"]
 
 
+@pytest.mark.parametrize("head", ["as-stored", "fp8"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_reload_changes_the_logits(engine, config, tied):
+def test_a_reload_changes_the_logits(engine, config, tied, head):
     engine(0, 1)
     kind = vocabulary.VocabParallelEmbedding if tied else vocabulary.ParallelLMHead
-    layer = build(kind, config())
+    made = config(head=head, head_sparsity=SPARSITY, max_sparse_tokens=2)
+    layer = build(kind, made)
     whole = nn.ModuleList([layer])
     layerwise.record_metadata_for_reloading(whole)
     load(layer, torch.randn(WORDS, HIDDEN))
@@ -125,9 +149,73 @@ def test_a_reload_changes_the_logits(engine, config, tied):
     load(layer, changed)
     layerwise.finalize_layerwise_reload(whole, None)
     assert all(held[name] is tensor for name, tensor in layer.named_parameters())
-    expected = x @ FP8_WHILE_LOADING.round_trip(changed).T
     logits = layer.quant_method.apply(layer, x)[:, :WORDS]
-    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(logits, expected_logits(x, changed, head))
+
+
+@pytest.mark.parametrize("head", ["as-stored", "fp8"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_give_the_logits_of_the_sparse_layer(engine, config, size, head):
+    weight, parts = torch.randn(WORDS, HIDDEN), {2: [], 3: []}
+    inputs = {tokens: torch.randn(tokens, HIDDEN) for tokens in parts}
+    for rank in range(size):
+        engine(rank, size)
+        made = config(head=head, head_sparsity=SPARSITY, max_sparse_tokens=2)
+        layer = build(vocabulary.ParallelLMHead, made)
+        load(layer, weight)
+        layer.quant_method.process_weights_after_loading(layer)
+        assert [name for name, _ in layer.named_parameters() if "weight" in name] == [
+            "weight"
+        ]
+        for tokens, x in inputs.items():
+            parts[tokens].append(layer.quant_method.apply(layer, x))
+    for tokens, x in inputs.items():
+        logits = torch.cat(parts[tokens], dim=-1)
+        expected = expected_logits(x, weight, head, sparse=tokens == 2)
+        torch.testing.assert_close(logits[:, :WORDS], expected)
+        assert not logits[:, WORDS:].any()
+
+
+@pytest.mark.parametrize("kept", ["tied", "separate"])
+def test_a_weight_that_stays_serves_dense_steps_as_the_base_does(engine, config, kept):
+    engine(0, 1)
+    weight, x = torch.randn(WORDS, HIDDEN), torch.randn(4, HIDDEN)
+    kind = vocabulary.ParallelLMHead
+    base = build(kind, None)
+    load(base, weight)
+    base.quant_method.process_weights_after_loading(base)
+    options = {"head": "as-stored", "head_sparsity": SPARSITY, "max_sparse_tokens": 2}
+    if kept == "tied":
+        kind = vocabulary.VocabParallelEmbedding
+    else:
+        options["dense_weights"] = "separate"
+    layer = build(kind, config(**options))
+    load(layer, weight)
+    layer.quant_method.process_weights_after_loading(layer)
+    method = layer.quant_method
+    assert torch.equal(layer.weight[:WORDS], weight)
+    assert torch.equal(method.apply(layer, x), base.quant_method.apply(base, x))
+    sparse = method.apply(layer, x[:2])[:, :WORDS]
+    torch.testing.assert_close(sparse, expected_logits(x[:2], weight))
+
+
+def test_head_sparsity_is_the_artifacts_or_none(engine, config):
+    engine(0, 1)
+    made = config(head="as-stored", head_sparsity=SPARSITY)
+    assert made.served.decision.quantization_config(0.5, None)["head_sparsity"] == 0.4
+    dense = build(vocabulary.ParallelLMHead, config(head="as-stored", head_sparsity=0))
+    assert type(dense.quant_method) is vocabulary.UnquantizedEmbeddingMethod
+    with pytest.raises(SettingError, match=r"head_sparsity is 0.3; .* allows 0.4 or 0"):
+        config(head_sparsity=0.3)
+
+
+def test_a_head_of_another_model_is_refused(engine, config):
+    engine(0, 1)
+    made = config(words=WORDS + 1, head_sparsity=SPARSITY)
+    layer = build(vocabulary.ParallelLMHead, made)
+    load(layer, torch.randn(WORDS, HIDDEN))
+    with pytest.raises(ArtifactError, match=r"lm_head is \[76, 48\].* is \[75, 48\]"):
+        layer.quant_method.process_weights_after_loading(layer)
 
 
 def test_settings_and_the_base_model(engine, config):
@@ -150,4 +238,13 @@ def test_what_cannot_be_quantized_is_refused(engine, config):
     with pytest.raises(ArtifactError, match=r"UnquantizedEmbeddingMethod in this"):
         head.tie_weights(foreign)
     with pytest.raises(ArtifactError, match=r"has quantized the output layer itself"):
-        head_module.head_method(made.served, FP8_WHILE_LOADING, head, head.quant_method)
+        head_module.head_method(made.served, made.served.head, head, head.quant_method)
+
+
+def test_logits_in_another_dtype_are_refused(engine, config, monkeypatch):
+    engine(0, 1)
+    model = SimpleNamespace(head_dtype=torch.float32, dtype=torch.bfloat16)
+    current = SimpleNamespace(model_config=model)
+    monkeypatch.setattr(head_module, "get_current_vllm_config", lambda: current)
+    with pytest.raises(ArtifactError, match=r"head_dtype is torch.float32"):
+        build(vocabulary.ParallelLMHead, config())

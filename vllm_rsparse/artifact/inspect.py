@@ -82,7 +82,7 @@ def _grid(info: ArtifactInfo) -> _Grid:
     """Entries by layer and kind, from names such as model.layers.3.mlp.up_proj."""
     kinds: dict[str, None] = {}
     layers: dict[str, dict[str, LinearEntry]] = {}
-    for name, entry in info.linears.items():
+    for name, entry in info.entries.items():
         parsed = LinearName.parse(name)
         layer = "-" if parsed.layer is None else str(parsed.layer)
         kinds[parsed.kind] = None

@@ -79,6 +79,8 @@ class QuantizationSettings:
         weights: "as-stored", or a format that the weights of the artifact's linears are
             quantized to while they load.
         head: the same for the output layer.
+        head_sparsity: of the output layer: 0 serves it dense, any other number must be
+            what it was prepared for.
         base: the base checkpoint's own ``quantization_config``, None for floats.
     """
 
@@ -92,6 +94,7 @@ class QuantizationSettings:
     dense_weights: StrictStr | None = _text()
     weights: StrictStr | None = one_of(AS_STORED, *LOAD_TIME_FORMATS, default=None)
     head: StrictStr | None = one_of(AS_STORED, *HEAD_FORMATS, default=None)
+    head_sparsity: StrictFloat | None = must("lie in [0, 1)", default=None, ge=0, lt=1)
     base: Base | None = must(
         "be the quantization_config of the base checkpoint", default=None
     )

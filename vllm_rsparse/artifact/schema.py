@@ -26,6 +26,7 @@ from vllm_rsparse.formats.names import (
     WEIGHT_FORMATS,
 )
 from vllm_rsparse.formats.plane_bits import group_of, plane_bits
+from vllm_rsparse.model.names import HEAD
 from vllm_rsparse.validation import CONFIG, must, one_of, sha256
 
 FORMAT_VERSION = 2
@@ -169,6 +170,8 @@ class ArtifactInfo:
         weights: format that they are quantized to while they load, for calibration and
             for serving; "as-stored" where they are not.
         head: the same for the output layer.
+        sparse_head: entry of the output layer where it is sparse, None where it is
+            dense. It has thresholds and no factors, and is read whole.
         provenance: how it was made (versions, base model, recipe, texts, seed); free
             form, shown by ``inspect``.
         format_version: of the file that this was read from.
@@ -181,8 +184,34 @@ class ArtifactInfo:
     base: BaseWeights = must("be an object")
     weights: StrictStr = one_of(AS_STORED, *LOAD_TIME_FORMATS, default=AS_STORED)
     head: StrictStr = one_of(AS_STORED, *HEAD_FORMATS, default=AS_STORED)
+    sparse_head: LinearEntry | None = must("be the entry of a linear", default=None)
     provenance: dict[str, Any] = must("be an object", default_factory=dict)
     format_version: StrictInt = must("be an integer", default=FORMAT_VERSION)
+
+    @model_validator(mode="after")
+    def _head(self) -> "ArtifactInfo":
+        entry = self.sparse_head
+        if entry is None:
+            return self
+        if entry.rank or entry.correction or entry.full_fraction is not None:
+            raise ValueError(
+                "sparse_head must have rank 0, and neither correction nor full_fraction"
+            )
+        if HEAD in self.linears:
+            raise ValueError(f"linears has {HEAD}, which sparse_head describes")
+        return self
+
+    @property
+    def entries(self) -> dict[str, LinearEntry]:
+        """All that is sparse: the linears of the layers, then the output layer."""
+        if self.sparse_head is None:
+            return self.linears
+        return self.linears | {HEAD: self.sparse_head}
+
+    @property
+    def head_sparsity(self) -> float:
+        """Target of the output layer; 0 where it is dense."""
+        return 0.0 if self.sparse_head is None else self.sparse_head.sparsity
 
     @property
     def served_format(self) -> str:

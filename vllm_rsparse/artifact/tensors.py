@@ -10,7 +10,8 @@ linear (LinearEntry); DIR/rsparse.safetensors has, for each linear::
     NAME.correction   float32 [N]             (only when used; version 1: NAME.bias)
     NAME.scales       float32 [N]             (only if weights are made while loading)
 
-NAME is the linear's name in the Hugging Face checkpoint. Both files are data only;
+NAME is the linear's name in the Hugging Face checkpoint; a sparse output layer is
+``lm_head`` and has thresholds only. Both files are data only;
 everything is checked against the file's header before any tensor is read.
 """
 
@@ -27,6 +28,7 @@ from vllm_rsparse.artifact.schema import FORMAT_VERSION, LinearEntry
 from vllm_rsparse.artifact.versions import CORRECTION_SUFFIX, read_info
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.formats.registry import format_of_name, load_time_format
+from vllm_rsparse.model.names import HEAD
 
 ARTIFACT_DIR = "rsparse"
 JSON_NAME = "rsparse.json"
@@ -135,7 +137,8 @@ class Artifact:
         """
         entry = self.entry(name)
         with safe_open(self.tensors_path, framework="pt") as tensors:
-            thresholds = tensors.get_slice(f"{name}.thresholds")[self._columns(columns)]
+            wanted = columns if entry.full_fraction is None else (slice(None), columns)
+            thresholds = tensors.get_slice(f"{name}.thresholds")[wanted]
             u = v = correction = None
             if entry.rank > 0:
                 u = tensors.get_slice(f"{name}.u")[rows]
@@ -146,7 +149,7 @@ class Artifact:
             raise ArtifactError(
                 f"{self.tensors_path}: {name}.thresholds contains NaN; prepare again"
             )
-        if self.planes > 1 and (thresholds[0] > thresholds[1]).any():
+        if thresholds.dim() > 1 and (thresholds[0] > thresholds[1]).any():
             raise ArtifactError(
                 f"{self.tensors_path}: {name}.thresholds has a channel whose second"
                 " plane is read where the first is not; prepare again"
@@ -175,7 +178,7 @@ class Artifact:
             ArtifactError: the name is unknown, or a scale is not a positive number.
         """
         self.entry(name)
-        if not self.has_scales:
+        if not self.has_scales or name == HEAD:
             return None
         key = scales_name(name)
         with safe_open(self.tensors_path, framework="pt") as tensors:
@@ -192,10 +195,6 @@ class Artifact:
         """Planes in which the weights are read; each has a row of thresholds."""
         return format_of_name(self.info.served_format).planes
 
-    def _columns(self, columns: slice) -> slice | tuple[slice, slice]:
-        """Input channels of thresholds, [K] or [planes, K]."""
-        return columns if self.planes == 1 else (slice(None), columns)
-
     @property
     def has_scales(self) -> bool:
         """Whether it has scales of weights that are quantized while they load."""
@@ -205,7 +204,7 @@ class Artifact:
     def entry(self, name: str) -> LinearEntry:
         """The JSON entry of a linear; ArtifactError if there is none."""
         try:
-            return self.info.linears[name]
+            return self.info.entries[name]
         except KeyError:
             raise ArtifactError(
                 f"{self.json_path}: no linear named {name!r}; it has"
@@ -250,6 +249,9 @@ class Artifact:
                 expected[self._correction(name)] = ([n], ("F32",))
             if self.has_scales:
                 expected[scales_name(name)] = ([n], ("F32",))
+        if self.info.sparse_head is not None:
+            k = self.info.sparse_head.shape[1]
+            expected[f"{HEAD}.thresholds"] = ([k], ("F32",))
         for key, (shape, dtypes) in expected.items():
             if key not in found:
                 raise ArtifactError(

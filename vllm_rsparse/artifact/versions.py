@@ -123,7 +123,12 @@ def write_info(info: ArtifactInfo) -> str:
     for key in ("weights", "head"):
         if raw[key] == AS_STORED:
             del raw[key]
-    for entry in raw["linears"].values():
+    entries = [*raw["linears"].values()]
+    if raw["sparse_head"] is None:
+        del raw["sparse_head"]
+    else:
+        entries.append(raw["sparse_head"])
+    for entry in entries:
         if entry["full_fraction"] is None:
             del entry["full_fraction"]
     return json.dumps(raw, indent=1) + "\n"

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from vllm_rsparse import envs
 from vllm_rsparse.artifact.prepared import PreparedDirectory
-from vllm_rsparse.artifact.schema import model_sparsity
 from vllm_rsparse.errors import ArtifactError, SettingError
-from vllm_rsparse.evaluate.measure import Loss, sparsity_by_kind
+from vllm_rsparse.evaluate.measure import Loss, layers_sparsity, sparsity_by_kind
 
 WORKER = "vllm_rsparse.evaluate.engine_worker"
 
@@ -105,7 +104,7 @@ def measure_served(
         sparse = run_engine(one, windows, first, dtype, sparse=True)
         entries = {
             name: entry.counted(sparse.kept[name])
-            for name, entry in one.artifact.info.linears.items()
+            for name, entry in one.artifact.info.entries.items()
         }
         pairs = zip(dense.likeliest, sparse.likeliest, strict=True)
         tokens = len(sparse.likeliest)
@@ -113,7 +112,7 @@ def measure_served(
             Loss(
                 directory=str(one.path),
                 target_sparsity=one.artifact.info.sparsity,
-                achieved_sparsity=model_sparsity(entries),
+                achieved_sparsity=layers_sparsity(entries),
                 by_kind=sparsity_by_kind(entries),
                 perplexity_dense=_perplexity(dense),
                 perplexity_sparse=_perplexity(sparse),

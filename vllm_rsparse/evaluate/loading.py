@@ -17,6 +17,7 @@ from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.loading import load_model
 from vllm_rsparse.model.modules import linear_modules
+from vllm_rsparse.model.names import HEAD
 from vllm_rsparse.op.reference import kept_mask
 
 
@@ -40,6 +41,11 @@ class SwitchableLinear(nn.Module):
         self.correction: Tensor | None = None
         # On the device, so that counting does not wait for it.
         self._kept = torch.zeros(2, dtype=torch.int64, device=linear.weight.device)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base model's, [N, K]."""
+        return self.linear.weight
 
     @property
     def kept(self) -> list[int]:
@@ -79,32 +85,6 @@ class SwitchableLinear(nn.Module):
         return y
 
 
-class SwitchableHead(nn.Module):
-    """The output layer of the base model, or that of a prepared one.
-
-    Attributes:
-        served: the prepared model's weight, where it is quantized.
-        prepared: whether the prepared model runs.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear
-        self.served: Tensor | None = None
-        self.prepared = False
-
-    @property
-    def weight(self) -> Tensor:
-        """The base model's, [vocabulary, hidden]."""
-        return self.linear.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] -> [..., vocabulary]."""
-        if self.served is None or not self.prepared:
-            return self.linear(x)
-        return functional.linear(x, self.served, self.linear.bias)
-
-
 class SwitchableModel:
     """The base model with every linear that an artifact lists made switchable.
 
@@ -125,7 +105,7 @@ class SwitchableModel:
         self.dtype = dtype
         self.model, self._modules = _load_base(checkpoint, dtype, device)
         self.linears: dict[str, SwitchableLinear] = {}
-        self.head = SwitchableHead(self.model.get_output_embeddings())
+        self.head = SwitchableLinear(self.model.get_output_embeddings())
         self.model.set_output_embeddings(self.head)
         # By load-time format and linear: artifacts take turns, batch by batch.
         self._quantized: dict[tuple[str, str], StoredWeight] = {}
@@ -136,12 +116,7 @@ class SwitchableModel:
         Raises:
             ArtifactError: the artifact belongs to another model.
         """
-        head = load_time_format(artifact.info.head)
-        if head is None:
-            self.head.served = None
-        elif self.head.served is None:
-            weight = self.head.weight.detach()
-            self.head.served = head.round_trip(weight).to(weight.dtype)
+        self._use_head(artifact)
         for name, entry in artifact.info.linears.items():
             module = self._switchable(name, entry, artifact)
             tensors = artifact.read(name)
@@ -194,7 +169,8 @@ class SwitchableModel:
             mask[:, :first] = False
         for module in self.linears.values():
             module.sparse = mask
-        self.head.prepared = mask is not None
+        # It sees the positions that give logits.
+        self.head.sparse = None if mask is None else mask[:, first:]
         return self.model(
             input_ids=windows.to(self.device),
             use_cache=False,
@@ -216,7 +192,7 @@ class SwitchableModel:
 
         for module in self.linears.values():
             module.sparse = None
-        self.head.prepared = False
+        self.head.sparse = None
         longest = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -242,6 +218,31 @@ class SwitchableModel:
             answers.append(reply[: reached[0] + 1] if reached else reply)
         return answers
 
+    def kept(self, name: str) -> list[int]:
+        """Channels that a linear or the output layer has kept, by plane."""
+        return (self.head if name == HEAD else self.linears[name]).kept
+
+    def _use_head(self, artifact: Artifact) -> None:
+        load_time, entry = (
+            load_time_format(artifact.info.head),
+            artifact.info.sparse_head,
+        )
+        head, weight = self.head, self.head.weight.detach()
+        head.served = None
+        if load_time is not None:
+            key = (load_time.name, HEAD)
+            if key not in self._quantized:
+                self._quantized[key] = load_time.encode(weight)
+            head.served = self._quantized[key]
+        head.thresholds = None
+        if entry is not None:
+            _require_shape(HEAD, entry, weight, artifact)
+            head.thresholds = artifact.read(HEAD).thresholds.to(self.device)
+        elif head.served is not None:
+            # All channels, of the quantized weight.
+            head.thresholds = torch.full((weight.shape[1],), -1.0, device=self.device)
+        head.restart()
+
     def _switchable(
         self, name: str, entry: LinearEntry, artifact: Artifact
     ) -> SwitchableLinear:
@@ -258,12 +259,7 @@ class SwitchableModel:
                 )
             self.linears[name] = SwitchableLinear(linear)
             layer.set_submodule(kind, self.linears[name])
-        shape = tuple(self.linears[name].linear.weight.shape)
-        if shape != entry.shape:
-            raise ArtifactError(
-                f"{artifact.json_path}: {name} is {list(entry.shape)}, but the model's"
-                f" is {list(shape)}; the artifact belongs to another model"
-            )
+        _require_shape(name, entry, self.linears[name].weight, artifact)
         return self.linears[name]
 
     def _served(self, name: str, artifact: Artifact) -> StoredWeight | None:
@@ -282,6 +278,16 @@ class SwitchableModel:
 
     def _cast(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self.device, self.dtype)
+
+
+def _require_shape(
+    name: str, entry: LinearEntry, weight: Tensor, artifact: Artifact
+) -> None:
+    if tuple(weight.shape) != entry.shape:
+        raise ArtifactError(
+            f"{artifact.json_path}: {name} is {list(entry.shape)}, but the model's is"
+            f" {list(weight.shape)}; the artifact belongs to another model"
+        )
 
 
 def _load_base(

@@ -20,7 +20,7 @@ from vllm_rsparse.artifact.schema import LinearEntry, model_sparsity
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import SettingError
 from vllm_rsparse.evaluate.loading import SwitchableModel
-from vllm_rsparse.model.names import LinearName
+from vllm_rsparse.model.names import HEAD, LinearName
 
 # Logits in flight, dense and sparse, in the compute dtype; on CUDA a sixteenth of its
 # memory. Bounds the batch of passages.
@@ -34,8 +34,10 @@ class Loss:
     Attributes:
         directory: the prepared directory.
         target_sparsity: the sparsity that it was prepared for.
-        achieved_sparsity: kept columns and factors over dense elements, counted here.
-        by_kind: the same by label of a kind of linear ("q_proj", ...).
+        achieved_sparsity: kept columns and factors over dense elements, counted here,
+            of the linears in the layers.
+        by_kind: the same by label of a kind of linear ("q_proj", ...), and of
+            "lm_head" where it is sparse.
         perplexity_dense: exp of the mean negative log likelihood, dense.
         perplexity_sparse: the same, sparse.
         kl_divergence: mean KL(dense || sparse) of the next token's distribution, nats;
@@ -103,10 +105,10 @@ class _Sums:
             name: entry.counted(
                 [
                     self.kept[name][plane] / (sparse_tokens * entry.shape[1])
-                    for plane in range(artifact.planes)
+                    for plane in range(1 if entry.full_fraction is None else 2)
                 ]
             )
-            for name, entry in artifact.info.linears.items()
+            for name, entry in artifact.info.entries.items()
         }
 
 
@@ -178,9 +180,9 @@ def measure_passages(
                     model.use(one.artifact)
                 sparse = batch.logits(model, sparse=one is not None)
                 batch.compare(dense, sparse, total)
-                for name in () if one is None else one.artifact.info.linears:
+                for name in () if one is None else one.artifact.info.entries:
                     counts = total.kept.setdefault(name, Counter())
-                    counts.update(dict(enumerate(model.linears[name].kept)))
+                    counts.update(dict(enumerate(model.kept(name))))
             progress.update(len(batch.passages))
     tokens = sum(passage.counted for passage in passages)
     perplexity = math.exp(dense_nll / tokens)
@@ -193,7 +195,7 @@ def measure_passages(
             Loss(
                 directory=str(model.directory if one is None else one.path),
                 target_sparsity=0.0 if one is None else one.artifact.info.sparsity,
-                achieved_sparsity=model_sparsity(entries) if entries else 0.0,
+                achieved_sparsity=layers_sparsity(entries) if entries else 0.0,
                 by_kind=sparsity_by_kind(entries),
                 perplexity_dense=perplexity,
                 perplexity_sparse=math.exp(total.nll / tokens),
@@ -280,6 +282,11 @@ def _standard_error(sums: Sequence[float], passages: Sequence[Passage]) -> float
     squares = ((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
     variance = math.fsum(squares) * len(counts) / (len(counts) - 1)
     return math.sqrt(variance) / sum(counts)
+
+
+def layers_sparsity(entries: dict[str, LinearEntry]) -> float:
+    """Model-level sparsity of the layers, without the output layer."""
+    return model_sparsity({n: entry for n, entry in entries.items() if n != HEAD})
 
 
 def sparsity_by_kind(entries: dict[str, LinearEntry]) -> dict[str, float]:

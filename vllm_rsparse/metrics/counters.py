@@ -57,13 +57,18 @@ class Counters:
         # By number and tokens: bytes per channel and other bytes, each like the rows.
         self._costs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._first: int | None = None
+        self._last: int | None = None
         self._sparse_steps = 0
         self._sampling = False
         self._slots: Tensor | None = None
         self._add: Callable[[dict[int, int]], None]
 
     def register(
-        self, layer: int, names: Sequence[str], operands: SparseOperands
+        self,
+        layer: int,
+        names: Sequence[str],
+        operands: SparseOperands,
+        last: bool = False,
     ) -> None:
         """Register a loaded layer; the first is called once per step and counts steps.
 
@@ -71,6 +76,8 @@ class Counters:
             layer: its number (``op.layers``). A layer that is reloaded keeps its place.
             names: checkpoint names of its S shards.
             operands: the op's operands on this rank.
+            last: it is the output layer, which runs after all others and sees only
+                the positions that are sampled from.
         """
         if layer in self._rows:
             return
@@ -81,7 +88,10 @@ class Counters:
             dense += weight.format.fixed_bytes(weight, n)
             self._kinds[label] = self._kinds.get(label, 0) + int(dense)
             rows.append(list(self._kinds).index(label))
-        self._first = layer if self._first is None else self._first
+        if last:
+            self._last = layer
+        elif self._first is None:
+            self._first = layer
         rows *= weight.format.planes
         self._rows[layer] = torch.tensor(rows, device=weight.device)
 
@@ -95,6 +105,10 @@ class Counters:
             self._count_step(x, dense)
         if self._sampling and not dense:
             self._count_channels(layer, x, operands)
+        if layer == self._last:
+            # It also runs where a graph is replayed, after which none of the others
+            # says that another step has begun.
+            self._sampling = False
 
     def _count_step(self, x: Tensor, dense: bool) -> None:
         tokens = x.shape[0]

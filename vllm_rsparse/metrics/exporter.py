@@ -41,7 +41,7 @@ def facts(info: ArtifactInfo, backend: str, max_sparse_tokens: int) -> Facts:
     """Facts of an artifact and of the decisions made about it."""
     kept: dict[str, float] = {}
     channels: dict[str, int] = {}
-    for name, entry in info.linears.items():
+    for name, entry in info.entries.items():
         label = LinearName.parse(name).label
         # As it is counted: planes of a weight are seen and kept one by one.
         fraction = entry.kept_fraction

@@ -10,6 +10,9 @@ index, and the linear's name within its layer, which is called its *kind*:
 import re
 from dataclasses import dataclass, replace
 
+# Of the output layer in an artifact, whatever the checkpoint calls it.
+HEAD = "lm_head"
+
 _NAME = re.compile(
     r"(?:(?P<path>.*?)\.)??(?P<layer>0|[1-9]\d{0,8})\.(?P<kind>.+)", re.ASCII
 )

@@ -12,9 +12,8 @@ What goes from layer to layer besides hidden states (``SharedKeysValues``) is ap
 to them, so that whoever keeps the states keeps that too.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.memory import release_freed_memory
 from vllm_rsparse.model.module_weights import ModuleWeights
 from vllm_rsparse.model.modules import expose_linears
+from vllm_rsparse.model.output_head import OutputHead
 from vllm_rsparse.model.shared_kv import SharedKeysValues
 
 # On CUDA, the tokens that run together (whole windows). On a CPU windows run alone.
@@ -46,6 +46,7 @@ class StreamedModel:
         dtype: dtype to compute in.
         load_time: format that the linears' weights are quantized to while they load;
             the model is then the one that is served.
+        head_load_time: the same for the output layer.
 
     Raises:
         CheckpointError: transformers does not know the architecture, or its decoder
@@ -58,10 +59,12 @@ class StreamedModel:
         device: torch.device,
         dtype: torch.dtype,
         load_time: LoadTimeFormat | None = None,
+        head_load_time: LoadTimeFormat | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
+        self.head_load_time = head_load_time
         self._tensors = LanguageModel(checkpoint, load_time)
         self._model = _skeleton(self._tensors, dtype)
         self._base: nn.Module = self._model.base_model
@@ -95,7 +98,7 @@ class StreamedModel:
         return self._tensors.load_time
 
     def require_plain_head(self) -> None:
-        """Refuse to quantize an output layer that the checkpoint has quantized.
+        """Refuse to change an output layer that the checkpoint has quantized.
 
         Raises:
             CheckpointError: names what to do.
@@ -103,7 +106,7 @@ class StreamedModel:
         if self._tensors.head_is_quantized:
             raise CheckpointError(
                 f"{self.checkpoint.directory}: the output layer is quantized already;"
-                " leave out --head"
+                " leave out --head and --head-sparsity"
             )
 
     @property
@@ -220,15 +223,8 @@ class StreamedModel:
         return self._shared.join(out[0] if isinstance(out, tuple) else out, shared)
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+    def head(self) -> Iterator[OutputHead]:
         """Final norm, output projection and what the model does to its logits.
-
-        The model's own forward computes them, with its decoder replaced by the final
-        norm: scaled logits (Granite, Cohere) and soft caps (Gemma 2) are included.
-
-        Yields:
-            A function from hidden states [tokens, hidden] to logits
-            [tokens, vocabulary], differentiable where gradients are enabled.
 
         Raises:
             CheckpointError: the architecture has no ``model.norm`` or no output
@@ -239,35 +235,23 @@ class StreamedModel:
         if norm is None or projection is None:
             raise CheckpointError(
                 f"{self.checkpoint.directory}: {type(self._model).__name__} has no"
-                " model.norm and lm_head, which this recipe needs; use --recipe greedy"
+                " model.norm and lm_head, which this recipe, --head and --head-sparsity"
+                " need; use --recipe greedy without the two"
             )
         tied = not self._tensors.has("lm_head.weight")
         self._weights.materialise(
             projection, "model.embed_tokens" if tied else "lm_head"
         )
         self._weights.materialise(norm, "model.norm")
+        served = None
+        if self.head_load_time is not None:
+            weight = projection.weight
+            served = self.head_load_time.round_trip(weight).to(weight.dtype)
         try:
-            yield partial(self._logits, norm)
+            yield OutputHead(self._model, norm, projection, self.visible, served)
         finally:
             norm.to("meta")
             projection.to("meta")
-
-    def _logits(self, norm: nn.Module, hidden: Tensor) -> Tensor:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        class Output(BaseModelOutputWithPast):
-            """Without what some decoders also return (Gemma 4, experts)."""
-
-            def __getattr__(self, name: str) -> None:
-                if name.startswith("_"):
-                    raise AttributeError(name)
-
-        visible = self.visible(hidden)[None]
-        self._base.forward = lambda *_, **__: Output(last_hidden_state=norm(visible))
-        try:
-            return self._model(inputs_embeds=visible, use_cache=False).logits[0]
-        finally:
-            del self._base.forward
 
     def _record(self, window: Tensor) -> Tensor:
         """Run the model's forward on one window [1, tokens] with recording layers."""

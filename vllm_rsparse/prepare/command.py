@@ -119,9 +119,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--head",
         choices=HEADS,
         default=PrepareOptions.head,
-        help="what the output layer (lm_head) is quantized to when served; a tied"
-        " embedding stays as it is, and the output layer becomes a copy (default:"
-        " %(default)s)",
+        help="what the output layer (lm_head) is quantized to, for calibration and when"
+        " served; a tied embedding stays as it is, and the output layer becomes a copy"
+        " (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--head-sparsity",
+        type=float,
+        default=PrepareOptions.head_sparsity,
+        metavar="S",
+        help="fraction of the output layer's bytes that decoding skips, for example 0.3"
+        " (default: 0, dense)",
     )
     parser.add_argument(
         "--copy-weights",
@@ -170,6 +178,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         weights=args.weights,
         head=args.head,
+        head_sparsity=args.head_sparsity,
         copy_weights=args.copy_weights,
         seed=args.seed,
         overwrite=args.overwrite,

@@ -25,6 +25,7 @@ from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.quantized import OLD_KEY, base_quantization
 from vllm_rsparse.model.reads import token_reads
 from vllm_rsparse.model.streaming import StreamedModel
+from vllm_rsparse.prepare.calibration.head import CalibratedHead
 from vllm_rsparse.prepare.calibration.layers import Calibrated, Job
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.recipe.recipes import Recipe
@@ -79,6 +80,7 @@ class Directories:
             sparsity=info.sparsity,
             weights=None if load_time is None else load_time.name,
             head=None if options.head == AS_STORED else options.head,
+            head_sparsity=options.head_sparsity or None,
             base=base_quantization(checkpoint.config),
         )
         # The older name of the key: vLLM would read it as well.
@@ -95,6 +97,7 @@ class Directories:
             base=self.base,
             weights=self.options.weights,
             head=self.options.head,
+            sparse_head=None if calibrated.head is None else calibrated.head.entry,
             provenance=self._provenance(job, calibrated),
         )
 
@@ -128,4 +131,12 @@ class Directories:
                 token_reads(LanguageModel(model.checkpoint), self.linears)
             ),
             "svd": {"largest_residual": calibrated.residuals},
+            **_head_provenance(calibrated.head),
         }
+
+
+def _head_provenance(head: CalibratedHead | None) -> dict[str, Any]:
+    """What the output layer alone loses; empty where it is the base model's."""
+    if head is None:
+        return {}
+    return {"head": {"kl_divergence": head.divergence, "tokens": head.tokens}}

@@ -44,7 +44,8 @@ class PrepareOptions:
             planes, scales and zero points included; instead of ``sparsity``.
         weights: "as-stored", or the format that the linears' weights are quantized to
             while they load, for calibration and when served.
-        head: the same for the output layer, when served.
+        head: the same for the output layer.
+        head_sparsity: target of the output layer in [0, 1); 0 leaves it dense.
         copy_weights: copy the base's files instead of linking to them.
         seed: chooses the calibration windows and the randomised SVD's start.
         overwrite: replace an output that an earlier run wrote.
@@ -62,6 +63,7 @@ class PrepareOptions:
     dtype: str = "auto"
     weights: str = AS_STORED
     head: str = AS_STORED
+    head_sparsity: float = 0.0
     copy_weights: bool = False
     seed: int = 0
     overwrite: bool = False
@@ -89,6 +91,11 @@ class PrepareOptions:
                 f"--save-recipe {self.save_recipe}: goes with one --sparsity, got"
                 f" {len(self.outputs)}; every artifact lists its linears in"
                 " rsparse.json"
+            )
+        if not 0.0 <= self.head_sparsity < 1.0:
+            raise PrepareError(
+                f"--head-sparsity must lie in [0, 1), got {self.head_sparsity}: 0.3"
+                " skips 30% of the bytes of the output layer"
             )
         if self.rho is not None and not 0.0 < self.rho <= 1.0:
             raise PrepareError(

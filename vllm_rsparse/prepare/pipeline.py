@@ -10,7 +10,6 @@ import torch
 from vllm_rsparse.artifact.schema import ArtifactInfo, BaseWeights
 from vllm_rsparse.errors import CheckpointError, PrepareError
 from vllm_rsparse.formats.checkpoints.layout import main_format
-from vllm_rsparse.formats.names import AS_STORED
 from vllm_rsparse.formats.plane_bits import GROUPS, group_of, plane_bits
 from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
@@ -81,8 +80,9 @@ def prepare_all(options: PrepareOptions) -> list[ArtifactInfo]:
     load_time = load_time_format(options.weights, "--weights")
     if load_time is not None:
         load_time.check_base(base.format, str(checkpoint.directory))
-    model = StreamedModel(checkpoint, device, dtype, load_time)
-    if options.head != AS_STORED:
+    head_load_time = load_time_format(options.head, "--head")
+    model = StreamedModel(checkpoint, device, dtype, load_time, head_load_time)
+    if head_load_time is not None or options.head_sparsity > 0:
         model.require_plain_head()
     source = choose_text(options, texts, model, getattr(torch, stored_dtype))
     output = options.output.absolute()
@@ -99,7 +99,15 @@ def prepare_all(options: PrepareOptions) -> list[ArtifactInfo]:
             text = source.windows(store, [one.artifact for one in staged])
             on_sparse = recipe.activations == "sparse"
             prefix = dense_prefix(text.windows) if on_sparse else 0
-            run = Run(model, tuple(linears), text.windows, prefix, options.seed, store)
+            run = Run(
+                model,
+                tuple(linears),
+                text.windows,
+                prefix,
+                options.seed,
+                store,
+                head_sparsity=options.head_sparsity,
+            )
             planner = Planner(run, recipe)
             jobs = [
                 Job(run, sparsity, planner.plan(sparsity), one.tensors)

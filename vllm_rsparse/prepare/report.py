@@ -9,7 +9,8 @@ from vllm_rsparse.artifact.schema import (
     bits_read,
     model_sparsity,
 )
-from vllm_rsparse.model.names import LinearName, label_of
+from vllm_rsparse.formats.names import AS_STORED
+from vllm_rsparse.model.names import HEAD, LinearName, label_of
 from vllm_rsparse.text_table import align
 
 
@@ -33,7 +34,24 @@ def summary(info: ArtifactInfo) -> str:
         kinds.setdefault(LinearName.parse(name).kind, {})[name] = entry
     rows += [_row(label_of(kind), entries) for kind, entries in kinds.items()]
     rows.append(_row("all", info.linears))
-    return align(rows)
+    if info.sparse_head is not None and info.bits_read is None:
+        rows.append(_row(HEAD, {HEAD: info.sparse_head}))
+    return align(rows) + _head_loss(info)
+
+
+def _head_loss(info: ArtifactInfo) -> str:
+    """A line about an output layer that is not the base model's; else empty."""
+    head = info.provenance.get("head")
+    if head is None:
+        return ""
+    served = [info.head] if info.head != AS_STORED else []
+    if info.sparse_head is not None:
+        kept = info.sparse_head.kept_fraction
+        served.append(f"{kept:.1%} of its channels kept")
+    return (
+        f"\n{HEAD} ({', '.join(served)}) alone: KL divergence"
+        f" {head['kl_divergence']:.4f} nats on {head['tokens']} calibration tokens"
+    )
 
 
 def _row(label: str, entries: dict[str, LinearEntry]) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ class Run:
         store: keeps results for an interrupted run to resume from.
         sparsity: of the artifact that is worked on; None in the stages that all
             sparsities share.
+        head_sparsity: target of the output layer; 0: it is dense.
     """
 
     model: StreamedModel
@@ -60,6 +61,7 @@ class Run:
     seed: int
     store: RunStore
     sparsity: float | None = None
+    head_sparsity: float = 0.0
 
     @cached_property
     def layers(self) -> tuple[LayerLinears, ...]:

@@ -44,6 +44,7 @@ from vllm_rsparse.serving.settings import (
     claims,
     format_of,
     served_head,
+    served_head_sparsity,
     served_weights,
 )
 from vllm_rsparse.serving.speculation import draft_is_resolved
@@ -184,6 +185,7 @@ class RSparseConfig(QuantizationConfig):
         dictionaries = [overrides, self.settings]
         weights = served_weights(dictionaries, artifact.info, model_name)
         head = served_head(dictionaries, artifact.info)
+        head_sparsity = served_head_sparsity(dictionaries, artifact.info)
         route = choose_route(
             [settings.route for settings in dictionaries],
             current_platform.device_type,
@@ -197,7 +199,9 @@ class RSparseConfig(QuantizationConfig):
         # The metrics are those of the served model.
         draft = draft_is_resolved(model_name)
         metrics = None if draft else exporter.start(envs.metrics_interval(), facts)
-        decision = Decision(source, route, weights, head, metrics, local_report())
+        decision = Decision(
+            source, route, weights, head, head_sparsity, metrics, local_report()
+        )
         self._served = ServedModel(decision, artifact)
         if hf_config is not None:
             dictionary = None if self.base is None else self.base.dictionary
@@ -265,7 +269,7 @@ class RSparseConfig(QuantizationConfig):
         """
         method = base_method(self.base, layer, prefix, self.packed_modules_mapping)
         served = self.served
-        head = served.head_load_time
+        head = served.head
         if head is not None and isinstance(layer, VocabParallelEmbedding):
             return head_method(served, head, layer, method)
         if not isinstance(layer, LinearBase):

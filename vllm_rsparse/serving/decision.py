@@ -54,6 +54,8 @@ class Decision:
         weights: "as-stored", or the format that the weights of the artifact's linears
             are quantized to while they load.
         head: the same for the output layer.
+        head_sparsity: what the output layer was prepared for; 0: every step of it is
+            dense.
         metrics: where and how often to count; None: metrics are off.
         resolved_on: the node that decided, and its versions.
     """
@@ -62,6 +64,7 @@ class Decision:
     route: Route
     weights: str
     head: str
+    head_sparsity: float
     metrics: Counting | None
     resolved_on: Report
 
@@ -88,5 +91,6 @@ class Decision:
             dense_weights=str(self.route.dense_weights),
             weights=self.weights,
             head=self.head,
+            head_sparsity=self.head_sparsity,
             base=base,
         ).to_dict()

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output layer (lm_head) in FP8, also where it shares the embedding's weight.
+"""The output layer (lm_head) in FP8, sparse, or both; also tied to the embedding.
 
-vLLM computes logits outside of the compiled model, by the quantization method of the
-module that it calls ``lm_head``. That is a ``ParallelLMHead``, or the embedding itself
-where the two are tied; an embedding keeps its own weight for looking tokens up.
+vLLM computes logits outside of the compiled model, of the positions that it samples
+from, by the quantization method of the module that it calls ``lm_head``. That is a
+``ParallelLMHead``, or the embedding itself where the two are tied; an embedding keeps
+its own weight for looking tokens up.
 """
 
+import logging
 import weakref
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -22,34 +24,36 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.errors import ArtifactError
-from vllm_rsparse.formats.load_time import LoadTimeFormat
-from vllm_rsparse.op import layers, ops
-from vllm_rsparse.op.backends import load_backend, routes_of
+from vllm_rsparse.formats.plain import store_float
+from vllm_rsparse.model.names import HEAD
+from vllm_rsparse.op.backends import routes_of
+from vllm_rsparse.op.layers import DenseLayer
 from vllm_rsparse.op.operands import SparseOperands
-from vllm_rsparse.serving.served import ServedModel
-from vllm_rsparse.serving.weights.base import DATA
+from vllm_rsparse.serving.layer import SparseLayer
+from vllm_rsparse.serving.route import DenseWeights
+from vllm_rsparse.serving.served import HeadPlan, ServedModel
+from vllm_rsparse.serving.weights.base import DATA, DATA_BESIDE_BASE, register_stored
 
-# Where the elements are if `weight` is the embedding's.
-_DATA_BESIDE_EMBEDDING = "rsparse_head_weight"
-_TENSORS = ("scales", "zeros", "thresholds", "u", "v")
+logger = logging.getLogger(__name__)
 
 
 def head_method(
     served: ServedModel,
-    load_time: LoadTimeFormat,
+    plan: HeadPlan,
     layer: VocabParallelEmbedding,
     method: QuantizeMethodBase | None,
 ) -> QuantizeMethodBase | None:
-    """The method of an embedding or an output layer whose logits are quantized.
+    """The method of an embedding or an output layer whose logits are not the base's.
 
     Args:
         served: the model.
-        load_time: what the output layer is quantized to.
+        plan: how the output layer is served.
         layer: an embedding, or an output layer.
         method: what vLLM gives the layer without rsparse; None: its plain method.
 
     Raises:
-        ArtifactError: the checkpoint has quantized the output layer itself.
+        ArtifactError: the checkpoint has quantized the output layer itself, or vLLM is
+            to compute logits in another dtype.
     """
     plain = (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)
     is_head = isinstance(layer, ParallelLMHead)
@@ -57,82 +61,106 @@ def head_method(
         if not is_head:
             return method
         raise ArtifactError(
-            f"head is {load_time.name}, but the checkpoint has quantized the output"
-            f" layer itself ({type(method).__name__}); use head: as-stored"
+            f"head is {plan}, but the checkpoint has quantized the output layer itself"
+            f" ({type(method).__name__}); {plan.remedy}"
+        )
+    model = get_current_vllm_config().model_config
+    dtype = None if model is None else getattr(model, "head_dtype", None)
+    if model is not None and dtype not in (None, model.dtype):
+        raise ArtifactError(
+            f"head is {plan}, but head_dtype is {dtype}: vLLM would multiply with the"
+            f" base's weight; leave head_dtype out, or {plan.remedy}"
         )
     if is_head:
         served.heads += 1
-        return HeadMethod(served, load_time)
+        return HeadMethod(served, plan)
     served.embeddings += 1
-    return EmbeddingMethod(served, load_time)
+    return EmbeddingMethod(served, plan)
 
 
-class _Projection:
-    """The quantized output layer among a layer's parameters.
+class _Logits(SparseLayer):
+    """An output layer that runs through the op.
 
     Args:
         served: the model.
-        load_time: what the weight is quantized to.
-        data: name of the parameter for the elements.
+        plan: how the output layer is served.
+        keeps_weight: the layer's own ``weight`` stays: an embedding looks tokens up in
+            it, and dense steps use it unless the output layer is quantized.
     """
 
     def __init__(
-        self, served: ServedModel, load_time: LoadTimeFormat, data: str
+        self, served: ServedModel, plan: HeadPlan, *, keeps_weight: bool
     ) -> None:
-        self._load_time = load_time
-        self._data = data
-        self._backend = int(served.route.backend)
-        load_backend(self._backend)
-        routes_of(self._backend, load_time.format)
-        self._number = layers.next_layer()
+        super().__init__(served, [HEAD], DATA_BESIDE_BASE if keeps_weight else DATA)
+        self._plan = plan
+        self._keeps_weight = keeps_weight
+        if plan.entry is None:
+            self.max_sparse_tokens = 0
 
-    def register(self, layer: nn.Module, weight: Tensor) -> None:
-        """Quantize a weight [N, K]; rows that pad the vocabulary stay zero."""
-        layers.forget_layer(self._number)
-        k = weight.shape[1]
-        stored = self._load_time.encode(weight)
+    def store(self, layer: VocabParallelEmbedding) -> None:
+        """Store this rank's rows for the kernels; those that pad stay zero."""
+        plan, weight = self._plan, layer.get_parameter("weight").data
+        if not self._keeps_weight:
+            del layer.weight
+        if plan.load_time is None:
+            stored = store_float(weight)
+        else:
+            stored = plan.load_time.encode(weight)
+        routes_of(self.backend, stored.format)
+        register_stored(layer, stored, self.data_name)
+        as_the_base = self._keeps_weight and plan.load_time is None
+        tensors = LinearTensors(torch.full((stored.k,), -1.0))
+        if plan.entry is not None:
+            _require_shape(layer, plan.entry.shape)
+            tensors = self.served.artifact.read(HEAD)
         operands = SparseOperands.from_shards(
-            stored,
-            [LinearTensors(torch.full((k,), -1.0))],
-            [stored.n],
-            weight.dtype,
+            stored, [tensors], [stored.n], weight.dtype
         )
-        thresholds = Parameter(operands.thresholds, requires_grad=False)
-        layers.set_layer(thresholds, self._number)
-        tensors = (stored.scales, stored.zeros, thresholds, operands.u, operands.v)
-        names = (f"rsparse_head_{name}" for name in _TENSORS)
-        pairs = zip((self._data, *names), (stored.data, *tensors), strict=True)
-        for name, tensor in pairs:
-            if tensor is not None and not isinstance(tensor, Parameter):
-                tensor = Parameter(tensor, requires_grad=False)
-            layer.register_parameter(name, tensor)
-        weakref.finalize(layer, layers.forget_layer, self._number)
-        self._n, self._group = stored.n, stored.group
-
-    def __call__(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        """[..., K] to [..., N], every input channel at any number of tokens."""
-        out = ops.linear(
-            x.reshape(-1, x.shape[-1]),
-            getattr(layer, self._data),
-            *(getattr(layer, f"rsparse_head_{name}") for name in _TENSORS),
-            None,
-            bias,
-            [self._n],
-            [0],
-            self._load_time.format.code,
-            self._group,
-            0,
-            self._backend,
+        self.hold(layer, operands, _base_layer(layer) if as_the_base else None)
+        if plan.entry is not None:
+            counters = self.served.open_counters()
+            if counters is not None:
+                counters.register(self.layer_number, self.names, operands, last=True)
+        kept = weight.nbytes if self._keeps_weight else 0
+        logger.info(
+            "rsparse: %s loaded: %s, %.1f MiB%s",
+            HEAD,
+            plan,
+            stored.nbytes / (1 << 20),
+            f" next to the base's {kept / (1 << 20):.1f} MiB" if kept else "",
         )
-        return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-class HeadMethod(QuantizeMethodBase):
-    """An output layer with a weight of its own, which is quantized in place."""
+def _require_shape(layer: VocabParallelEmbedding, shape: tuple[int, int]) -> None:
+    found = (layer.org_vocab_size, layer.embedding_dim)
+    if shape != found:
+        raise ArtifactError(
+            f"the artifact's {HEAD} is {list(shape)}, the model's is {list(found)}; it"
+            " was prepared from another model: prepare this one"
+        )
 
-    def __init__(self, served: ServedModel, load_time: LoadTimeFormat) -> None:
+
+def _base_layer(layer: VocabParallelEmbedding) -> DenseLayer:
+    """Logits as vLLM computes them without rsparse; does not keep the layer alive."""
+    reference, plain = weakref.ref(layer), UnquantizedEmbeddingMethod()
+
+    def apply(x: Tensor, bias: Tensor | None) -> Tensor:
+        return plain.apply(reference(), x, bias)
+
+    return apply
+
+
+class HeadMethod(_Logits, QuantizeMethodBase):
+    """An output layer with a weight of its own, which is replaced.
+
+    It stays where the output layer is not quantized and dense weights are separate.
+    """
+
+    def __init__(self, served: ServedModel, plan: HeadPlan) -> None:
+        separate = served.route.dense_weights is DenseWeights.SEPARATE
+        keeps_weight = separate and plan.load_time is None
+        super().__init__(served, plan, keeps_weight=keeps_weight)
         self._plain = UnquantizedEmbeddingMethod()
-        self._projection = _Projection(served, load_time, DATA)
 
     def create_weights(self, layer: nn.Module, *args: object, **kwargs: object) -> None:
         """Register what the checkpoint has."""
@@ -149,51 +177,52 @@ class HeadMethod(QuantizeMethodBase):
         method = embed_tokens.quant_method
         if not isinstance(method, EmbeddingMethod):
             raise ArtifactError(
-                "head: the output layer shares the embedding's weight, and"
-                f" {type(method).__name__} in this model's embedding cannot serve it;"
-                " use head: as-stored"
+                f"head is {self._plan}, but the output layer shares the embedding's"
+                f" weight, and {type(method).__name__} in this model's embedding cannot"
+                f" serve it; {self._plan.remedy}"
             )
         method.is_head = True
         return embed_tokens
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Replace the weight by its quantized form."""
-        weight = layer.get_parameter("weight").data
-        del layer.weight
-        self._projection.register(layer, weight)
+    def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
+        """Replace the weight by what is served, or add that to it."""
+        if self._keeps_weight:
+            self._plain.process_weights_after_loading(layer)
+        self.store(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits of this rank's part of the vocabulary."""
-        return self._projection(layer, x, bias)
+        return self.call_op(layer, x, bias)
 
 
-class EmbeddingMethod(UnquantizedEmbeddingMethod):
+class EmbeddingMethod(_Logits, UnquantizedEmbeddingMethod):
     """An embedding that may be the output layer too.
 
-    It is looked up as it is stored; logits come from a quantized copy.
+    It is looked up as it is stored; logits come from a copy.
 
     Attributes:
         is_head: an output layer was tied to it.
     """
 
-    def __init__(self, served: ServedModel, load_time: LoadTimeFormat) -> None:
-        super().__init__()
+    def __init__(self, served: ServedModel, plan: HeadPlan) -> None:
+        super().__init__(served, plan, keeps_weight=True)
         self.is_head = False
-        self._served = served
-        self._projection = _Projection(served, load_time, _DATA_BESIDE_EMBEDDING)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Add the quantized copy if logits are computed here.
+    def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
+        """Add the copy if logits are computed here.
 
         Some models have no module for the output layer if it is tied.
         """
-        alone = self._served.heads == 0 and get_pp_group().is_last_rank
-        if self.is_head or alone:
-            self.is_head = True
-            self._projection.register(layer, layer.get_parameter("weight").data)
+        alone = self.served.heads == 0 and get_pp_group().is_last_rank
+        if not self.is_head and not alone:
+            return
+        self.is_head = True
+        if self._plan.load_time is None:
+            UnquantizedEmbeddingMethod.process_weights_after_loading(self, layer)
+        self.store(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits of this rank's part of the vocabulary."""
         if not self.is_head:
-            return super().apply(layer, x, bias)
-        return self._projection(layer, x, bias)
+            return UnquantizedEmbeddingMethod.apply(self, layer, x, bias)
+        return self.call_op(layer, x, bias)

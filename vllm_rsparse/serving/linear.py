@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """``RSparseLinearMethod``: how a linear layer gets its tensors and uses them."""
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -17,10 +15,11 @@ from vllm.model_executor.layers.linear import (
 
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.formats.base import StoredWeight
-from vllm_rsparse.op import layers, ops
-from vllm_rsparse.op.backends import DenseRoute, load_backend, routes_of
+from vllm_rsparse.op.backends import DenseRoute, routes_of
+from vllm_rsparse.op.layers import DenseLayer
 from vllm_rsparse.op.operands import SparseOperands
 from vllm_rsparse.serving.dense import BaseLayer
+from vllm_rsparse.serving.layer import SparseLayer
 from vllm_rsparse.serving.served import ServedModel
 from vllm_rsparse.serving.weights.base import (
     DATA,
@@ -50,14 +49,8 @@ class ShardSlice:
 
 
 @register_weight_loader_v2_supported_method
-class RSparseLinearMethod(LinearMethodBase):
+class RSparseLinearMethod(SparseLayer, LinearMethodBase):
     """Sparse-plus-low-rank linear layer with a dense route on the same weight copy.
-
-    Tensors of a loaded layer (N, K of this rank; S fused shards):
-        weight, rsparse_scales, rsparse_zeros: the stored weight (``weights.base``).
-        rsparse_thresholds: float32 [S, K].
-        rsparse_u, rsparse_v: the factors in the layout of ``SparseOperands``.
-        rsparse_correction: float32 [N], or None.
 
     Args:
         served: the model, shared by the methods of all its layers.
@@ -74,20 +67,11 @@ class RSparseLinearMethod(LinearMethodBase):
         weights: CheckpointWeights,
         dense: BaseLayer | None = None,
     ) -> None:
-        self.served = served
-        self.names = names
+        super().__init__(served, names, DATA if dense is None else DATA_BESIDE_BASE)
         self.weights = weights
         self.dense = dense
-        self.data_name = DATA if dense is None else DATA_BESIDE_BASE
-        # Plain ints: they become constants of the traced graph.
-        self.backend = int(served.route.backend)
-        self.max_sparse_tokens = served.route.policy.max_sparse_tokens
         # vLLM reads this. The base's own layer allocates its parameters at once.
         self.uses_meta_device = weights.while_loading and dense is None
-        # The route was chosen in another process, perhaps on another machine.
-        load_backend(self.backend)
-        # For metrics and other observers; a reload of the weights does not change it.
-        self.layer_number = layers.next_layer()
 
     def create_weights(
         self,
@@ -141,20 +125,18 @@ class RSparseLinearMethod(LinearMethodBase):
         if self.uses_meta_device and getattr(layer, _PROCESSED, False):
             return
         self.served.check_coverage()
-        layers.forget_layer(self.layer_number)
         stored = self.weights.stored(layer, self.partition)
         # A backend that cannot read the format fails here, and not at a request.
         routes = routes_of(self.backend, stored.format)
-        dense_bytes = 0
+        dense_bytes, dense_layer = 0, None
         if self.dense is None:
             replace_parameters(layer, self.weights, stored)
             if self.weights.quantised_inputs and routes.dense_quantised is not None:
-                dense = _with_weight(routes.dense_quantised, stored)
-                layers.set_dense_layer(self.layer_number, dense)
+                dense_layer = _with_weight(routes.dense_quantised, stored)
         else:
             register_stored(layer, stored, DATA_BESIDE_BASE)
             dense_bytes = self.dense.process(layer)
-            layers.set_dense_layer(self.layer_number, self.dense.bound_to(layer))
+            dense_layer = self.dense.bound_to(layer)
         slices: list[ShardSlice] = layer.rsparse_slices
         artifact = self.served.artifact
         # The all-reduce after a row-parallel layer adds up the ranks' outputs.
@@ -166,16 +148,7 @@ class RSparseLinearMethod(LinearMethodBase):
             self.partition.dtype,
             with_correction=not later_rank,
         )
-        for name in ("thresholds", "u", "v", "correction"):
-            tensor = getattr(operands, name)
-            frozen = None if tensor is None else Parameter(tensor, requires_grad=False)
-            layer.register_parameter(f"rsparse_{name}", frozen)
-        layers.set_layer(layer.rsparse_thresholds, self.layer_number)
-        weakref.finalize(layer, layers.forget_layer, self.layer_number)
-        # Lists and plain ints: they become constants of the traced graph.
-        self.shard_sizes = list(operands.shard_sizes)
-        self.ranks = list(operands.ranks)
-        self.weight_format, self.group = stored.format.code, stored.group
+        self.hold(layer, operands, dense_layer)
         self.served.note_loaded(
             self.names, stored.nbytes, dense_bytes, operands.artifact_nbytes
         )
@@ -187,27 +160,10 @@ class RSparseLinearMethod(LinearMethodBase):
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., K] to [..., N]; the op decides between the sparse and dense route."""
-        out = ops.linear(
-            x.reshape(-1, x.shape[-1]),
-            getattr(layer, self.data_name),
-            layer.rsparse_scales,
-            layer.rsparse_zeros,
-            layer.rsparse_thresholds,
-            layer.rsparse_u,
-            layer.rsparse_v,
-            layer.rsparse_correction,
-            bias,
-            self.shard_sizes,
-            self.ranks,
-            self.weight_format,
-            self.group,
-            self.max_sparse_tokens,
-            self.backend,
-        )
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+        return self.call_op(layer, x, bias)
 
 
-def _with_weight(route: DenseRoute, weight: StoredWeight) -> layers.DenseLayer:
+def _with_weight(route: DenseRoute, weight: StoredWeight) -> DenseLayer:
     """x [M, K], bias -> [M, N] by a route on this weight."""
 
     def apply(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,15 +4,18 @@
 import logging
 import weakref
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_pp_group, parallel_state
 
+from vllm_rsparse.artifact.schema import LinearEntry
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.formats.load_time import LoadTimeFormat
+from vllm_rsparse.formats.names import AS_STORED
 from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.metrics.counters import Counters, open_counters
 from vllm_rsparse.model.families import family_of
@@ -31,6 +34,30 @@ from vllm_rsparse.serving.speculation import log_verification
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class HeadPlan:
+    """How an output layer is served that is not the base model's.
+
+    Attributes:
+        load_time: format that it is quantized to while it loads; None: as stored.
+        entry: of the artifact, where it is sparse; None: every step is dense.
+    """
+
+    load_time: LoadTimeFormat | None
+    entry: LinearEntry | None
+
+    def __str__(self) -> str:
+        words = [AS_STORED if self.load_time is None else self.load_time.name]
+        if self.entry is not None:
+            words.append(f"sparsity {self.entry.sparsity:g}")
+        return ", ".join(words)
+
+    @property
+    def remedy(self) -> str:
+        """What to do where the model cannot be served so."""
+        return f"use head: {AS_STORED} and head_sparsity: 0"
+
+
 class ServedModel:
     """The opened artifact, and what this process has built of the model.
 
@@ -43,8 +70,8 @@ class ServedModel:
 
     Attributes:
         coverage: which of the artifact's linears the layers claimed.
-        heads: output layers with a weight of their own that are quantized.
-        embeddings: embeddings that can be quantized output layers.
+        heads: output layers with a weight of their own that are not the base's.
+        embeddings: embeddings that can be such output layers.
     """
 
     def __init__(self, decision: Decision, artifact: Artifact | None = None) -> None:
@@ -88,11 +115,15 @@ class ServedModel:
         return self._artifact
 
     @property
-    def head_load_time(self) -> LoadTimeFormat | None:
-        """The same for the output layer; None also where every step is dense."""
+    def head(self) -> HeadPlan | None:
+        """How the output layer is served; None: it is the base model's."""
+        decision = self.decision
         if self.route.policy.always_dense:
             return None
-        return load_time_format(self.decision.head)
+        sparse = decision.head_sparsity > 0
+        entry = self.artifact.info.sparse_head if sparse else None
+        plan = HeadPlan(load_time_format(decision.head), entry)
+        return None if plan == HeadPlan(None, None) else plan
 
     def require_same_versions(self) -> None:
         """Refuse to serve here what a node with other versions decided.
@@ -121,6 +152,7 @@ class ServedModel:
             artifact=digest,
             weights=self.decision.weights,
             head=self.decision.head,
+            head_sparsity=str(self.decision.head_sparsity),
             **self.route.facts(),
         )
         require_agreement(gather_reports(mine, _world_group()))
@@ -166,10 +198,10 @@ class ServedModel:
         built = _built_model(self.decision.source.model, self._engine)
         self.coverage.check(self.artifact, built)
         missing = not self.heads and not self.embeddings
-        if self.head_load_time and missing and get_pp_group().is_last_rank:
+        if self.head is not None and missing and get_pp_group().is_last_rank:
             raise ArtifactError(
-                f"head is {self.decision.head}, but {built.architecture} builds its"
-                " output layer without a quantization config; use head: as-stored"
+                f"head is {self.head}, but {built.architecture} builds its output layer"
+                f" without a quantization config; {self.head.remedy}"
             )
 
     def note_loaded(

@@ -44,6 +44,7 @@ class Settings:
         base: the checkpoint's own ``quantization_config``.
         weights: ``as-stored``, or what weights are quantized to while they load.
         head: the same for the output layer.
+        head_sparsity: of the output layer; 0: it is dense.
     """
 
     where: str
@@ -55,6 +56,7 @@ class Settings:
     base: Mapping[str, Any] | None = None
     weights: str | None = None
     head: str | None = None
+    head_sparsity: float | None = None
 
     @classmethod
     def of_quantization_config(cls, config: dict[str, Any]) -> "Settings":
@@ -103,6 +105,7 @@ class Settings:
             read.base,
             read.weights,
             read.head,
+            read.head_sparsity,
         )
 
     @property
@@ -170,6 +173,30 @@ def served_head(dictionaries: Sequence[Settings], info: ArtifactInfo) -> str:
     """What the output layer is quantized to; arguments as for ``served_weights``."""
     chosen = (settings.head for settings in dictionaries)
     return next((head for head in chosen if head is not None), info.head)
+
+
+def served_head_sparsity(dictionaries: Sequence[Settings], info: ArtifactInfo) -> float:
+    """The output layer's sparsity; arguments as for ``served_weights``.
+
+    Returns:
+        What it was prepared for, or 0: it is dense.
+
+    Raises:
+        SettingError: it was prepared for another one.
+    """
+    prepared = info.head_sparsity
+    for settings in dictionaries:
+        chosen = settings.head_sparsity
+        if chosen is None:
+            continue
+        if chosen not in (0, prepared):
+            allowed = f"{prepared} or 0 (dense)" if prepared else "0 (dense)"
+            raise SettingError(
+                f"{settings.where}.head_sparsity is {chosen}; the artifact allows"
+                f" {allowed}: prepare the model with --head-sparsity {chosen}"
+            )
+        return chosen
+    return prepared
 
 
 def claims(

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from vllm_rsparse.artifact.schema import LinearEntry
 from vllm_rsparse.artifact.tensors import LinearTensors, scales_name
+from vllm_rsparse.model.names import HEAD
+from vllm_rsparse.prepare.calibration.head import CalibratedHead, calibrate_head
 from vllm_rsparse.prepare.calibration.layer import (
     LayerCalibration,
     LayerResult,
@@ -27,10 +29,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Calibrated:
-    """JSON entries by name, and by method the largest residual of the factors."""
+    """What the artifact holds besides tensors.
+
+    Attributes:
+        entries: JSON entries by name.
+        residuals: by method, the largest residual of the factors.
+        head: the output layer, where it is not the base model's.
+    """
 
     entries: dict[str, LinearEntry] = field(default_factory=dict)
     residuals: dict[str, float] = field(default_factory=dict)
+    head: CalibratedHead | None = None
 
     def add(self, result: LayerResult) -> None:
         """Add the results of one layer."""
@@ -126,6 +135,9 @@ def _calibrate_on_dense(
                     calibration.calibrate(linear, x, planes)
         for artifact, calibration in zip(artifacts, calibrations, strict=True):
             artifact.write(layer, calibration.result)
+    head = calibrate_head(run, hidden)
+    for artifact in artifacts:
+        artifact.write_head(head)
 
 
 class _Artifact:
@@ -165,6 +177,7 @@ class _Artifact:
                 if store.state_due():
                     store.put(state, {"hidden": hidden}, position + 1)
             self.write(layer, result)
+        self.write_head(calibrate_head(run, hidden))
 
     def write(self, layer: LayerLinears, result: LayerResult) -> None:
         """Write the results of a layer."""
@@ -175,6 +188,13 @@ class _Artifact:
             if scales is not None:
                 self._writer.write(scales_name(linear.name), scales)
         self.calibrated.add(result)
+
+    def write_head(self, head: CalibratedHead | None) -> None:
+        """Write what was found of the output layer."""
+        self.calibrated.head = head
+        if head is not None and head.thresholds is not None:
+            for name, tensor in LinearTensors(head.thresholds).named(HEAD).items():
+                self._writer.write(name, tensor)
 
 
 def _specs(run: Run, planned: Planned, dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -195,4 +215,7 @@ def _specs(run: Run, planned: Planned, dtype: torch.dtype) -> dict[str, TensorSp
             specs[name] = TensorSpec(tuple(tensor.shape), tensor.dtype)
         if load_time is not None and load_time.artifact_scales:
             specs[scales_name(linear.name)] = TensorSpec((n,), torch.float32)
+    if run.head_sparsity > 0:
+        channels = run.model.config["hidden_size"]
+        specs[f"{HEAD}.thresholds"] = TensorSpec((channels,), torch.float32)
     return specs

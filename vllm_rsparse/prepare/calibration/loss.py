@@ -7,29 +7,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vllm_rsparse.model.streaming import StreamedModel
-from vllm_rsparse.prepare.calibration.thresholds import chunk_elements
+from vllm_rsparse.prepare.calibration.head import served_head
+from vllm_rsparse.prepare.run import Run
 
 
 @torch.no_grad()
-def text_losses(
-    model: StreamedModel, states: Sequence[Tensor], windows: Tensor, dense_prefix: int
-) -> list[float]:
+def text_losses(run: Run, states: Sequence[Tensor]) -> list[float]:
     """Mean negative log likelihood of the text (nats); NaN becomes infinity.
 
     Args:
-        model: the streamed base model; its head is loaded once for all states.
+        run: the model and the text; positions behind its dense prefix count. The
+            output layer is the served model's, and is loaded once for all states.
         states: [samples, tokens, hidden] each, outputs of the last layer.
-        windows: int64 [samples, tokens].
-        dense_prefix: leading positions of each window that are not counted.
     """
-    labels = windows[:, dense_prefix + 1 :].to(model.device)
+    first = run.dense_prefix
+    labels = run.windows[:, first + 1 :].to(run.model.device)
     result = []
-    with model.head() as head:
+    with served_head(run) as head:
         for state in states:
+            head.calibrate(state[:, first:].flatten(0, 1))
             total = 0.0
             for row, wanted in zip(state, labels, strict=True):
-                logs = head(row[dense_prefix:-1]).float().log_softmax(-1)
+                logs = head(row[first:-1]).float().log_softmax(-1)
                 picked = logs.gather(-1, wanted.unsqueeze(-1))
                 total -= picked.sum(dtype=torch.float64).item()
             loss = total / labels.numel()
@@ -37,27 +36,19 @@ def text_losses(
     return result
 
 
-@torch.no_grad()
-def divergence(
-    model: StreamedModel, state: Tensor, dense: Tensor, dense_prefix: int
-) -> float:
+def divergence(run: Run, state: Tensor, dense: Tensor) -> float:
     """Mean KL(dense || sparse) of the next token's distribution (nats).
 
     NaN becomes infinity. On few tokens it distinguishes candidates better than the loss
-    does, which depends on what the text's author happened to write.
+    does, which depends on what the text's author happened to write. The sparse model's
+    output layer is the one that will be served.
 
     Args:
-        model: the streamed base model.
+        run: the model and the text; positions behind its dense prefix count.
         state: [samples, tokens, hidden], the output of the last layer.
         dense: the same of the dense model.
-        dense_prefix: leading positions of each window that are not counted.
     """
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    counted = [x[:, dense_prefix:].flatten(0, 1) for x in (state, dense)]
-    with model.head() as head:
-        chunk = max(1, chunk_elements(model.device) // model.vocab_size)
-        for rows, wanted in zip(*(part.split(chunk) for part in counted), strict=True):
-            logs, other = (head(x).float().log_softmax(-1) for x in (rows, wanted))
-            total += (other.exp() * (other - logs)).sum(dtype=torch.float64)
-    result = total.item() / len(counted[0])
-    return result if math.isfinite(result) else math.inf
+    sparse, exact = (x[:, run.dense_prefix :].flatten(0, 1) for x in (state, dense))
+    with served_head(run) as head:
+        head.calibrate(sparse)
+        return head.divergence(sparse, exact)

@@ -84,7 +84,7 @@ class Candidates:
                             )
                             sparse.install(linear.kind, tensors, run.dense_prefix)
                         model.run_layer(layer.index, state)
-        return text_losses(model, states, run.windows, run.dense_prefix)
+        return text_losses(run, states)
 
 
 class _Table:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from vllm_rsparse.model.finite import check_activations
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
+from vllm_rsparse.prepare.calibration.head import served_head
 from vllm_rsparse.prepare.calibration.thresholds import row_chunks
 from vllm_rsparse.prepare.run import LayerLinears, Run
 from vllm_rsparse.prepare.search.states import LayerStates, run_dense
@@ -130,7 +131,7 @@ def _start(run: Run, hidden: Tensor) -> tuple[Tensor, int]:
     if _GRADIENT in store:
         tensors, reached = store.get(_GRADIENT)
         return tensors["gradient"].to(run.model.device), reached
-    gradient = _output_gradient(run.model, hidden, run.dense_prefix, run.seed)
+    gradient = _output_gradient(run, hidden)
     store.put(_GRADIENT, {"gradient": gradient}, len(run.layers))
     return gradient, len(run.layers)
 
@@ -228,13 +229,16 @@ def _backward(
             gradient[windows] = by_input
 
 
-def _output_gradient(
-    model: StreamedModel, hidden: Tensor, dense_prefix: int, seed: int
-) -> Tensor:
-    """Gradient of the summed loss by the last layer's output, labels drawn from it."""
+def _output_gradient(run: Run, hidden: Tensor) -> Tensor:
+    """Gradient of the summed loss by the last layer's output, labels drawn from it.
+
+    The output layer is the one that will be served.
+    """
     gradient = torch.zeros_like(hidden)
-    generator = torch.Generator(device=hidden.device).manual_seed(seed)
-    with model.head() as head, torch.enable_grad():
+    generator = torch.Generator(device=hidden.device).manual_seed(run.seed)
+    dense_prefix = run.dense_prefix
+    with served_head(run) as head, torch.enable_grad():
+        head.calibrate(hidden[:, dense_prefix:].flatten(0, 1))
         for row in range(len(hidden)):
             h = hidden[row, dense_prefix:].detach().clone().requires_grad_()
             logits = head(h)

@@ -202,7 +202,7 @@ class _Trials:
     def _divergence(self, candidate: Candidate) -> float:
         run = self._run
         hidden = run_sparse(run, self.planned(candidate), candidate.label)
-        return divergence(run.model, hidden, self._dense, run.dense_prefix)
+        return divergence(run, hidden, self._dense)
 
     def _plans(self, candidate: Candidate) -> Mapping[str, LinearPlan]:
         if not candidate.factors:

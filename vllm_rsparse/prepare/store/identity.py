@@ -61,6 +61,8 @@ def run_identity(
         "--device": model.device.type,
         "--dtype": str(model.dtype),
         "--weights": options.weights,
+        "--head": options.head,
+        "--head-sparsity": options.head_sparsity,
     }
 
 
