@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``inspect``: the figures it prints are those of the artifact."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_rsparse.artifact.reads import covered
+from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.cli import main
 
 # name -> (N, K, rank, has bias); conftest's entries say kept fraction 0.5.
@@ -54,21 +57,102 @@ def test_a_sparse_output_layer(
     assert sparsity["-"] == ["-", "-", "0.375"]
 
 
+def figures(output: str, title: str) -> dict[str, list[str]]:
+    """A table of bytes: label -> its figures."""
+    block = next(part for part in output.split("\n\n") if part.startswith(title))
+    lines = [re.split(r"  +", line) for line in block.splitlines()]
+    return {label: values for label, *values in lines}
+
+
+N = 1024
+MIB = 1 << 20
+# Bytes of a [N, N] weight that is half read: of its channels, and of what is read
+# whatever is kept; of all of it.
+FORMATS = {
+    "float": ({}, 2 * N * N / 2, 0, 2 * N * N),
+    "fp8": ({}, N * N / 2, 4 * N, N * N + 4 * N),
+    "fp8-block": ({}, (N * N + 64 * 4) / 2, 0, N * N + 64 * 4),
+    # Scales of two bytes, and zero points of half a byte, in eight groups.
+    "int4": ({"group": 128}, (N * N / 2 + 16 * N) / 2, 0, N * N / 2 + 16 * N),
+    "int4 with zeros": (
+        {"group": 128, "zeros": True},
+        (N * N / 2 + 20 * N) / 2,
+        0,
+        N * N / 2 + 20 * N,
+    ),
+    "int4 per channel": ({}, N * N / 4, 2 * N, N * N / 2 + 2 * N),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_bytes_per_token(
-    write_artifact: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write_artifact: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
-    n = 1024
-    write_artifact(tmp_path, {"model.layers.0.mlp.up_proj": (n, n, 64, True)})
+    base, columns, scales, dense = FORMATS[name]
+    base = {"format": name.split()[0], "dtype": "bfloat16"} | base
+    linears = {"model.layers.0.mlp.up_proj": (N, N, 64, True)}
+    write_artifact(tmp_path, linears, torch.bfloat16, base=base)
     assert main(["inspect", str(tmp_path)]) == 0
-    output = capsys.readouterr().out
-    block = next(p for p in output.split("\n\n") if p.startswith("bytes read"))
-    figures = {line[:28].strip(): line.split()[-2:] for line in block.splitlines()}
-    # float32, in MiB: half of 4; 64 (1024 + 1024) 4 bytes; 2 * 1024 * 4 bytes.
-    assert figures["kept columns"] == ["2.000", "0.500"]
-    assert figures["factors"] == ["0.500", "0.125"]
-    assert figures["thresholds and corrections"] == ["0.008", "0.002"]
-    assert figures["sparse, in all"] == ["2.508", "0.627"]
-    assert figures["dense"] == ["4.000", "1.000"]
+    found = figures(capsys.readouterr().out, "bytes read")
+    factors, vectors = 2 * 64 * 2 * N, 4 * 2 * N
+    expected = {
+        "kept columns": columns,
+        "factors": factors,
+        "thresholds and corrections": vectors,
+        "sparse, in all": columns + scales + factors + vectors,
+        "dense": dense,
+    }
+    if scales:
+        expected["scales of output channels"] = scales
+    del found["bytes read per token"]
+    assert found == {
+        label: [f"{size / MIB:.3f}", f"{size / dense:.3f}"]
+        for label, size in expected.items()
+    }
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_bytes_of_the_whole_model(
+    write_artifact: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    known: bool,
+) -> None:
+    linears = {"model.layers.0.mlp.up_proj": (N, N, 0, False)}
+    elements = {"linears": N * N, "experts": 0, "others": N * N, "head": 8 * N * N}
+    provenance: dict[str, Any] = {"token_reads": elements}
+    if known:
+        provenance["head"] = {"shape": [8 * N, N]}
+    scales = {"model.layers.0.mlp.up_proj.scales": torch.ones(N)}
+    write_artifact(
+        tmp_path,
+        linears,
+        torch.bfloat16,
+        weights="fp8",
+        head="fp8",
+        more=scales,
+        provenance=provenance,
+    )
+    assert main(["inspect", str(tmp_path)]) == 0
+    found = figures(capsys.readouterr().out, "bytes of the whole")
+    mine, others = N * N + 4 * N, 2 * N * N
+    head = 8 * (N * N + 4 * N) if known else 8 * N * N
+    sparse = N * N / 2 + 4 * N + 4 * N
+    total = mine + others + head
+    for label, read, dense in (
+        ("these linears (fp8)", sparse, mine),
+        ("other weights of the layers", others, others),
+        ("lm_head (fp8)", head, head),
+        ("in all", sparse + others + head, total),
+    ):
+        sizes = [f"{size / MIB:.3f}" for size in (read, dense)]
+        assert found[label] == [*sizes, f"{dense / total:.3f}"]
+    assert covered(Artifact(tmp_path).info).startswith(
+        f", which cover {mine / total:.0%} of"
+    )
 
 
 def test_prepared_directory(

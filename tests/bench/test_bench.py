@@ -58,6 +58,13 @@ def test_layers_are_fused_and_counted_as_the_engine_sees_them() -> None:
         assert set(layer.ranks) == {2}
 
 
+def test_a_sparse_output_layer_is_one_of_them() -> None:
+    head = LinearEntry((1000, 64), 0.4, 1.0, 0, 0.625)
+    info = replace(info_of(), sparse_head=head, head="fp8")
+    # Padded to 1024 rows.
+    assert layers_of(info, 2)[-1] == Layer("lm_head", (512,), 64, 0.625, format="fp8")
+
+
 def test_tensor_parallel_halves_rows_or_columns() -> None:
     layers = {layer.name: layer for layer in layers_of(info_of(), 2)}
     assert layers["qkv"].shard_sizes == (32, 16, 16)

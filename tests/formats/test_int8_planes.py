@@ -97,12 +97,13 @@ def test_zero_and_constant_groups_are_exact() -> None:
 
 def test_bytes_by_plane() -> None:
     stored = encode_planes(torch.randn(64, 256), 128, torch.bfloat16)
-    first, second = INT8_PLANES.plane_bytes(stored, 64)
+    read = INT8_PLANES.bytes_of(stored, 64)
+    first, second = read.rows
     assert first == 32 + 64 * 2.5 / 128
     assert second == 32
-    assert 256 * INT8_PLANES.row_bytes(stored, 64) == stored.nbytes
-    assert 256 * first == 256 * INT4.row_bytes(stored, 64)
-    assert INT8_PLANES.fixed_bytes(stored, 64) == 0
+    assert read.whole(256) == stored.nbytes
+    assert (first,) == INT4.bytes_of(stored, 64).rows
+    assert read.fixed == 0
 
 
 def test_the_group_is_the_largest_that_divides() -> None:
@@ -118,7 +119,7 @@ def test_bits_are_those_of_the_tensors(k: int) -> None:
     stored = PLANES_WHILE_LOADING.encode(torch.randn(16, k))
     assert stored.scales is not None
     assert stored.scales.dtype == torch.bfloat16
-    bits = [8 * size / 16 for size in INT8_PLANES.plane_bytes(stored, 16)]
+    bits = [8 * size / 16 for size in INT8_PLANES.bytes_of(stored, 16).rows]
     assert plane_bits(k) == tuple(bits)
 
 

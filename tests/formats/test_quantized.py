@@ -175,9 +175,9 @@ def test_bytes_of_reading_everything_are_the_bytes_at_rest() -> None:
         _int4(64, 256, 256),
     ]
     for weight in weights:
-        read = weight.k * weight.format.row_bytes(weight, weight.n)
-        fixed = weight.format.fixed_bytes(weight, weight.n)
-        assert read + fixed == weight.nbytes, weight.format.name
+        read = weight.format.bytes_of(weight, weight.n)
+        assert read.whole(weight.k) == weight.nbytes, weight.format.name
+        assert read.read(weight.k, (1.0,)) == weight.nbytes
 
 
 def test_int4_dequantises_as_compressed_tensors_does() -> None:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_rsparse.artifact.reads import token_shares
+from vllm_rsparse.artifact.reads import LinearReads, linear_reads, token_reads_of
 from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry
-from vllm_rsparse.formats.plane_bits import plane_bits
-from vllm_rsparse.model.names import LinearName, label_of
+from vllm_rsparse.formats.names import AS_STORED
+from vllm_rsparse.model.names import HEAD, LinearName, label_of
 from vllm_rsparse.text_table import align
 
-_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MIB = 1 << 20
 
 
@@ -102,58 +101,45 @@ def _table(figure: _Figure, grid: _Grid) -> str:
 
 def _bytes_per_token(info: ArtifactInfo) -> str:
     """What one decoded token reads: weights, and the float32 vectors of the method."""
-    entries = info.linears.values()
-    dense = sum(_stored_bytes(info, entry) for entry in entries)
-    width = _DTYPE_BYTES[info.dtype]
-    factors = width * sum(entry.rank * sum(entry.shape) for entry in entries)
-    columns = sum(entry.read_fraction * _stored_bytes(info, entry) for entry in entries)
-    vectors = 4 * sum(
-        entry.shape[1] * (1 if entry.full_fraction is None else 2)
-        + entry.shape[0] * entry.correction
-        for entry in entries
-    )
-    rows = [
-        ["bytes read per token", "MiB", "of dense"],
-        *(
-            [label, f"{size / _MIB:.3f}", f"{size / dense:.3f}"]
-            for label, size in (
-                ("kept columns", columns),
-                ("factors", factors),
-                ("thresholds and corrections", vectors),
-                ("sparse, in all", columns + factors + vectors),
-                ("dense", dense),
-            )
-        ),
-    ]
-    return align(rows) + _token_shares(info)
+    reads = linear_reads(info)
+    rows = [["bytes read per token", "MiB", "of dense"]]
+    for label, size in (
+        ("kept columns", reads.columns),
+        ("scales of output channels", reads.scales),
+        ("factors", reads.factors),
+        ("thresholds and corrections", reads.vectors),
+        ("sparse, in all", reads.sparse),
+        ("dense", reads.dense),
+    ):
+        if size or reads.scales or label != "scales of output channels":
+            rows.append([label, f"{size / _MIB:.3f}", f"{size / reads.dense:.3f}"])
+    return "\n\n".join([align(rows), *_whole_model(info)])
 
 
-def _token_shares(info: ArtifactInfo) -> str:
-    """A line about the whole model; empty if not known."""
-    shares = token_shares(info)
-    if not shares:
-        return ""
+def _whole_model(info: ArtifactInfo) -> list[str]:
+    """A table of what a token reads of the whole model; none if not known."""
+    parts = token_reads_of(info)
+    if not parts:
+        return []
+    head = [info.head] if info.head != AS_STORED else []
+    head += ["sparse"] if info.sparse_head is not None else []
     names = {
-        "linears": "these linears",
+        "linears": f"these linears ({info.served_format})",
         "experts": "routed experts (dense)",
         "others": "other weights of the layers",
-        "head": "lm_head",
+        "head": f"{HEAD} ({', '.join(head)})" if head else HEAD,
     }
-    parts = [f"{names.get(k, k)} {v:.1%}" for k, v in shares.items() if v]
-    return f"\nof all weights that a token reads: {', '.join(parts)}"
-
-
-def _stored_bytes(info: ArtifactInfo, entry: LinearEntry) -> float:
-    """Bytes of a linear's weight in the engine, with the scales of groups."""
-    if info.served_format == "int8-planes":
-        bits = sum(plane_bits(entry.shape[1]))
-    elif info.served_format == "int4":
-        bits = 4 + (16 / info.base.group if info.base.group else 0)
-    elif info.served_format in ("fp8", "fp8-block"):
-        bits = 8
-    else:
-        bits = 8 * _DTYPE_BYTES[info.dtype]
-    return bits / 8 * entry.dense_elements
+    total = LinearReads()
+    for part in parts.values():
+        total += part
+    rows = [["bytes of the whole model", "sparse MiB", "dense MiB", "of dense"]]
+    for label, part in [
+        *((names[key], part) for key, part in parts.items() if part.dense),
+        ("in all", total),
+    ]:
+        sizes = [f"{size / _MIB:.3f}" for size in (part.sparse, part.dense)]
+        rows.append([label, *sizes, f"{part.dense / total.dense:.3f}"])
+    return [align(rows)]
 
 
 def _provenance(info: ArtifactInfo) -> str:

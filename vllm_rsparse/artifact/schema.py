@@ -150,11 +150,13 @@ class BaseWeights:
         dtype: dtype of the weights; once dequantised, if they are quantized.
         group: input channels that share a scale in INT4; 0 if all do, and in the other
             formats.
+        zeros: whether INT4 has zero points.
     """
 
     format: StrictStr = one_of(*WEIGHT_FORMATS)
     dtype: StrictStr = one_of(*DTYPES)
     group: StrictInt = must("be an integer >= 0", default=0, ge=0)
+    zeros: StrictBool = must("be true or false", default=False)
 
 
 @dataclass(frozen=True, config=CONFIG)

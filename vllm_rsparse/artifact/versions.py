@@ -118,7 +118,7 @@ def read_info(text: str, where: str) -> ArtifactInfo:
 def write_info(info: ArtifactInfo) -> str:
     """Content of ``rsparse.json``, in the newest version; ``read_info`` reads it."""
     raw = asdict(info) | {"format_version": FORMAT_VERSION}
-    # Floats have no group.
+    # Most have no group, or no zero points.
     raw["base"] = {key: value for key, value in raw["base"].items() if value}
     for key in ("weights", "head"):
         if raw[key] == AS_STORED:

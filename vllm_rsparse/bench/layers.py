@@ -8,9 +8,11 @@ from vllm_rsparse.errors import SettingError
 from vllm_rsparse.formats.fp8_block import BLOCK, FP8_BLOCK
 from vllm_rsparse.formats.int4 import INT4
 from vllm_rsparse.formats.int8_planes import INT8_PLANES
+from vllm_rsparse.formats.names import AS_STORED
+from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.formats.plane_bits import group_of
 from vllm_rsparse.model.families import by_engine_layer, kind_of
-from vllm_rsparse.model.names import LinearName, label_of
+from vllm_rsparse.model.names import HEAD, LinearName, label_of
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class Layer:
 # weight give (docs/notes/planes.md).
 _FULL_SHARE = 0.1
 
+# vLLM pads the vocabulary to a multiple of this.
+_VOCABULARY_MULTIPLE = 64
+
 _LLAMA_3_8B = (
     Layer("qkv", (4096, 1024, 1024), 4096),
     Layer("o", (4096,), 4096),
@@ -123,7 +128,7 @@ SHAPES: dict[str, tuple[Layer, ...]] = {
 
 
 def layers_of(info: ArtifactInfo, tensor_parallel: int) -> list[Layer]:
-    """The distinct layers of a prepared model, one per shape.
+    """The distinct layers of a prepared model that are sparse, one per shape.
 
     Kept fractions and ranks of a shape are the means over its layers, so that the sum
     of ``count`` times each layer's time represents the model.
@@ -149,9 +154,26 @@ def layers_of(info: ArtifactInfo, tensor_parallel: int) -> list[Layer]:
         shape = (name, sizes, entries[0].shape[1] // columns)
         alike.setdefault(shape, []).append(entries)
     layers = [_mean_layer(*shape, groups) for shape, groups in alike.items()]
-    if info.served_format == INT8_PLANES.name:
-        return [one.stored_as(INT8_PLANES.name, group_of(one.k) or 0) for one in layers]
-    return [one.stored_as(info.served_format, info.base.group) for one in layers]
+    in_planes = info.served_format == INT8_PLANES.name
+    stored = [
+        one.stored_as(
+            info.served_format, (group_of(one.k) or 0) if in_planes else info.base.group
+        )
+        for one in layers
+    ]
+    return stored + _head(info, tensor_parallel)
+
+
+def _head(info: ArtifactInfo, tensor_parallel: int) -> list[Layer]:
+    """The output layer, where it is sparse; a rank's rows as vLLM pads them."""
+    entry = info.sparse_head
+    if entry is None:
+        return []
+    n, k = entry.shape
+    padded = -(-n // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+    rows = -(-padded // tensor_parallel)
+    name = FLOAT.name if info.head == AS_STORED else info.head
+    return [Layer(HEAD, (rows,), k, entry.kept_fraction, format=name)]
 
 
 def _mean_layer(

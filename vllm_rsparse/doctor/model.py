@@ -48,8 +48,11 @@ def tuned_shapes(directory: Path) -> Iterator[Finding]:
         yield Finding(Level.OK, "tuned shapes", "only the triton backend uses them")
         return
     info = open_artifact(directory).info
-    kind = format_of_name(info.served_format).kind(getattr(torch, info.base.dtype))
-    needed = {Problem(one.n, one.k, kind, one.group) for one in layers_of(info, 1)}
+    dtype = getattr(torch, info.base.dtype)
+    needed = {
+        Problem(one.n, one.k, format_of_name(one.format).kind(dtype), one.group)
+        for one in layers_of(info, 1)
+    }
     device = current_platform.get_device_name()
     tables = device_tables(device)
     tuned = {entry.problem for table in tables for entry in table.entries}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.errors import RSparseError
+from vllm_rsparse.formats.stored_bytes import StoredBytes, stored_bytes
 
 
 class WeightFormatError(RSparseError):
@@ -134,17 +135,14 @@ class WeightFormat(ABC):
         """What each plane stands for, float32 [N, K] each; the weight is their sum."""
         return (self.dequantise(weight),)
 
-    @abstractmethod
-    def row_bytes(self, weight: StoredWeight, columns: int) -> float:
-        """Bytes that reading one input channel costs, for ``columns`` output features.
-
-        Scales and zeros that a group of channels shares are counted in equal parts.
-        """
-
-    def plane_bytes(self, weight: StoredWeight, columns: int) -> tuple[float, ...]:
-        """``row_bytes`` by plane."""
-        return (self.row_bytes(weight, columns),)
-
-    @abstractmethod
-    def fixed_bytes(self, weight: StoredWeight, columns: int) -> int:
-        """Bytes read once per call whatever is kept: scales per output channel."""
+    def bytes_of(self, weight: StoredWeight, columns: int) -> StoredBytes:
+        """What reading ``columns`` output features of a weight costs."""
+        widths = weight.data if weight.scales is None else weight.scales
+        return stored_bytes(
+            self.name,
+            columns,
+            weight.k,
+            widths.element_size(),
+            weight.group,
+            weight.zeros is not None,
+        )

@@ -51,14 +51,6 @@ class Fp8Format(WeightFormat):
         assert weight.scales is not None
         return weight.data.float() * weight.scales[:, None]
 
-    def row_bytes(self, weight: StoredWeight, columns: int) -> float:
-        """See the base class."""
-        return columns
-
-    def fixed_bytes(self, weight: StoredWeight, columns: int) -> int:
-        """See the base class."""
-        return columns * torch.float32.itemsize
-
 
 FP8 = Fp8Format()
 

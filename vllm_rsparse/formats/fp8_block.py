@@ -51,14 +51,6 @@ class Fp8BlockFormat(WeightFormat):
         scales = rows.repeat_interleave(BLOCK, 0)[: weight.k]
         return weight.data.float() * scales.t()
 
-    def row_bytes(self, weight: StoredWeight, columns: int) -> float:
-        """See the base class."""
-        return columns + _blocks(columns) * torch.float32.itemsize / BLOCK
-
-    def fixed_bytes(self, weight: StoredWeight, columns: int) -> int:
-        """See the base class."""
-        return 0
-
 
 FP8_BLOCK = Fp8BlockFormat()
 

@@ -70,26 +70,6 @@ class Int4Format(WeightFormat):
         groups *= weight.scales.float()[:, None]
         return codes.t()
 
-    def row_bytes(self, weight: StoredWeight, columns: int) -> float:
-        """See the base class."""
-        own = columns / 2
-        if weight.group == weight.k:
-            return own
-        return own + self._scale_bytes(weight, columns) / weight.group
-
-    def fixed_bytes(self, weight: StoredWeight, columns: int) -> int:
-        """See the base class."""
-        if weight.group != weight.k:
-            return 0
-        return int(self._scale_bytes(weight, columns))
-
-    @staticmethod
-    def _scale_bytes(weight: StoredWeight, columns: int) -> float:
-        """Bytes of one group's scales and zeros."""
-        assert weight.scales is not None
-        zeros = 0.0 if weight.zeros is None else columns / 2
-        return columns * weight.scales.element_size() + zeros
-
 
 INT4 = Int4Format()
 

@@ -83,18 +83,6 @@ class Int8PlanesFormat(WeightFormat):
         first = _plane(weight, 0, weight.zeros).dequantise()
         return first, _plane(weight, 1, None).dequantise() / STEPS
 
-    def row_bytes(self, weight: StoredWeight, columns: int) -> float:
-        """See the base class."""
-        return sum(self.plane_bytes(weight, columns))
-
-    def plane_bytes(self, weight: StoredWeight, columns: int) -> tuple[float, ...]:
-        """See the base class. The first plane's include scales and zero points."""
-        return INT4.row_bytes(weight, columns), columns / 2
-
-    def fixed_bytes(self, weight: StoredWeight, columns: int) -> int:
-        """See the base class."""
-        return 0
-
 
 INT8_PLANES = Int8PlanesFormat()
 

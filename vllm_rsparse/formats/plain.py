@@ -53,14 +53,6 @@ class FloatFormat(WeightFormat):
         """See the base class."""
         return weight.data.float()
 
-    def row_bytes(self, weight: StoredWeight, columns: int) -> float:
-        """See the base class."""
-        return columns * weight.data.element_size()
-
-    def fixed_bytes(self, weight: StoredWeight, columns: int) -> int:
-        """See the base class."""
-        return 0
-
 
 FLOAT = FloatFormat()
 

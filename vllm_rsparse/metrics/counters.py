@@ -84,8 +84,7 @@ class Counters:
         rows, weight = [], operands.weight
         for name, n in zip(names, operands.shard_sizes, strict=True):
             label = LinearName.parse(name).label
-            dense = weight.format.row_bytes(weight, n) * weight.k
-            dense += weight.format.fixed_bytes(weight, n)
+            dense = weight.format.bytes_of(weight, n).whole(weight.k)
             self._kinds[label] = self._kinds.get(label, 0) + int(dense)
             rows.append(list(self._kinds).index(label))
         if last:

@@ -127,6 +127,11 @@ class Checkpoint:
         """Format and group of a linear's weight, as ``format_of_layout`` gives them."""
         return format_of_layout(self._quantized.layout(name))
 
+    def linear_zeros(self, name: str) -> bool:
+        """Whether a linear's weight has zero points."""
+        layout = self._quantized.layout(name)
+        return layout is not None and layout.zeros
+
     @property
     def quantized(self) -> bool:
         """Whether some linears are quantized."""

@@ -144,8 +144,8 @@ class SparseOperands:
         costs = []
         later: list[list[tuple[float, float]]] = []
         for n, rank in zip(self.shard_sizes, self.ranks, strict=True):
-            row, *others = weight.format.plane_bytes(weight, n)
-            fixed = weight.format.fixed_bytes(weight, n)
+            size_of = weight.format.bytes_of(weight, n)
+            (row, *others), fixed = size_of.rows, size_of.fixed
             factors = rank * size * (k + n)
             inputs = 4 * k + tokens * k * size / len(self.shard_sizes)
             saved = rank * size if tokens == 1 else 0

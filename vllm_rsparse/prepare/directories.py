@@ -10,7 +10,7 @@ import torch
 
 from vllm_rsparse import __version__
 from vllm_rsparse.artifact.quantization import QUANT_METHOD, QuantizationSettings
-from vllm_rsparse.artifact.reads import TOKEN_READS
+from vllm_rsparse.artifact.reads import HEAD_FOUND, TOKEN_READS
 from vllm_rsparse.artifact.schema import ArtifactInfo, BaseWeights
 from vllm_rsparse.artifact.tensors import (
     ARTIFACT_DIR,
@@ -139,4 +139,9 @@ def _head_provenance(head: CalibratedHead | None) -> dict[str, Any]:
     """What the output layer alone loses; empty where it is the base model's."""
     if head is None:
         return {}
-    return {"head": {"kl_divergence": head.divergence, "tokens": head.tokens}}
+    found = {
+        "shape": list(head.shape),
+        "kl_divergence": head.divergence,
+        "tokens": head.tokens,
+    }
+    return {HEAD_FOUND: found}

@@ -168,9 +168,10 @@ def _sparsities(options: PrepareOptions, linears: Sequence[Linear]) -> Sequence[
 def _base_weights(
     checkpoint: Checkpoint, linears: Iterable[Linear], dtype: str
 ) -> BaseWeights:
-    formats = (checkpoint.linear_format(linear.name) for linear in linears)
-    name, group = main_format(formats)
-    return BaseWeights(name, dtype, group)
+    names = [linear.name for linear in linears]
+    name, group = main_format(map(checkpoint.linear_format, names))
+    zeros = any(map(checkpoint.linear_zeros, names))
+    return BaseWeights(name, dtype, group, zeros)
 
 
 @contextmanager

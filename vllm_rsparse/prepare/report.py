@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 
+from vllm_rsparse.artifact.reads import HEAD_FOUND
 from vllm_rsparse.artifact.schema import (
     ArtifactInfo,
     LinearEntry,
@@ -41,7 +42,7 @@ def summary(info: ArtifactInfo) -> str:
 
 def _head_loss(info: ArtifactInfo) -> str:
     """A line about an output layer that is not the base model's; else empty."""
-    head = info.provenance.get("head")
+    head = info.provenance.get(HEAD_FOUND)
     if head is None:
         return ""
     served = [info.head] if info.head != AS_STORED else []

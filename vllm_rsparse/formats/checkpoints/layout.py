@@ -37,6 +37,11 @@ class Layout(ABC):
         return self.required + self.checked + self.unread
 
     @property
+    def zeros(self) -> bool:
+        """Whether the checkpoint has zero points, and so what ``store`` returns."""
+        return any("zero" in suffix for suffix in self.required)
+
+    @property
     @abstractmethod
     def format(self) -> WeightFormat:
         """The format of what ``store`` returns."""

@@ -45,6 +45,11 @@ class ServedHead:
         self._sparsity = sparsity
         self.thresholds: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[vocabulary, hidden]."""
+        return tuple(self._head.weight.shape)
+
     def calibrate(
         self, hidden: Tensor, error_tokens: int = 0
     ) -> CalibratedLinear | None:
@@ -123,12 +128,14 @@ class CalibratedHead:
     """What the artifact holds of an output layer that is not the base model's.
 
     Attributes:
+        shape: [vocabulary, hidden].
         entry: its entry in ``rsparse.json``; None where it is dense.
         thresholds: float32 [hidden] on the CPU; None where it is dense.
         divergence: mean KL(base model || served output layer) on the same states, nats.
         tokens: that the divergence was measured on.
     """
 
+    shape: tuple[int, ...]
     entry: LinearEntry | None
     thresholds: Tensor | None
     divergence: float
@@ -156,7 +163,7 @@ def calibrate_head(run: Run, hidden: Tensor) -> CalibratedHead | None:
         # Windows are in random order.
         leading = hidden[:ERROR_TOKENS]
         divergence = head.divergence(leading, leading)
-    if result is None:
-        return CalibratedHead(None, None, divergence, len(leading))
-    thresholds = result.tensors.thresholds.cpu()
-    return CalibratedHead(result.entry, thresholds, divergence, len(leading))
+        shape = head.shape
+    entry = None if result is None else result.entry
+    thresholds = None if result is None else result.tensors.thresholds.cpu()
+    return CalibratedHead(shape, entry, thresholds, divergence, len(leading))
