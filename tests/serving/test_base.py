@@ -34,6 +34,7 @@ from vllm_rsparse.op import backends
 from vllm_rsparse.plugin import register
 from vllm_rsparse.serving.base import BaseQuantization
 from vllm_rsparse.serving.config import RSparseConfig
+from vllm_rsparse.serving.dense import BaseLayer
 from vllm_rsparse.serving.linear import RSparseLinearMethod
 from vllm_rsparse.testing.quantized import LAYOUTS, write_quantized
 
@@ -229,6 +230,18 @@ def test_separate_dense_weights_are_the_bases_own_layers(
             assert not torch.equal(one_token, expected[:1]), name
     assert sparse == 2 * LAYERS
     assert "MiB of the base model's own layers (dense_weights: separate)" in caplog.text
+
+
+def test_a_copy_that_is_no_parameter_counts_as_well():
+    """On a CPU vLLM packs a weight for oneDNN and empties its parameter."""
+
+    class Packs:
+        def process_weights_after_loading(self, layer):
+            layer.weight = torch.nn.Parameter(torch.empty(0))
+
+    layer = torch.nn.Linear(4, 8, bias=False)
+    layer.register_buffer("rsparse_thresholds", torch.zeros(4))
+    assert BaseLayer(Packs(), ["down_proj"]).process(layer) == 4 * 8 * 4
 
 
 def test_what_is_written_is_read_again_and_sent_to_workers(quantized, artifact):

@@ -67,16 +67,15 @@ class BaseLayer:
     def process(self, layer: LinearBase) -> int:
         """Let vLLM lay out its copy. Returns its bytes.
 
-        Called after the sparse route has read the parameters of the checkpoint.
+        Called after the sparse route has read the parameters of the checkpoint. On a
+        CPU vLLM packs them for oneDNN, outside the layer's parameters: a packed copy
+        counts as many bytes as what it was made from.
         """
+        unpacked = _nbytes(layer)
         self._method.process_weights_after_loading(layer)
         for owner in (self._method, getattr(layer, "scheme", None)):
             _use_kernels(owner, _DEPTH)
-        return sum(
-            parameter.nbytes
-            for name, parameter in layer.named_parameters(recurse=False)
-            if not name.startswith("rsparse_")
-        )
+        return max(unpacked, _nbytes(layer))
 
     def bound_to(self, layer: LinearBase) -> DenseLayer:
         """x [M, K], bias -> [M, N] by the base's layer; does not keep it alive."""
@@ -89,6 +88,15 @@ class BaseLayer:
             return method.apply(owner, x, bias)  # type: ignore[attr-defined]
 
         return apply
+
+
+def _nbytes(layer: LinearBase) -> int:
+    """Bytes of the base model's parameters of a layer."""
+    return sum(
+        parameter.nbytes
+        for name, parameter in layer.named_parameters(recurse=False)
+        if not name.startswith("rsparse_")
+    )
 
 
 def _use_kernels(owner: object, depth: int) -> None:
