@@ -21,6 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vllm_rsparse.testing.families import PARTS
 from vllm_rsparse.testing.server import ServerProcess
 
+from .offline import OfflineEngines
+
 BIN = Path(sys.executable).parent
 CHAT_TEMPLATE = "{% for m in messages %}# {{ m.content }}\n{% endfor %}def "
 
@@ -179,7 +181,7 @@ def prepared(pyllama, tmp_path_factory):
 
     Not with the default recipe: there one channel that falls on the other side of its
     threshold was seen to move a logit by 1.5, and tokens then turn that no rounding
-    explains. ``test_evaluate_engine.py`` covers that recipe, by scores.
+    explains.
     """
     stdlib = Path(sysconfig.get_path("stdlib"))
     output = tmp_path_factory.mktemp("prepared") / "pyllama-rs50"
@@ -189,6 +191,14 @@ def prepared(pyllama, tmp_path_factory):
     texts = [stdlib / f"{name}.py" for name in ("argparse", "ast", "typing")]
     subprocess.run([*command, "--calibration-data", *texts], check=True)
     return output
+
+
+@pytest.fixture(scope="session")
+def offline(tmp_path_factory):
+    """vLLM without a server: an ``OfflineEngines``."""
+    engines = OfflineEngines(tmp_path_factory.mktemp("offline"))
+    yield engines
+    engines.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asking a server, and comparing its greedy tokens with those of plain PyTorch."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import torch
 from openai import OpenAI
 
 ALWAYS = "100000"  # more tokens than any step has: everything takes the sparse route
@@ -41,22 +34,6 @@ def complete(server, prompt, model="m", **options):
     )
     choice = response.choices[0]
     return choice.token_ids, choice.logprobs.token_logprobs
-
-
-def score_offline(prepared, tokens, folder):
-    """vLLM's log probability of each token after the first: float32 [len - 1]."""
-    (folder / "tokens.json").write_text(json.dumps(tokens))
-    environment = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "TRITON_INTERPRET": "0",
-        "HF_HUB_OFFLINE": "1",
-    }
-    script = Path(__file__).with_name("score_offline.py")
-    paths = [prepared, folder / "tokens.json", folder / "out.json"]
-    subprocess.run([sys.executable, script, *paths], check=True, env=environment)
-    return torch.tensor(json.loads((folder / "out.json").read_text()))
 
 
 def assert_same_scores(served, sparse, dense):

@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 from vllm_rsparse.cli import main
 from vllm_rsparse.testing.families import FAMILIES
 
-from .served import assert_same_scores, score_offline
+from .served import assert_same_scores
 
 pytestmark = pytest.mark.serve
 
@@ -39,7 +39,7 @@ SIZES = {
     "family", ["Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Gemma4", "Qwen2 MoE"]
 )
 def test_log_probabilities_equal_plain_pytorch(
-    family, tmp_path, pyllama, plain_pytorch
+    family, tmp_path, pyllama, offline, plain_pytorch
 ):
     torch.manual_seed(0)
     base, prepared = tmp_path / "base", tmp_path / "prepared"
@@ -54,7 +54,7 @@ def test_log_probabilities_equal_plain_pytorch(
     assert main([str(word) for word in command]) == 0
 
     tokens = torch.randint(2, SIZES["vocab_size"], (192,)).tolist()
-    served = score_offline(prepared, tokens, tmp_path)
+    served = offline.score(prepared, tokens)
     sparse = plain_pytorch(prepared, limit=100_000).log_probabilities(tokens)
     dense = plain_pytorch(prepared, limit=0).log_probabilities(tokens)
     assert_same_scores(served, sparse, dense)

@@ -6,8 +6,6 @@ hanging on rounding, and of vLLM's own methods compressed-tensors allows it.
 """
 
 import json
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from vllm_rsparse.artifact.tensors import Artifact
+from vllm_rsparse.cli import main
 from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING
 from vllm_rsparse.formats.int8_planes import PLANES_WHILE_LOADING
 from vllm_rsparse.testing.quantized import write_plain, write_quantized
@@ -29,7 +28,6 @@ from .served import (
     assert_same_scores,
     assert_same_tokens,
     complete,
-    score_offline,
 )
 
 pytestmark = pytest.mark.serve
@@ -54,33 +52,23 @@ UNIFORM = ("--sparsity", "0.4", "--recipe", "uniform")
 
 
 def prepare(base, output, *options, target=UNIFORM):
-    binary = Path(sys.executable).parent / "vllm-rsparse"
-    command = [binary, "prepare", base, output, *options, *target]
+    command = ["prepare", base, output, *options, *target, "--device", "cpu"]
     command += ["--calibration-samples", "4", "--calibration-tokens", "256"]
     texts = Path(sysconfig.get_path("stdlib")).glob("arg*.py")
-    subprocess.run([*command, "--calibration-data", *texts], check=True)
+    command += ["--calibration-data", *texts]
+    assert main([str(word) for word in command]) == 0
 
 
-def test_tokens_equal_plain_pytorch(quantized, serve, plain_pytorch):
-    prepared, plain = quantized("w4a16-asym-g32")
-    with serve(prepared, VLLM_RSPARSE_MAX_SPARSE_TOKENS=ALWAYS) as server:
-        tokens = [complete(server, prompt)[0] for prompt in PROMPTS]
-        log = server.log_path.read_text()
-    assert "rsparse: backend cpu" in log
-    reference = plain_pytorch(prepared, limit=int(ALWAYS), weights=plain)
-    assert_same_tokens(tokens, reference)
-    dense = plain_pytorch(prepared, limit=0, weights=plain)
-    assert tokens != [dense.generate(p, len(tokens[0]))[0] for p in PROMPTS]
-
-
-@pytest.mark.parametrize("layout", ["w4a16-channel", "fp8-channel", "fp8-block"])
+@pytest.mark.parametrize(
+    "layout", ["w4a16-asym-g32", "w4a16-channel", "fp8-channel", "fp8-block"]
+)
 def test_log_probabilities_equal_plain_pytorch(
-    layout, quantized, tmp_path, plain_pytorch
+    layout, quantized, offline, plain_pytorch
 ):
     prepared, plain = quantized(layout)
     tokenizer = AutoTokenizer.from_pretrained(prepared)
     tokens = tokenizer(Path(json.__file__).read_text()).input_ids[:192]
-    served = score_offline(prepared, tokens, tmp_path)
+    served = offline.score(prepared, tokens)
     sparse, dense = (
         plain_pytorch(prepared, limit, plain).log_probabilities(tokens)
         for limit in (int(ALWAYS), 0)
@@ -115,7 +103,11 @@ def test_two_ranks_with_prompts_on_the_dense_route(quantized, serve, plain_pytor
     options = ("--tensor-parallel-size", "2")
     with serve(prepared, *options, eager=False, OMP_NUM_THREADS="1") as server:
         tokens = [complete(server, prompt)[0] for prompt in PROMPTS]
+        log = server.log_path.read_text()
+    assert "rsparse: backend cpu" in log
     assert_same_tokens(tokens, plain_pytorch(prepared, limit=1, weights=plain))
+    dense = plain_pytorch(prepared, limit=0, weights=plain)
+    assert tokens != [dense.generate(p, len(tokens[0]))[0] for p in PROMPTS]
 
 
 def rounded(pyllama, prepared, target):
@@ -149,7 +141,7 @@ def test_two_ranks_quantize_a_plain_checkpoint_while_loading(
 
 
 def test_a_quantized_sparse_output_layer_next_to_a_tied_embedding(
-    pyllama, tmp_path, plain_pytorch
+    pyllama, tmp_path, offline, plain_pytorch
 ):
     """The embedding is looked up as it is stored."""
     prepared = tmp_path / "prepared"
@@ -157,7 +149,7 @@ def test_a_quantized_sparse_output_layer_next_to_a_tied_embedding(
     plain = rounded(pyllama, prepared, tmp_path / "plain")
     tokenizer = AutoTokenizer.from_pretrained(prepared)
     tokens = tokenizer(Path(json.__file__).read_text()).input_ids[:192]
-    served = score_offline(prepared, tokens, tmp_path)
+    served = offline.score(prepared, tokens)
     mine, unrounded = (
         plain_pytorch(prepared, int(ALWAYS), weights).log_probabilities(tokens)
         for weights in (plain, pyllama)

@@ -130,11 +130,21 @@ def test_plain_checkpoint_with_artifact_and_default_route(
     assert tokens != [dense.generate(p, NEW_TOKENS)[0] for p in PROMPTS]
 
 
-def test_zero_sparse_tokens_is_the_base_model(serve, pyllama, prepared):
-    with serve(prepared, VLLM_RSPARSE_MAX_SPARSE_TOKENS="0") as server:
-        ours = [complete(server, p) for p in PROMPTS]
-    with serve(pyllama, VLLM_PLUGINS="none") as server:
-        theirs = [complete(server, p) for p in PROMPTS]
+def test_zero_sparse_tokens_is_the_base_model(offline, pyllama, prepared):
+    sampling = {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    ours, theirs = (
+        offline.run(
+            env,
+            {"model": str(model), "max_model_len": 256, "max_num_seqs": 8},
+            PROMPTS,
+            {**sampling, "logprobs": 0},
+        )
+        for model, env in (
+            (prepared, {"VLLM_RSPARSE_MAX_SPARSE_TOKENS": "0"}),
+            (pyllama, {"VLLM_PLUGINS": "none"}),
+        )
+    )
+    assert [len(found["chosen"]) for found in ours] == [NEW_TOKENS] * len(PROMPTS)
     assert ours == theirs  # tokens and log probabilities, bit for bit
 
 
