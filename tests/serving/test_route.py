@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The switch point that is chosen where the user names none."""
 
+from functools import partial
+
 import pytest
 
 from vllm_rsparse import envs
@@ -23,10 +25,10 @@ def test_triton_reads_no_more_than_pays(read_fraction: float, expected: int) -> 
     assert default_max_sparse_tokens(Backend.TRITON, read_fraction) == expected
 
 
-def test_fp8_gains_for_one_token_only() -> None:
-    assert default_max_sparse_tokens(Backend.TRITON, 0.5, "int4") == 2
-    assert default_max_sparse_tokens(Backend.TRITON, 0.5, "fp8") == 1
-    assert default_max_sparse_tokens(Backend.TRITON, 0.5, "fp8-block") == 1
+def test_fp8_gains_less_from_a_second_token() -> None:
+    at = partial(default_max_sparse_tokens, Backend.TRITON)
+    assert [at(0.5, "fp8"), at(0.61, "fp8"), at(0.65, "fp8")] == [2, 2, 1]
+    assert [at(0.65, "int4"), at(0.65, "fp8-block")] == [2, 1]
 
 
 def test_what_covers_the_definition_does_not_depend_on_the_masks() -> None:
