@@ -1,63 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of kernel compiles for Hopper; needs no GPU, only Triton's own compiler.
+"""Every kind of kernel compiles for Hopper, by Triton's own compiler."""
 
-The interpreter runs Python, which accepts what the compiler does not. A child process
-calls the launcher on tensors of the host with a driver that knows an H100 and runs
-nothing. This process may have Triton in interpreter mode, which is decided at import.
-"""
-
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 pytest.importorskip("triton")
 
-CHILD = """
-import json, sys
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
-from vllm_rsparse.kernels import rsparse_linear as launcher
+from .hopper import compile_all
+
+CALL = """
 from vllm_rsparse.kernels.launch_config import LaunchConfig
-from vllm_rsparse.op.triton_backend import rsparse_linear
+from vllm_rsparse.op import triton_backend
 from vllm_rsparse.testing.cases import make_case
 
-class Hopper:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-run = JITFunction.run
-
-def compile_only(kernel, *args, **options):
-    options["warmup"] = True
-    made[kernel.__name__] = run(kernel, *args, **options).asm["ptx"]
-
-driver.set_active(Hopper())
-JITFunction.run = compile_only
-launcher.has_dependent_launch = lambda device: True
-
-for case in json.loads(sys.argv[1]):
+def call(case):
     sizes, ranks = ((1024,), (0,))
     if case["factors"]:
         sizes, ranks = ((1024, 256, 512), (48, 0, 16))
     # 16 columns more: a last tile that is not full, rows that stay aligned.
     sizes = (*sizes[:-1], sizes[-1] + (0 if case["even"] else 16))
-    launcher._extent = lambda matrix: 2**31 if case["wide"] else 1
-    call = make_case(case["tokens"], 512, sizes, ranks, torch.bfloat16)
-    made = {}
-    rsparse_linear(*call.args(), LaunchConfig(**case["config"]))
-    print(json.dumps(made), flush=True)
+    rsparse_linear._extent = lambda matrix: 2**31 if case["wide"] else 1
+    made = make_case(case["tokens"], 512, sizes, ranks, torch.bfloat16)
+    triton_backend.rsparse_linear(*made.args(), LaunchConfig(**case["config"]))
 """
 
 COMMON = {"block_n": 256, "split_k": 4, "num_warps": 2, "num_stages": 2}
@@ -90,17 +55,7 @@ WIDE_LOAD = r"ld\.global\.L1::evict_first\S*\.v4\.b32"
 @pytest.fixture(scope="module")
 def launches() -> dict[str, dict[str, str]]:
     """By case, the launches of a call: name to PTX. One process compiles them all."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(list(CASES.values()))],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    made = [json.loads(line) for line in done.stdout.splitlines()]
-    failed = list(CASES)[len(made) : len(made) + 1]
-    assert done.returncode == 0, f"{failed}: {done.stderr[-3000:]}"
+    made = compile_all(CALL, list(CASES.values()))
     return dict(zip(CASES, made, strict=True))
 
 
