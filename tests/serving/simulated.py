@@ -10,6 +10,7 @@ from vllm.model_executor.model_loader.utils import (
     initialize_model,
     process_weights_after_loading,
 )
+from vllm.model_executor.models.transformers.base import Base
 
 from vllm_rsparse.serving.linear import RSparseLinearMethod
 
@@ -55,6 +56,8 @@ def build_model(patch, model_config, tensors, rank=0, size=1, stage=0, stages=1)
         ("_WORLD", alone),
     ):
         patch.setattr(parallel_state, name, group)
+    # Compilation would stay in transformers' classes, for all tests that follow.
+    patch.setattr(Base, "_decorate_cls_for_torch_compile", lambda *_, **__: None)
     config = VllmConfig(model_config=model_config)
     config.parallel_config.pipeline_parallel_size = stages
     with set_current_vllm_config(config), torch.no_grad():

@@ -4,6 +4,7 @@
 from types import SimpleNamespace
 
 import pytest
+from transformers import AutoConfig, LlamaConfig
 
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.serving.settings import Settings, claims
@@ -41,6 +42,22 @@ def test_a_dictionary_that_lost_its_method_is_refused(user_quant, method):
     """``--hf-overrides`` replaced it; vLLM would serve a prepared model dense."""
     with pytest.raises(ArtifactError, match=r"replaces the whole.*\{\"rsparse\": \{"):
         claims({"max_sparse_tokens": 4, **method}, user_quant, PLAIN)
+
+
+def test_another_method_in_place_of_a_prepared_directorys_is_refused(tmp_path):
+    """``--hf-overrides`` with the base's own dictionary; vLLM would serve it dense."""
+    config = LlamaConfig()
+    config.quantization_config = {"quant_method": "rsparse", "base": FP8}
+    config.save_pretrained(tmp_path)
+    overridden = AutoConfig.from_pretrained(tmp_path)
+    for user_quant in (None, "rsparse", "fp8"):
+        with pytest.raises(
+            ArtifactError, match=r"config\.json: was written by .*dense"
+        ):
+            claims(FP8, user_quant, overridden)
+    config.quantization_config = FP8
+    config.save_pretrained(tmp_path)
+    assert not claims(FP8, None, AutoConfig.from_pretrained(tmp_path))
 
 
 def test_the_checkpoints_own_dictionary_is_the_base():

@@ -29,7 +29,7 @@ from vllm_rsparse.serving.agreement import (
 from vllm_rsparse.serving.coverage import BuiltModel, Coverage
 from vllm_rsparse.serving.decision import Decision
 from vllm_rsparse.serving.route import Route
-from vllm_rsparse.serving.speculation import log_verification
+from vllm_rsparse.serving.speculation import is_mtp_drafter, log_verification
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ class ServedModel:
         self.heads = 0
         self.embeddings = 0
         self._engine: VllmConfig | None = None
+        self._dense_drafter = False
         self._coverage_checked = False
         self._loaded: set[str] = set()
         self._weight_bytes = 0
@@ -161,6 +162,8 @@ class ServedModel:
     def claim(self, prefix: str) -> list[str] | None:
         """Checkpoint names of a layer's shards, or None if the artifact lists none.
 
+        None for every layer of an MTP drafter, too.
+
         Args:
             prefix: what the engine calls the layer that it builds now.
 
@@ -172,7 +175,10 @@ class ServedModel:
             # Noted now: a draft model has a config of its own while it is built, and
             # the served model's again when its weights are processed.
             self._engine = get_current_vllm_config()
+            self._dense_drafter = is_mtp_drafter(self._engine)
             log_verification(self.route, self._engine)
+        if self._dense_drafter:
+            return None
         return self.coverage.claim(self.artifact, prefix, self._checkpoint_has)
 
     def _checkpoint_has(self, name: LinearName) -> bool:
@@ -192,7 +198,7 @@ class ServedModel:
         Raises:
             ArtifactError: names the linear.
         """
-        if self._coverage_checked or self._engine is None:
+        if self._coverage_checked or self._engine is None or self._dense_drafter:
             return
         self._coverage_checked = True
         built = _built_model(self.decision.source.model, self._engine)

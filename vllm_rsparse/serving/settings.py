@@ -9,6 +9,7 @@ is the only one if ``quantization_config`` is the base checkpoint's own.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm_rsparse.artifact.quantization import (
@@ -21,6 +22,7 @@ from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.errors import ArtifactError, SettingError
 from vllm_rsparse.formats.names import AS_STORED
 from vllm_rsparse.formats.registry import format_of_name, load_time_format
+from vllm_rsparse.model.checkpoint import read_json
 from vllm_rsparse.serving.route import RouteRequest
 
 logger = logging.getLogger(__name__)
@@ -212,8 +214,8 @@ def claims(
         hf_config: the model's config.
 
     Raises:
-        ArtifactError: the dictionary has our keys and no method; vLLM would serve the
-            model dense.
+        ArtifactError: the dictionary has our keys and no method, or it replaces that of
+            a prepared directory; vLLM would serve the model dense.
     """
     method = quantization_config.get("quant_method")
     if not method:
@@ -229,5 +231,25 @@ def claims(
         return False
     if method == QUANT_METHOD:
         return False  # vLLM recognises this itself
+    _refuse_replaced(quantization_config, hf_config)
     asked = getattr(hf_config, IN_OVERRIDES, None) is not None
     return user_quant == QUANT_METHOD or (user_quant is None and asked)
+
+
+def _refuse_replaced(quantization_config: Mapping[str, Any], hf_config: Any) -> None:
+    """Refuse another method's dictionary for a directory that was prepared."""
+    # vLLM and transformers note where a config is from.
+    directory = getattr(hf_config, "_name_or_path", "")
+    file = Path(directory) / "config.json"
+    if not directory or not file.is_file():
+        return
+    written = read_json(file).get("quantization_config")
+    if not isinstance(written, dict) or written.get("quant_method") != QUANT_METHOD:
+        return
+    raise ArtifactError(
+        f"{file}: was written by `vllm-rsparse prepare`, but --hf-overrides replaces"
+        f" its quantization_config by {dict(quantization_config)}; the model would be"
+        " served dense. Leave that key out: to change a setting, override the key"
+        " rsparse; to serve dense, set its max_sparse_tokens to 0, or serve the base"
+        " model"
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speculative decoding with a sparse model: its draft model, and what to say of it."""
+"""Speculative decoding with a sparse model: its drafter, and what to say of it."""
 
 import logging
 
@@ -23,6 +23,22 @@ def draft_is_resolved(model: str) -> bool:
     speculative = None if engine is None else engine.speculative_config
     draft = getattr(speculative, "draft_model_config", None)
     return draft is not None and draft.model == model
+
+
+def is_mtp_drafter(engine: VllmConfig) -> bool:
+    """Whether what is built are the MTP layers of the served model's checkpoint.
+
+    They are a model of their own to vLLM, with the served model's quantization config,
+    but no linear of them is in the artifact: all are dense.
+
+    Args:
+        engine: the config of the model that is built.
+    """
+    speculative = engine.speculative_config
+    draft = getattr(speculative, "draft_model_config", None)
+    if speculative is None or draft is None or draft is not engine.model_config:
+        return False
+    return speculative.method == "mtp"
 
 
 def log_verification(route: Route, engine: VllmConfig) -> None:
