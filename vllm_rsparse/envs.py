@@ -19,6 +19,9 @@ DENSE_WEIGHTS = "VLLM_RSPARSE_DENSE_WEIGHTS"
 METRICS_INTERVAL = "VLLM_RSPARSE_METRICS_INTERVAL"
 TUNING_DIR = "VLLM_RSPARSE_TUNING_DIR"
 
+# Counts become integers of the op, and a larger one would end a worker instead.
+MAX_COUNT = 2**31 - 1
+
 
 def backend() -> str:
     """``auto`` (default), ``triton``, ``cpu``, ``cpu-torch`` or ``reference``."""
@@ -80,8 +83,10 @@ def _count(name: str, zero: str) -> int | None:
         value = int(raw)
     except ValueError:
         value = -1
-    if value < 0:
-        raise SettingError(f"{name} must be an integer >= 0 ({zero}), got {raw!r}")
+    if not 0 <= value <= MAX_COUNT:
+        raise SettingError(
+            f"{name} must be an integer >= 0 ({zero}), at most {MAX_COUNT}, got {raw!r}"
+        )
     return value
 
 

@@ -94,3 +94,15 @@ def test_hub_failure_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(ArtifactError, match=r"org/artifact.*no network.*local path"):
         locate_artifact("org/artifact", str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["./nosuch", "~/nosuch", ".hidden/x"])
+def test_paths_are_not_taken_for_repositories(model_dir, source, monkeypatch):
+    monkeypatch.setenv("HOME", str(model_dir))
+    with pytest.raises(ArtifactError, match=r"no artifact at .*does not exist"):
+        locate_artifact(source, str(model_dir))
+
+
+def test_a_path_below_the_home_directory(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(model_dir))
+    assert locate_artifact("~/rsparse", str(tmp_path)) == model_dir / "rsparse"

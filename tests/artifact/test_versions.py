@@ -13,7 +13,12 @@ from vllm_rsparse.artifact.tensors import Artifact, file_sha256
 from vllm_rsparse.artifact.versions import read_info, write_info
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.formats.names import AS_STORED, LOAD_TIME_FORMATS, WEIGHT_FORMATS
-from vllm_rsparse.formats.registry import FORMATS, LOAD_TIME, load_time_format
+from vllm_rsparse.formats.registry import (
+    CHECKPOINT_ONLY,
+    FORMATS,
+    LOAD_TIME,
+    load_time_format,
+)
 
 # As release 0.1.0 wrote it (shapes and figures shortened). Not to be changed.
 VERSION_1 = """{
@@ -118,7 +123,7 @@ def test_weights_of_the_base(base, message):
 
 
 def test_names_of_the_formats_are_those_of_the_package():
-    assert tuple(one.name for one in FORMATS) == WEIGHT_FORMATS
+    assert tuple(one.name for one in (*FORMATS, *CHECKPOINT_ONLY)) == WEIGHT_FORMATS
     assert tuple(one.name for one in LOAD_TIME) == LOAD_TIME_FORMATS
     for one in LOAD_TIME:
         assert load_time_format(one.name) is one

@@ -8,6 +8,7 @@ import torch
 
 from vllm_rsparse.formats.base import StoredWeight, WeightFormatError
 from vllm_rsparse.formats.int4 import INT4
+from vllm_rsparse.formats.int8 import store_int8
 from vllm_rsparse.formats.int8_planes import (
     INT8_PLANES,
     PLANES_WHILE_LOADING,
@@ -156,3 +157,50 @@ def test_shapes_that_cannot_be_encoded() -> None:
     for n, k, group in ((12, 64, 32), (16, 65, 32), (16, 64, 48)):
         with pytest.raises(WeightFormatError, match=rf"\[{n}, {k}\]"):
             encode_planes(torch.randn(n, k), group, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("k", "group"), [(256, 128), (192, 192), (96, 96)])
+def test_int8_is_split_exactly(k: int, group: int) -> None:
+    """Every code from -128 to 127, with either zero point."""
+    n = 16
+    codes = torch.arange(n * k).view(n, k) % 240 - 120
+    codes[8:] -= 1  # -121 to 118: these need the zero point 8
+    codes[0, 0], codes[8, 0] = 127, -128
+    scales = (torch.rand(n, k // group) / 100).bfloat16()
+    weight = store_int8(codes.to(torch.int8), scales)
+    stored = PLANES_WHILE_LOADING.requantise(weight, torch.bfloat16)
+    assert torch.equal(stored.dequantise(), weight.dequantise())
+    assert stored.zeros is not None
+    assert set(unpack_nibbles(stored.zeros).flatten().tolist()) == {7, 8}
+    assert stored.scales is not None
+    assert stored.scales.dtype == torch.bfloat16
+
+
+def test_int8_that_cannot_be_split_is_rounded_like_floats() -> None:
+    """By group: codes beyond both ends, and scales that bfloat16 has not."""
+    codes = torch.randint(-100, 100, (16, 256), dtype=torch.int8)
+    codes[3, 5], codes[3, 6] = 127, -127  # in the first group of a channel
+    scales = (torch.rand(16, 2) / 100).bfloat16().float()
+    scales[7, 1] *= 1 + 2**-12
+    weight = store_int8(codes, scales)
+    stored = PLANES_WHILE_LOADING.requantise(weight, torch.bfloat16)
+    rounded = PLANES_WHILE_LOADING.encode(weight.dequantise()).dequantise()
+    exact = torch.ones(16, 2, dtype=torch.bool)
+    exact[3, 0] = exact[7, 1] = False
+    every = exact.repeat_interleave(128, 1)
+    right = torch.where(every, weight.dequantise(), rounded)
+    assert torch.equal(stored.dequantise(), right)
+    assert not torch.equal(rounded, weight.dequantise())
+
+
+def test_a_rank_splits_what_the_whole_linear_does() -> None:
+    codes = torch.randint(-127, 128, (32, 256), dtype=torch.int8)
+    scales = (torch.rand(32, 1) / 100).bfloat16()
+    whole = PLANES_WHILE_LOADING.requantise(store_int8(codes, scales), torch.bfloat16)
+    for part in (slice(0, 128), slice(128, 256)):
+        mine = store_int8(codes[:, part], scales)
+        stored = PLANES_WHILE_LOADING.requantise(mine, torch.bfloat16, channels=256)
+        assert torch.equal(stored.data, whole.data[:, part])
+    mine = store_int8(codes[:, :64], scales)
+    with pytest.raises(WeightFormatError, match="splits a group of 128"):
+        PLANES_WHILE_LOADING.requantise(mine, torch.bfloat16, channels=256)

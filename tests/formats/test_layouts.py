@@ -14,21 +14,22 @@ from vllm_rsparse.formats.checkpoints.fp8 import (
     Fp8Tensor,
 )
 from vllm_rsparse.formats.checkpoints.gptq import Gptq
+from vllm_rsparse.formats.checkpoints.int8 import Int8Channel, PackedInt8
 from vllm_rsparse.formats.checkpoints.layout import Layout, shapes_of
 from vllm_rsparse.formats.checkpoints.pack_quantized import (
     PackQuantized,
     PackQuantizedAsymmetric,
 )
 from vllm_rsparse.formats.checkpoints.parse import parse_scheme
-from vllm_rsparse.testing.quantized import LAYOUTS, round_groups
+from vllm_rsparse.testing.quantized import INT8_LAYOUTS, LAYOUTS, round_groups
 
 N, K = 264, 384
 LINEAR = "model.layers.3.mlp.up_proj"
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, *INT8_LAYOUTS])
 def test_a_linear_is_read_as_it_was_written(name: str) -> None:
-    config, quantise = LAYOUTS[name]
+    config, quantise = (LAYOUTS | INT8_LAYOUTS)[name]
     layout = parse_scheme(config, "config.json").layout(LINEAR)
     assert layout is not None
     tensors, expected = quantise(torch.randn(N, K) / 20)
@@ -39,6 +40,25 @@ def test_a_linear_is_read_as_it_was_written(name: str) -> None:
     assert stored.format is layout.format
     assert stored.shape == (N, K)
     assert torch.equal(stored.dequantise(), expected)
+
+
+@pytest.mark.parametrize("form", ["pack-quantized", "int-quantized"])
+def test_int8_as_compressed_tensors_writes_it(form: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    args = QuantizationArgs(num_bits=8, strategy="channel", symmetric=True)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    weight = torch.randn(N, K)
+    scales = weight.abs().amax(1, keepdim=True) / 127
+    state = {"weight": weight, "weight_scale": scales}
+    compressor = BaseCompressor.get_value_from_registry(form)
+    packed = compressor.compress(state, scheme=scheme)
+    layout = PackedInt8(None) if form == "pack-quantized" else Int8Channel()
+    read = layout.store({name: packed[name] for name in layout.required})
+    expected = (weight / scales).round() * scales
+    torch.testing.assert_close(read.dequantise(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

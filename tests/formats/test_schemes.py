@@ -171,11 +171,23 @@ CHANNEL = {"strategy": "channel"}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nvfp4": (_compressed("nvfp4-pack-quantized", num_bits=4, type="float"), "NVFP4"),
     "mxfp4": (_compressed("mxfp4-pack-quantized", num_bits=4, type="float"), "MXFP4"),
-    "int8": (_compressed("int-quantized", **CHANNEL), "INT8 W8A8"),
-    "naive int8": (_compressed("naive-quantized", **CHANNEL), "INT8 W8A8"),
+    "int8 per tensor": (
+        _compressed("int-quantized", strategy="tensor"),
+        "INT8 W8A8 by tensor.*per channel",
+    ),
+    "naive int8": (_compressed("naive-quantized", **CHANNEL), "not quantized, in int"),
+    "asymmetric int8": (
+        _compressed("int-quantized", symmetric=False, **CHANNEL),
+        "asymmetric INT8",
+    ),
+    "int8 groups": (
+        _w4(num_bits=8, strategy="group", group_size=64),
+        "INT8 by group of 64.*groups of 128",
+    ),
+    "int8 order": (_w4(num_bits=8, actorder="group", **CHANNEL), "act-order"),
     "2:4": (_compressed("marlin-24", num_bits=4, **CHANNEL), "2:4 sparsity"),
     "unknown format": (_compressed("zip"), "the format 'zip'"),
-    "8 bits": (_w4(num_bits=8, **CHANNEL), "8-bit int weights"),
+    "6 bits": (_w4(num_bits=6, **CHANNEL), "6-bit int weights"),
     "3 bits": (_w4(num_bits=3, **CHANNEL), "3-bit int weights"),
     "W4A8": (_w4a8(), "W4A8"),
     "act-order": (_w4(strategy="group", group_size=128, actorder="group"), "act-order"),

@@ -54,6 +54,11 @@ def make(model_dir, **options):
         ("artifact", "", "artifact must be a string"),
         ("artifact_sha256", 3, "artifact_sha256 must be a string"),
         ("max_sparse_tokens", -1, "max_sparse_tokens must be an integer >= 0"),
+        (
+            "max_sparse_tokens",
+            10**30,
+            "max_sparse_tokens must be .* 2147483647",
+        ),
         ("max_sparse_tokens", True, "max_sparse_tokens must be an integer >= 0"),
         ("max_sparse_tokens", "4", "max_sparse_tokens must be an integer >= 0"),
     ],

@@ -31,7 +31,7 @@ def locate_artifact(
     Raises:
         ArtifactError: a relative path leaves the model directory, or nothing is there.
     """
-    path = Path(source)
+    path = _expanded(source)
     if path.is_absolute():
         if _named_by_repository(source, model, revision):
             raise ArtifactError(
@@ -49,12 +49,22 @@ def locate_artifact(
     root = Path(model)
     if root.is_dir():
         inside = root / path
-        if _is_file(inside / JSON_NAME) or source.count("/") != 1:
+        # No repository's name starts with a dot.
+        hub = source.count("/") == 1 and not source.startswith((".", "~"))
+        if _is_file(inside / JSON_NAME) or not hub:
             return _first_with_json([inside], f"{source!r} in {model}", parameter)
         return _download(source, None, ["", ARTIFACT_DIR], parameter)
     if source.count("/") == 1 and source != model:
         return _download(source, None, ["", ARTIFACT_DIR], parameter)
     return _download(model, revision, [source], parameter)
+
+
+def _expanded(source: str) -> Path:
+    """A path with the home directory for ``~``; unchanged if there is none."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # no home directory
+        return Path(source)
 
 
 def holds_artifact(directory: Path) -> bool:

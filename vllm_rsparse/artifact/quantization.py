@@ -13,6 +13,7 @@ from pydantic import AfterValidator, StrictFloat, StrictInt, StrictStr
 from pydantic.dataclasses import dataclass
 
 from vllm_rsparse.artifact.versions import known_version
+from vllm_rsparse.envs import MAX_COUNT
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.formats.names import AS_STORED, HEAD_FORMATS, LOAD_TIME_FORMATS
 from vllm_rsparse.validation import CONFIG, must, one_of, sha256, shown, validate
@@ -42,7 +43,7 @@ def _names_its_method(base: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count(allowed: str) -> Any:
-    return must(allowed, default=None, ge=0)
+    return must(f"{allowed}, at most {MAX_COUNT}", default=None, ge=0, le=MAX_COUNT)
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -81,6 +82,8 @@ class QuantizationSettings:
         head: the same for the output layer.
         head_sparsity: of the output layer: 0 serves it dense, any other number must be
             what it was prepared for.
+        weights_on_disk: the format in which the directory's own files hold the
+            artifact's linears; None where they are the base's.
         base: the base checkpoint's own ``quantization_config``, None for floats.
     """
 
@@ -95,6 +98,7 @@ class QuantizationSettings:
     weights: StrictStr | None = one_of(AS_STORED, *LOAD_TIME_FORMATS, default=None)
     head: StrictStr | None = one_of(AS_STORED, *HEAD_FORMATS, default=None)
     head_sparsity: StrictFloat | None = must("lie in [0, 1)", default=None, ge=0, lt=1)
+    weights_on_disk: StrictStr | None = one_of(*LOAD_TIME_FORMATS, default=None)
     base: Base | None = must(
         "be the quantization_config of the base checkpoint", default=None
     )

@@ -3,10 +3,13 @@
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 from vllm_rsparse.arguments import check_picture, output_file
 from vllm_rsparse.errors import SettingError
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +155,15 @@ def run(args: argparse.Namespace) -> int:
                 f"--compare {other.path}: its weights are not those of"
                 f" {args.directory}; compare preparations of one base model"
             )
+    on_disk = prepared[0].settings.weights_on_disk
+    if on_disk is not None and args.reference is None:
+        logger.warning(
+            "%s holds its linears in %s (prepare --copy-weights): the dense model below"
+            " has them too, and what they lose to the base model is not counted%s",
+            args.directory,
+            on_disk,
+            "" if args.chat is None else "; --reference BASE counts it",
+        )
     document = (run_text if args.chat is None else run_chat)(args, prepared)
     if args.json is not None:
         args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from vllm_rsparse.artifact.schema import LinearEntry
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError, SettingError
 from vllm_rsparse.formats.base import StoredWeight
+from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.language_model import LanguageModel
@@ -104,6 +105,7 @@ class SwitchableModel:
         self.device = device
         self.dtype = dtype
         self.model, self._modules = _load_base(checkpoint, dtype, device)
+        self._checkpoint = checkpoint
         self.linears: dict[str, SwitchableLinear] = {}
         self.head = SwitchableLinear(self.model.get_output_embeddings())
         self.model.set_output_embeddings(self.head)
@@ -269,12 +271,20 @@ class SwitchableModel:
             return None
         key = (load_time.name, name)
         if key not in self._quantized:
-            scales = artifact.read_scales(name)
-            self._quantized[key] = load_time.encode(
-                self.linears[name].linear.weight.detach(),
-                None if scales is None else scales.to(self.device),
-            )
+            self._quantized[key] = self._quantize(name, load_time, artifact)
         return self._quantized[key]
+
+    def _quantize(
+        self, name: str, load_time: LoadTimeFormat, artifact: Artifact
+    ) -> StoredWeight:
+        if self._checkpoint.quantized:
+            model = LanguageModel(self._checkpoint, load_time)
+            return model.read_stored(name).to(self.device)
+        scales = artifact.read_scales(name)
+        return load_time.encode(
+            self.linears[name].linear.weight.detach(),
+            None if scales is None else scales.to(self.device),
+        )
 
     def _cast(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self.device, self.dtype)

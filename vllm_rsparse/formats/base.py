@@ -8,7 +8,7 @@ reference, the tests and the dense fallback use it, and kernels are compared wit
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -73,6 +73,15 @@ class StoredWeight:
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.data.device
+
+    def to(self, device: torch.device) -> "StoredWeight":
+        """The same on a device."""
+        return replace(
+            self,
+            data=self.data.to(device),
+            scales=None if self.scales is None else self.scales.to(device),
+            zeros=None if self.zeros is None else self.zeros.to(device),
+        )
 
     def dequantise(self) -> Tensor:
         """The dequantised weight: float32 [N, K]."""

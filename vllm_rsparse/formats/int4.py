@@ -17,11 +17,10 @@ from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight, WeightFormat, WeightFormatError
 from vllm_rsparse.formats.nibbles import PER_WORD, pack_nibbles, unpack_nibbles
-from vllm_rsparse.formats.require import require_tensor
+from vllm_rsparse.formats.require import require_nibbles, require_whole_words
 
 GROUPS = (32, 64, 128)
 SYMMETRIC_ZERO = 8
-SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Int4Format(WeightFormat):
@@ -32,31 +31,11 @@ class Int4Format(WeightFormat):
 
     def check(self, weight: StoredWeight) -> None:
         """See the base class."""
-        n, k, group = weight.n, weight.k, weight.group
-        if n % PER_WORD:
-            raise WeightFormatError(
-                f"weight [N, K] = [{n}, {k}]: the format int4 packs eight output"
-                f" channels to a word, so N must be a multiple of {PER_WORD}"
-            )
-        if group not in (*GROUPS, k) or k % group:
-            raise WeightFormatError(
-                f"weight [N, K] = [{n}, {k}]: groups of {group} input channels; the"
-                f" format int4 takes {', '.join(map(str, GROUPS))} if that divides"
-                f" K, or K itself"
-            )
-        require_tensor("weight", weight.data, (k, n // PER_WORD), (torch.int32,))
-        require_tensor("scales", weight.scales, (k // group, n), SCALE_DTYPES)
-        if weight.zeros is not None:
-            shape = (k // group, n // PER_WORD)
-            require_tensor("zeros", weight.zeros, shape, (torch.int32,))
+        require_nibbles(weight, GROUPS, whole=True)
 
     def check_shards(self, sizes: Sequence[int]) -> None:
         """See the base class. No word holds channels of two linears."""
-        if any(size % PER_WORD for size in sizes):
-            raise WeightFormatError(
-                f"linears with {', '.join(map(str, sizes))} output channels cannot be"
-                f" fused in the format int4: each needs a multiple of {PER_WORD}"
-            )
+        require_whole_words(self.name, sizes)
 
     def dequantise(self, weight: StoredWeight) -> Tensor:
         """See the base class."""

@@ -19,12 +19,13 @@ from torch import Tensor
 from vllm_rsparse.formats.base import StoredWeight, WeightFormat, WeightFormatError
 from vllm_rsparse.formats.fp8 import FP8
 from vllm_rsparse.formats.fp8_block import FP8_BLOCK
-from vllm_rsparse.formats.int4 import INT4, SCALE_DTYPES, SYMMETRIC_ZERO, store_int4
+from vllm_rsparse.formats.int4 import INT4, SYMMETRIC_ZERO, store_int4
+from vllm_rsparse.formats.int8 import INT8
 from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.formats.nibbles import PER_WORD, pack_nibbles
 from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.formats.plane_bits import GROUPS, group_of
-from vllm_rsparse.formats.require import require_tensor
+from vllm_rsparse.formats.require import require_nibbles, require_whole_words
 
 # Steps of the second plane in a step of the first.
 STEPS = 16
@@ -46,32 +47,11 @@ class Int8PlanesFormat(WeightFormat):
 
     def check(self, weight: StoredWeight) -> None:
         """See the base class."""
-        n, k, group = weight.n, weight.k, weight.group
-        if n % PER_WORD:
-            raise WeightFormatError(
-                f"weight [N, K] = [{n}, {k}]: the format int8-planes packs eight output"
-                f" channels to a word, so N must be a multiple of {PER_WORD}"
-            )
-        if group not in GROUPS or k % group:
-            raise WeightFormatError(
-                f"weight [N, K] = [{n}, {k}]: groups of {group} input channels; the"
-                f" format int8-planes takes {', '.join(map(str, GROUPS))} if that"
-                " divides K"
-            )
-        require_tensor("weight", weight.data, (2, k, n // PER_WORD), (torch.int32,))
-        require_tensor("scales", weight.scales, (k // group, n), SCALE_DTYPES)
-        if weight.zeros is not None:
-            shape = (k // group, n // PER_WORD)
-            require_tensor("zeros", weight.zeros, shape, (torch.int32,))
+        require_nibbles(weight, GROUPS, planes=(self.planes,))
 
     def check_shards(self, sizes: Sequence[int]) -> None:
         """See the base class. No word holds channels of two linears."""
-        if any(size % PER_WORD for size in sizes):
-            raise WeightFormatError(
-                f"linears with {', '.join(map(str, sizes))} output channels cannot be"
-                " fused in the format int8-planes: each needs a multiple of"
-                f" {PER_WORD}"
-            )
+        require_whole_words(self.name, sizes)
 
     def dequantise(self, weight: StoredWeight) -> Tensor:
         """See the base class."""
@@ -194,8 +174,55 @@ def _encode(
     return first.to(torch.uint8), second.to(torch.uint8), error
 
 
+def split_int8(weight: StoredWeight, group: int) -> StoredWeight:
+    """Two planes of an INT8 weight, the same numbers where that is possible.
+
+    A code c is 16 (q1 - z) + (q2 - 8) with a scale 16 times the checkpoint's. Per group
+    and output channel this is exact where 16 times the scale is a number in bfloat16,
+    and the codes lie in -136 to 119 (z = 8) or in -120 to 135 (z = 7): all but groups
+    that hold both a code below -120 and one above 119. Those are rounded like floats.
+
+    Args:
+        weight: of the format ``int8``.
+        group: G, which divides the weight's own groups.
+    """
+    assert weight.scales is not None
+    n, k = weight.shape
+    codes = weight.data.t().view(-1, group, n)
+    scales = weight.scales.repeat_interleave(weight.group // group, 0)
+    first = torch.empty(k // group, group, n, dtype=torch.uint8, device=weight.device)
+    second = torch.empty_like(first)
+    coarse = (scales * STEPS).to(torch.bfloat16)
+    zeros = torch.empty(k // group, n, dtype=torch.uint8, device=weight.device)
+    for part in torch.arange(k // group).split(max(1, _CHUNK_ELEMENTS // (n * group))):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        mine = codes[rows].to(torch.int16)
+        low, high = mine.amin(1), mine.amax(1)
+        zero = torch.where(high > _HIGHEST, SYMMETRIC_ZERO - 1, SYMMETRIC_ZERO)
+        upper = (mine + SYMMETRIC_ZERO) >> 4
+        q1, q2 = upper + zero[:, None], mine - STEPS * upper + SYMMETRIC_ZERO
+        exact = coarse[rows].float() == scales[rows] * STEPS
+        exact &= (high <= _HIGHEST) | (low >= -_HIGHEST - 1)
+        if not bool(exact.all()):
+            values = mine.float() * scales[rows][:, None]
+            rounded = _encode_groups(values, torch.bfloat16, symmetric=False)
+            every = exact[:, None]
+            q1 = torch.where(every, q1, rounded[0])
+            q2 = torch.where(every, q2, rounded[1])
+            coarse[rows] = torch.where(exact, coarse[rows], rounded[2])
+            zero = torch.where(exact, zero, rounded[3])
+        first[rows], second[rows], zeros[rows] = q1, q2, zero
+    plane = store_int4(first.flatten(0, 1), coarse, zeros)
+    data = torch.stack([plane.data, pack_nibbles(second.flatten(0, 1))])
+    return StoredWeight(INT8_PLANES, data, n, k, plane.scales, plane.zeros, group)
+
+
+# The largest code with a zero point of 8: 7 steps of the first plane, 7 of the second.
+_HIGHEST = 119
+
+
 class PlanesWhileLoading(LoadTimeFormat):
-    """Float or FP8 weights, rounded to two planes with scales in bfloat16.
+    """Float, FP8 or INT8 weights as two planes with scales in bfloat16.
 
     One dtype of scales, whatever the weight's, makes the planes the same wherever they
     are made: ``prepare`` reads a checkpoint in its own dtype, and the engine in the
@@ -204,7 +231,7 @@ class PlanesWhileLoading(LoadTimeFormat):
 
     name = "int8-planes"
     format = INT8_PLANES
-    bases = (FLOAT.name, FP8.name, FP8_BLOCK.name)
+    bases = (FLOAT.name, FP8.name, FP8_BLOCK.name, INT8.name)
 
     def encode(
         self,
@@ -213,20 +240,41 @@ class PlanesWhileLoading(LoadTimeFormat):
         channels: int | None = None,
     ) -> StoredWeight:
         """See the base class."""
-        k = weight.shape[1]
-        group = group_of(channels or k)
-        if group is None:
-            raise WeightFormatError(
-                f"a linear with {channels or k} input channels: the format int8-planes"
-                f" has groups of {', '.join(map(str, GROUPS))} of them, and none"
-                " divides this number; use --weights fp8"
-            )
-        if k % group:
-            raise WeightFormatError(
-                f"a rank would hold {k} of {channels} input channels, which splits a"
-                f" group of {group}: use fewer tensor-parallel ranks"
-            )
+        group = _served_group(weight.shape[1], channels)
         return encode_planes(weight, group, torch.bfloat16)
+
+    def requantise(
+        self,
+        weight: StoredWeight,
+        dtype: torch.dtype,
+        scales: Tensor | None = None,
+        channels: int | None = None,
+    ) -> StoredWeight:
+        """See the base class. INT8 is split and not rounded (``split_int8``)."""
+        if weight.format is not INT8:
+            return super().requantise(weight, dtype, scales, channels)
+        return split_int8(weight, _served_group(weight.k, channels))
+
+
+def _served_group(k: int, channels: int | None) -> int:
+    """The group of a linear, of which a rank holds ``k`` of the input channels.
+
+    Raises:
+        WeightFormatError: none divides them.
+    """
+    group = group_of(channels or k)
+    if group is None:
+        raise WeightFormatError(
+            f"a linear with {channels or k} input channels: the format int8-planes"
+            f" has groups of {', '.join(map(str, GROUPS))} of them, and none"
+            " divides this number; use --weights fp8"
+        )
+    if k % group:
+        raise WeightFormatError(
+            f"a rank would hold {k} of {channels} input channels, which splits a"
+            f" group of {group}: use fewer tensor-parallel ranks"
+        )
+    return group
 
 
 PLANES_WHILE_LOADING = PlanesWhileLoading()

@@ -9,11 +9,12 @@ numbers, whatever the number of ranks.
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from vllm_rsparse.errors import SettingError
 from vllm_rsparse.formats.base import StoredWeight, WeightFormat
-from vllm_rsparse.formats.names import AS_STORED
+from vllm_rsparse.formats.names import AS_STORED, ONLY_AS
 
 
 class LoadTimeFormat(ABC):
@@ -66,6 +67,26 @@ class LoadTimeFormat(ABC):
             WeightFormatError: a shape that the format does not have.
         """
 
+    def requantise(
+        self,
+        weight: StoredWeight,
+        dtype: torch.dtype,
+        scales: Tensor | None = None,
+        channels: int | None = None,
+    ) -> StoredWeight:
+        """Quantize a weight that the checkpoint has in another format.
+
+        Args:
+            weight: in one of ``bases``.
+            dtype: that the weight is rounded to once dequantised; the base's own.
+            scales: as for ``encode``.
+            channels: as for ``encode``.
+
+        Raises:
+            WeightFormatError: a shape that the format does not have.
+        """
+        return self.encode(weight.dequantise().to(dtype), scales, channels)
+
     def round_trip(self, weight: Tensor, scales: Tensor | None = None) -> Tensor:
         """The weight that is served, float32 [N, K]; arguments as for ``encode``."""
         return self.encode(weight, scales).dequantise()
@@ -81,7 +102,8 @@ class LoadTimeFormat(ABC):
             SettingError: names the checkpoint's format and what to do.
         """
         if base not in self.bases:
+            other = ONLY_AS.get(base, AS_STORED)
             raise SettingError(
                 f"weights {self.name} are made from {' or '.join(self.bases)} weights,"
-                f" but {what} has {base}; use weights {AS_STORED}"
+                f" but {what} has {base}; use weights {other}"
             )

@@ -4,9 +4,11 @@
 A test compares them with ``registry``.
 """
 
-WEIGHT_FORMATS = ("float", "fp8", "fp8-block", "int4", "int8-planes")
+WEIGHT_FORMATS = ("float", "fp8", "fp8-block", "int4", "int8-planes", "int8")
 # Weights are served as the checkpoint stores them, or quantized while they load.
 AS_STORED = "as-stored"
 LOAD_TIME_FORMATS = ("fp8", "int8-planes")
 # Those that the output layer may have: no scales in the artifact.
 HEAD_FORMATS = ("fp8",)
+# Formats that no kernel reads, and what they are served as.
+ONLY_AS = {"int8": "int8-planes"}

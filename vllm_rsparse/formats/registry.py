@@ -10,16 +10,20 @@ from vllm_rsparse.formats.base import WeightFormat, WeightFormatError
 from vllm_rsparse.formats.fp8 import FP8, FP8_WHILE_LOADING
 from vllm_rsparse.formats.fp8_block import FP8_BLOCK
 from vllm_rsparse.formats.int4 import INT4
+from vllm_rsparse.formats.int8 import INT8
 from vllm_rsparse.formats.int8_planes import INT8_PLANES, PLANES_WHILE_LOADING
 from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.formats.names import AS_STORED
 from vllm_rsparse.formats.plain import FLOAT
 
+# What kernels read.
 FORMATS: tuple[WeightFormat, ...] = (FLOAT, FP8, FP8_BLOCK, INT4, INT8_PLANES)
+# What checkpoints have besides, and is served as another.
+CHECKPOINT_ONLY: tuple[WeightFormat, ...] = (INT8,)
 LOAD_TIME: tuple[LoadTimeFormat, ...] = (FP8_WHILE_LOADING, PLANES_WHILE_LOADING)
 
 _BY_CODE = {one.code: one for one in FORMATS}
-_BY_NAME = {one.name: one for one in FORMATS}
+_BY_NAME = {one.name: one for one in (*FORMATS, *CHECKPOINT_ONLY)}
 
 
 def format_of_code(code: int) -> WeightFormat:

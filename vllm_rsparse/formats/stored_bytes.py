@@ -48,8 +48,9 @@ def stored_bytes(
         name: of the format.
         n: output features.
         k: input features.
-        width: bytes of an element in the format float, of a scale in INT4 and planes.
-        group: input channels that share a scale in INT4 and planes; 0 or K: all.
+        width: bytes of an element in the format float, of a scale in INT4, INT8 and
+            planes.
+        group: input channels that share a scale in these; 0 or K: all.
         zeros: whether INT4 has zero points.
     """
     if name == "fp8":
@@ -57,11 +58,12 @@ def stored_bytes(
     if name == "fp8-block":
         blocks = -(-n // FP8_BLOCK_SIZE)
         return StoredBytes((n + blocks * _SCALE / FP8_BLOCK_SIZE,))
-    if name in ("int4", "int8-planes"):
+    if name in ("int4", "int8", "int8-planes"):
         shared = n * width + (n / 2 if zeros else 0)
         per_channel = group in (0, k)
-        first = n / 2 + (0 if per_channel else shared / group)
-        planes = (first,) if name == "int4" else (first, n / 2)
+        codes = n if name == "int8" else n / 2
+        first = codes + (0 if per_channel else shared / group)
+        planes = (first, codes) if name == "int8-planes" else (first,)
         return StoredBytes(planes, shared if per_channel else 0)
     if name == "float":
         return StoredBytes((n * width,))

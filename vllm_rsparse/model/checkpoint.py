@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vllm_rsparse.errors import CheckpointError
-from vllm_rsparse.formats.checkpoints.layout import format_of_layout
+from vllm_rsparse.formats.base import StoredWeight
+from vllm_rsparse.formats.checkpoints.layout import Layout, format_of_layout
 from vllm_rsparse.model.links import refuse_broken_links
 from vllm_rsparse.model.quantized import QuantizedLinears
 from vllm_rsparse.validation import parse_json
@@ -137,6 +138,33 @@ class Checkpoint:
         """Whether some linears are quantized."""
         return self._quantized.any
 
+    @property
+    def prepared_weights(self) -> bool:
+        """Whether ``prepare`` wrote the linears in the format that is served."""
+        return self._quantized.on_disk is not None
+
+    def linear_layout(self, name: str) -> Layout | None:
+        """How a linear's weight is stored; None for a plain one."""
+        return self._quantized.layout(name)
+
+    def read_linear(self, name: str, rows: slice | None = None) -> StoredWeight:
+        """A quantized linear's weight as it is stored, on the CPU.
+
+        Args:
+            name: of the linear.
+            rows: some output channels, of a linear that ``prepare`` wrote; None: all.
+
+        Raises:
+            CheckpointError: it is a plain one, or its tensors do not fit together.
+        """
+        layout = self._quantized.layout(name)
+        if layout is None:
+            raise CheckpointError(
+                f"{self.directory}: {name} is not quantized, but config.json makes it"
+                " a quantized linear; config and weights belong to different models"
+            )
+        return self._quantized.stored(name, layout, self.read_stored, rows)
+
     def plain_names(self) -> list[str]:
         """Names of all tensors that a plain checkpoint of the same model would have."""
         names: dict[str, None] = {}
@@ -174,7 +202,8 @@ class Checkpoint:
                 plain.append(name)
                 continue
             dtype = dequantised or FLOAT_DTYPES[self.linear_dtype(linear)]
-            result[name] = self._quantized.read(linear, layout, dtype, self.read_stored)
+            weight = self._quantized.stored(linear, layout, self.read_stored)
+            result[name] = weight.dequantise().to(dtype).contiguous()
         return result | self.read_stored(plain)
 
     def _quantized_linear(self, name: str) -> str | None:

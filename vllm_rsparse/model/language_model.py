@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.formats.base import StoredWeight
+from vllm_rsparse.formats.checkpoints.on_disk import on_disk_layout
 from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.model.checkpoint import FLOAT_DTYPES, Checkpoint
@@ -102,12 +103,15 @@ class LanguageModel:
         Raises:
             CheckpointError: a name is unknown, or its file cannot be read any more.
         """
-        tensors = self._read(names)
-        if self.load_time is not None:
-            for name, tensor in tensors.items():
-                if self._is_weight(name):
-                    tensors[name] = self.load_time.round_trip(tensor)
-        return tensors
+        if self.load_time is None:
+            return self._read(names)
+        names = list(names)
+        coded = {n: self._encoded(n) for n in names if self._is_quantized_weight(n)}
+        tensors = self._read(name for name in names if name not in coded)
+        for name, tensor in tensors.items():
+            if self._is_weight(name):
+                tensors[name] = self.load_time.round_trip(tensor)
+        return tensors | {n: stored.dequantise() for n, stored in coded.items()}
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         stored = {name: self._stored(name) for name in names}
@@ -147,7 +151,7 @@ class LanguageModel:
         return weights
 
     def read_stored(self, linear: str) -> StoredWeight:
-        """Read a weight as it is quantized while it loads.
+        """Read a weight as it is quantized while it loads, or as ``prepare`` wrote it.
 
         Args:
             linear: the name that it has in an artifact.
@@ -155,10 +159,41 @@ class LanguageModel:
         Raises:
             CheckpointError: as ``read``.
         """
+        name = self._weight_name(linear)
+        if self.checkpoint.prepared_weights:
+            source, kind, fused = self._stored(name)
+            module = source.removesuffix(_WEIGHT)
+            shape = self.checkpoint.linear_shape(module)
+            rows = None
+            if fused is not None and shape is not None:
+                rows = self.rows(fused, kind, shape[0])
+            return self.checkpoint.read_linear(module, rows)
+        return self._encoded(name)
+
+    def _encoded(self, name: str) -> StoredWeight:
+        """The weight of a linear, quantized as it is while it loads."""
         if self.load_time is None:
             raise ValueError("the weights are served as the checkpoint stores them")
-        name = self._weight_name(linear)
-        return self.load_time.encode(self._read([name])[name])
+        if not self._is_quantized_weight(name):
+            return self.load_time.encode(self._read([name])[name])
+        source, kind, fused = self._stored(name)
+        module = source.removesuffix(_WEIGHT)
+        whole = self.load_time.requantise(
+            self.checkpoint.read_linear(module),
+            FLOAT_DTYPES[self.checkpoint.linear_dtype(module)],
+        )
+        if fused is None:
+            return whole
+        layout = on_disk_layout(self.load_time.name)
+        rows = self.rows(fused, kind, whole.n)
+        return layout.store(layout.rows(layout.tensors(whole), rows))
+
+    def _is_quantized_weight(self, name: str) -> bool:
+        """Whether a linear takes part whose weight the checkpoint has quantized."""
+        if not self.checkpoint.quantized or not self._is_weight(name):
+            return False
+        module = self._stored(name)[0].removesuffix(_WEIGHT)
+        return self.checkpoint.linear_layout(module) is not None
 
     def read_scales(self, linear: str) -> Tensor | None:
         """What the artifact has to know of a weight that is quantized while it loads.

@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vllm_rsparse.errors import CheckpointError, DamagedCheckpointError
-from vllm_rsparse.formats.base import WeightFormatError
+from vllm_rsparse.formats.base import StoredWeight, WeightFormatError
 from vllm_rsparse.formats.checkpoints.layout import Layout
+from vllm_rsparse.formats.checkpoints.on_disk import OnDisk, on_disk_layout
 from vllm_rsparse.formats.checkpoints.parse import parse_scheme
 from vllm_rsparse.formats.checkpoints.scheme import Scheme, refuse
+from vllm_rsparse.formats.names import LOAD_TIME_FORMATS
 
 OUR_METHOD = "rsparse"
 OLD_KEY = "compression_config"
@@ -33,6 +34,22 @@ def base_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if isinstance(found, dict) and found.get("quant_method") == OUR_METHOD:
         found = found.get("base")
     return found or None
+
+
+def weights_on_disk(config: Mapping[str, Any]) -> str | None:
+    """Format in which a prepared directory holds the artifact's linears.
+
+    Args:
+        config: content of config.json.
+
+    Returns:
+        The name of a load-time format; None where the linears are the base's own.
+    """
+    found = config.get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != OUR_METHOD:
+        return None
+    name = found.get("weights_on_disk")
+    return name if name in LOAD_TIME_FORMATS else None
 
 
 class QuantizedLinears:
@@ -56,6 +73,8 @@ class QuantizedLinears:
         self._directory = directory
         self._shapes = shapes
         self._scheme: Scheme | None = None
+        name = weights_on_disk(config)
+        self._on_disk: OnDisk | None = None if name is None else on_disk_layout(name)
         where = str(directory / "config.json")
         quantization = base_quantization(config)
         if quantization is not None:
@@ -75,7 +94,12 @@ class QuantizedLinears:
     @property
     def any(self) -> bool:
         """Whether config.json describes a quantization."""
-        return self._scheme is not None
+        return self._scheme is not None or self._on_disk is not None
+
+    @property
+    def on_disk(self) -> OnDisk | None:
+        """How ``prepare`` wrote the linears; None where they are the base's own."""
+        return self._on_disk
 
     def layout(self, name: str) -> Layout | None:
         """Layout of a module's weight; None if it is a plain one, or if there is none.
@@ -87,6 +111,9 @@ class QuantizedLinears:
         Raises:
             CheckpointError: it is quantized and lacks a tensor.
         """
+        mine = self._on_disk
+        if mine and all(f"{name}.{s}" in self._shapes for s in mine.required):
+            return mine
         layout = None if self._scheme is None else self._scheme.layout(name)
         if layout is None:
             return None
@@ -123,23 +150,20 @@ class QuantizedLinears:
         except WeightFormatError as error:
             raise self._error(name, error) from error
 
-    def read(
+    def stored(
         self,
         name: str,
         layout: Layout,
-        dtype: torch.dtype,
         read: Callable[[Iterable[str]], dict[str, Tensor]],
-    ) -> Tensor:
-        """The dequantised weight of a quantized linear.
+        rows: slice | None = None,
+    ) -> StoredWeight:
+        """The weight of a quantized linear, as the kernels read it.
 
         Args:
             name: of the linear.
             layout: of the linear.
-            dtype: of the result; the arithmetic is float32.
             read: returns tensors of the checkpoint by name.
-
-        Returns:
-            [N, K], contiguous.
+            rows: some output channels, of a linear that ``prepare`` wrote; None: all.
 
         Raises:
             CheckpointError: its tensors do not fit the layout.
@@ -148,11 +172,12 @@ class QuantizedLinears:
         suffixes += [s for s in layout.checked if f"{name}.{s}" in self._shapes]
         tensors = read(f"{name}.{suffix}" for suffix in suffixes)
         parts = {suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes}
+        if rows is not None and isinstance(layout, OnDisk):
+            parts = layout.rows(parts, rows)
         try:
-            weight = layout.store(parts).dequantise()
+            return layout.store(parts)
         except WeightFormatError as error:
             raise self._error(name, error) from error
-        return weight.to(dtype).contiguous()
 
     def _missing(self, name: str, suffixes: Iterable[str]) -> CheckpointError:
         return CheckpointError(

@@ -134,7 +134,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--copy-weights",
         action="store_true",
-        help="copy the base's files instead of linking to them",
+        help="copy the base's files instead of linking to them; with --weights, the"
+        " linears are written in that format, and nothing needs the base any more",
     )
     parser.add_argument(
         "--seed",

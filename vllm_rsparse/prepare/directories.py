@@ -30,6 +30,7 @@ from vllm_rsparse.prepare.calibration.layers import Calibrated, Job
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.recipe.recipes import Recipe
 from vllm_rsparse.prepare.store.output import StagedOutput, write_text
+from vllm_rsparse.prepare.store.quantized_copy import QuantizedCopy
 from vllm_rsparse.texts.windows import CalibrationText
 
 
@@ -44,6 +45,7 @@ class Directories:
         linears: all linears that take part.
         base: how the base model stores its weights.
         text: the calibration text.
+        quantized_copy: the weights to write, where the base's files do not do.
     """
 
     options: PrepareOptions
@@ -52,6 +54,7 @@ class Directories:
     linears: Sequence[Linear]
     base: BaseWeights
     text: CalibrationText
+    quantized_copy: QuantizedCopy | None = None
 
     def write(
         self, staged: StagedOutput, job: Job, calibrated: Calibrated
@@ -71,7 +74,10 @@ class Directories:
         write_text(staged.artifact / JSON_NAME, write_info(info))
         # Read back as the engine will: our own errors show here and not while serving.
         Artifact(staged.artifact)
-        staged.add_base_files(checkpoint, options.copy_weights)
+        copy = self.quantized_copy
+        staged.add_base_files(checkpoint, options.copy_weights, weights=copy is None)
+        if copy is not None:
+            copy.write(staged.path)
         load_time = self.model.load_time
         quantization = QuantizationSettings(
             quant_method=QUANT_METHOD,
@@ -81,6 +87,7 @@ class Directories:
             weights=None if load_time is None else load_time.name,
             head=None if options.head == AS_STORED else options.head,
             head_sparsity=options.head_sparsity or None,
+            weights_on_disk=None if copy is None else options.weights,
             base=base_quantization(checkpoint.config),
         )
         # The older name of the key: vLLM would read it as well.

@@ -46,7 +46,8 @@ class PrepareOptions:
             while they load, for calibration and when served.
         head: the same for the output layer.
         head_sparsity: target of the output layer in [0, 1); 0 leaves it dense.
-        copy_weights: copy the base's files instead of linking to them.
+        copy_weights: copy the base's files instead of linking to them; linears that
+            are quantized while they load are written as they are served.
         seed: chooses the calibration windows and the randomised SVD's start.
         overwrite: replace an output that an earlier run wrote.
         revision: branch, tag or commit of a Hub model.

@@ -10,6 +10,7 @@ import torch
 from vllm_rsparse.artifact.schema import ArtifactInfo, BaseWeights
 from vllm_rsparse.errors import CheckpointError, PrepareError
 from vllm_rsparse.formats.checkpoints.layout import main_format
+from vllm_rsparse.formats.names import ONLY_AS
 from vllm_rsparse.formats.plane_bits import GROUPS, group_of, plane_bits
 from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
@@ -31,6 +32,7 @@ from vllm_rsparse.prepare.store.output import (
     check_recipe_file,
     check_space,
 )
+from vllm_rsparse.prepare.store.quantized_copy import QuantizedCopy
 from vllm_rsparse.prepare.store.run_store import RunStore
 from vllm_rsparse.prepare.text import choose_text
 from vllm_rsparse.texts.documents import read_sources
@@ -74,12 +76,18 @@ def prepare_all(options: PrepareOptions) -> list[ArtifactInfo]:
         StagedOutput(output, checkpoint.directory, options.overwrite)
         for output in options.outputs
     ]
-    if options.copy_weights:
-        check_space(options.output, checkpoint, len(staged))
     base = _base_weights(checkpoint, linears, stored_dtype)
     load_time = load_time_format(options.weights, "--weights")
     if load_time is not None:
         load_time.check_base(base.format, str(checkpoint.directory))
+    else:
+        _refuse_unread(checkpoint, linears)
+    quantized_copy = None
+    if options.copy_weights:
+        if load_time is not None:
+            quantized_copy = QuantizedCopy(checkpoint, linears, load_time)
+        size = None if quantized_copy is None else quantized_copy.nbytes
+        check_space(options.output, checkpoint, len(staged), size)
     head_load_time = load_time_format(options.head, "--head")
     model = StreamedModel(checkpoint, device, dtype, load_time, head_load_time)
     if head_load_time is not None or options.head_sparsity > 0:
@@ -114,7 +122,9 @@ def prepare_all(options: PrepareOptions) -> list[ArtifactInfo]:
                 for sparsity, one in zip(sparsities, staged, strict=True)
             ]
             calibrated = calibrate_layers(jobs, getattr(torch, stored_dtype))
-        directories = Directories(options, recipe, model, linears, base, text)
+        directories = Directories(
+            options, recipe, model, linears, base, text, quantized_copy
+        )
         infos = [
             directories.write(one, job, found)
             for one, job, found in zip(staged, jobs, calibrated, strict=True)
@@ -172,6 +182,18 @@ def _base_weights(
     name, group = main_format(map(checkpoint.linear_format, names))
     zeros = any(map(checkpoint.linear_zeros, names))
     return BaseWeights(name, dtype, group, zeros)
+
+
+def _refuse_unread(checkpoint: Checkpoint, linears: Iterable[Linear]) -> None:
+    """Refuse formats that no kernel reads as the checkpoint stores them."""
+    for linear in linears:
+        name, _ = checkpoint.linear_format(linear.name)
+        if name in ONLY_AS:
+            raise PrepareError(
+                f"{checkpoint.directory}: {linear.name} is stored in {name}, which is"
+                f" served as {ONLY_AS[name]}: use --weights {ONLY_AS[name]} --bits B"
+                " instead of --sparsity (4.2 bits read as much as INT4 does)"
+            )
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from vllm_rsparse.artifact.quantization import (
 )
 from vllm_rsparse.artifact.reads import covered
 from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.formats.checkpoints.layout import Layout
+from vllm_rsparse.formats.checkpoints.on_disk import on_disk_layout
 from vllm_rsparse.metrics import exporter
 from vllm_rsparse.model.links import refuse_broken_links
 from vllm_rsparse.serving.agreement import local_report
@@ -183,6 +185,7 @@ class RSparseConfig(QuantizationConfig):
         artifact = source.open()
         require_prepared_base(artifact, self.base, model_name)
         dictionaries = [overrides, self.settings]
+        on_disk = self.settings.weights_on_disk
         weights = served_weights(dictionaries, artifact.info, model_name)
         head = served_head(dictionaries, artifact.info)
         head_sparsity = served_head_sparsity(dictionaries, artifact.info)
@@ -191,6 +194,7 @@ class RSparseConfig(QuantizationConfig):
             current_platform.device_type,
             1 - artifact.info.achieved_sparsity,
             format_of(weights, artifact.info),
+            on_disk,
         )
         facts = exporter.facts(
             artifact.info, route.backend.label, route.policy.max_sparse_tokens
@@ -206,7 +210,7 @@ class RSparseConfig(QuantizationConfig):
         if hf_config is not None:
             dictionary = None if self.base is None else self.base.dictionary
             hf_config.quantization_config = decision.quantization_config(
-                artifact.info.sparsity, dictionary
+                artifact.info.sparsity, dictionary, on_disk
             )
         logger.info(
             "rsparse: backend %s; target sparsity %.3f, %.3f on the calibration"
@@ -276,11 +280,16 @@ class RSparseConfig(QuantizationConfig):
             return method
         served.require_agreement()
         names = served.claim(prefix)
-        if names is None or served.route.policy.always_dense:
+        on_disk = self.settings.weights_on_disk
+        # The base's own method cannot read what ``prepare`` wrote.
+        if names is None or (served.route.policy.always_dense and on_disk is None):
             return checked_first(served, method)
-        layout = None if self.base is None else self.base.layout(names, method)
+        if on_disk is not None:
+            layout: Layout | None = on_disk_layout(on_disk)
+        else:
+            layout = None if self.base is None else self.base.layout(names, method)
         weights = checkpoint_weights(layout, names)
-        if served.load_time is not None:
+        if served.load_time is not None and on_disk is None:
             weights = LoadTimeWeights(weights, served.load_time, served.artifact, names)
         separate = served.route.dense_weights is DenseWeights.SEPARATE
         dense = BaseLayer(method, names) if separate else None

@@ -69,7 +69,10 @@ class Decision:
     resolved_on: Report
 
     def quantization_config(
-        self, sparsity: float, base: dict[str, Any] | None
+        self,
+        sparsity: float,
+        base: dict[str, Any] | None,
+        weights_on_disk: str | None = None,
     ) -> dict[str, Any]:
         """The new content of ``hf_config.quantization_config``.
 
@@ -80,6 +83,8 @@ class Decision:
         Args:
             sparsity: the artifact's target.
             base: the checkpoint's own dictionary, or None if it is not quantized.
+            weights_on_disk: format of the linears in its files, where ``prepare`` wrote
+                them.
         """
         return QuantizationSettings(
             quant_method=QUANT_METHOD,
@@ -92,5 +97,6 @@ class Decision:
             weights=self.weights,
             head=self.head,
             head_sparsity=self.head_sparsity,
+            weights_on_disk=weights_on_disk,
             base=base,
         ).to_dict()

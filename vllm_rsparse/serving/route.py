@@ -170,6 +170,7 @@ def choose_route(
     device_type: str,
     read_fraction: float = 0.5,
     weight_format: str = FLOAT.name,
+    weights_on_disk: str | None = None,
 ) -> Route:
     """Choose by the first request that names a value, else by the measured default.
 
@@ -179,6 +180,8 @@ def choose_route(
         device_type: where the model runs, ``cuda`` or ``cpu``.
         read_fraction: share of the linears' bytes that one token reads, in [0, 1].
         weight_format: the format of most of the sparse weights.
+        weights_on_disk: the format in which ``prepare`` wrote them; None: the base's
+            own are there.
 
     Raises:
         ValueError: a value that is unknown or cannot run here; names its parameter.
@@ -191,7 +194,7 @@ def choose_route(
             name, backend_source = request.backend, request.backend_name
             break
     backend = resolve_backend(name, device_type, backend_source)
-    dense_weights = _dense_weights(requests)
+    dense_weights = _dense_weights(requests, weights_on_disk)
     for request in requests:
         limit = request.max_sparse_tokens
         if limit is not None:
@@ -203,7 +206,9 @@ def choose_route(
     return Route(backend, Policy(limit), dense_weights, backend_source, policy_source)
 
 
-def _dense_weights(requests: Sequence[RouteRequest]) -> DenseWeights:
+def _dense_weights(
+    requests: Sequence[RouteRequest], weights_on_disk: str | None
+) -> DenseWeights:
     for request in requests:
         name = request.dense_weights
         if name is None or name == "auto":
@@ -212,6 +217,12 @@ def _dense_weights(requests: Sequence[RouteRequest]) -> DenseWeights:
             allowed = ", ".join(DenseWeights)
             raise RSparseError(
                 f"{request.dense_name} is {name!r}; allowed are auto, {allowed}"
+            )
+        if weights_on_disk is not None and name == DenseWeights.SEPARATE:
+            raise RSparseError(
+                f"{request.dense_name} is {name!r}, but the directory holds the linears"
+                f" in {weights_on_disk} and not as the base model has them (prepare"
+                " --copy-weights); use shared, or prepare without --copy-weights"
             )
         return DenseWeights(name)
     return DenseWeights.SHARED

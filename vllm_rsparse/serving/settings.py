@@ -47,6 +47,8 @@ class Settings:
         weights: ``as-stored``, or what weights are quantized to while they load.
         head: the same for the output layer.
         head_sparsity: of the output layer; 0: it is dense.
+        weights_on_disk: format of the linears in the directory's files; None: the
+            base's own.
     """
 
     where: str
@@ -59,6 +61,7 @@ class Settings:
     weights: str | None = None
     head: str | None = None
     head_sparsity: float | None = None
+    weights_on_disk: str | None = None
 
     @classmethod
     def of_quantization_config(cls, config: dict[str, Any]) -> "Settings":
@@ -87,11 +90,12 @@ class Settings:
                 f"{IN_OVERRIDES} must be an object of settings, got {config!r}."
                 f" {HOW_TO}"
             )
-        if "base" in config:
-            raise ArtifactError(
-                f"{IN_OVERRIDES}.base is not a setting: how the checkpoint is quantized"
-                " is read from its own quantization_config; leave it out"
-            )
+        for key in ("base", "weights_on_disk"):
+            if key in config:
+                raise ArtifactError(
+                    f"{IN_OVERRIDES}.{key} is not a setting: how the checkpoint is"
+                    " quantized is read from its own quantization_config; leave it out"
+                )
         return cls._read(config, IN_OVERRIDES)
 
     @classmethod
@@ -108,6 +112,7 @@ class Settings:
             read.weights,
             read.head,
             read.head_sparsity,
+            read.weights_on_disk,
         )
 
     @property
@@ -150,6 +155,13 @@ def served_weights(
             chosen, where = settings.weights, f"{settings.where}.weights"
             break
     load_time = load_time_format(chosen, where)
+    on_disk = next((s.weights_on_disk for s in dictionaries if s.weights_on_disk), None)
+    if on_disk is not None and on_disk != chosen:
+        raise SettingError(
+            f"{where} is {chosen}, but {model} holds its linears in {on_disk} and"
+            " nothing else (prepare --copy-weights); prepare the base model again"
+            " without --copy-weights to serve it otherwise"
+        )
     if load_time is not None:
         load_time.check_base(info.base.format, model)
     wanted = format_of_name(info.base.format if load_time is None else chosen)

@@ -34,12 +34,12 @@ def write_quantized(source: Path, target: Path, layout: str) -> Tensors:
         source: directory of a plain checkpoint. The linears of its language model are
             quantized, experts included; the config lists those that are not.
         target: directory to create.
-        layout: one of ``LAYOUTS``.
+        layout: one of ``LAYOUTS`` or ``INT8_LAYOUTS``.
 
     Returns:
         All tensors of the equivalent plain checkpoint, with float32 linears.
     """
-    config, quantise = LAYOUTS[layout]
+    config, quantise = (LAYOUTS | INT8_LAYOUTS)[layout]
     stored, meant, plain = {}, {}, []
     for name, tensor in load_file(source / "model.safetensors").items():
         linear = name.rpartition(".")[0]
@@ -185,11 +185,36 @@ def _fp8(
     return {"weight": elements, suffix: scales}, elements.float() * every
 
 
+def _int8(group: int | None, packed: bool) -> Quantise:
+    """Symmetric codes from -127 to 127, in bytes or four to an int32."""
+
+    def quantise(weight: Tensor) -> tuple[Tensors, Tensor]:
+        groups = weight.unflatten(1, (-1, group or weight.shape[1]))
+        scales = (groups.abs().amax(-1) / 127).bfloat16()
+        every = scales.float()[..., None]
+        codes = (groups / every).round().clamp(-128, 127)
+        meant = (codes * every).flatten(1)
+        codes = codes.flatten(1)
+        if not packed:
+            return {"weight": codes.to(torch.int8), "weight_scale": scales}, meant
+        bytes_ = (codes + 128).to(torch.int64).unflatten(1, (-1, 4))
+        words = (bytes_ << torch.arange(0, 32, 8)).sum(-1)
+        words = (words - ((words >> 31) << 32)).to(torch.int32)
+        shape = torch.tensor(weight.shape)
+        tensors = {"weight_packed": words, "weight_scale": scales}
+        return tensors | {"weight_shape": shape}, meant
+
+    return quantise
+
+
 def compressed_tensors_config(form: str, **weights: Any) -> dict[str, Any]:
     """A ``quantization_config`` of compressed-tensors with one group."""
     activations = None
     if form == "float-quantized":
         activations = {"num_bits": 8, "type": "float", "dynamic": True}
+    if form == "int-quantized":
+        activations = {"num_bits": 8, "type": "int", "dynamic": True}
+        activations |= {"strategy": "token", "symmetric": True}
     group = {
         "targets": ["Linear"],
         "weights": {"dynamic": False, "symmetric": True} | weights,
@@ -253,5 +278,24 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Quantise]] = {
     "fp8-block-native": (
         FP8 | {"weight_block_size": [128, 128]},
         _fp8_block("weight_scale_inv"),
+    ),
+}
+
+_INT8 = {"num_bits": 8, "type": "int"}
+# The same for bases that are served as two planes only.
+INT8_LAYOUTS: dict[str, tuple[dict[str, Any], Quantise]] = {
+    "int8-channel": (
+        compressed_tensors_config("int-quantized", strategy="channel", **_INT8),
+        _int8(None, packed=False),
+    ),
+    "w8a16-channel": (
+        compressed_tensors_config("pack-quantized", strategy="channel", **_INT8),
+        _int8(None, packed=True),
+    ),
+    "w8a16-g128": (
+        compressed_tensors_config(
+            "pack-quantized", strategy="group", group_size=128, **_INT8
+        ),
+        _int8(128, packed=True),
     ),
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compressed-tensors: of its many schemes W4A16 and FP8, recognised by group."""
+"""compressed-tensors: of its many schemes W4A16, INT8 and FP8, recognised by group."""
 
 import re
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from vllm_rsparse.formats.checkpoints.fp8 import Fp8Block, Fp8Channel, Fp8Tensor
+from vllm_rsparse.formats.checkpoints.int8 import Int8Channel, PackedInt8
 from vllm_rsparse.formats.checkpoints.layout import Layout
 from vllm_rsparse.formats.checkpoints.pack_quantized import (
     PackQuantized,
@@ -21,17 +22,19 @@ from vllm_rsparse.formats.checkpoints.scheme import (
     refuse,
 )
 from vllm_rsparse.formats.fp8_block import BLOCK
+from vllm_rsparse.formats.int8 import GROUP as INT8_GROUP
 
 _FP8_FORMATS = ("float-quantized", "naive-quantized")
+_INT8_FORMATS = ("int-quantized", "naive-quantized")
 _INSTEAD = (
-    "use a checkpoint in W4A16 or FP8, or prepare the unquantized model it came from"
+    "use a checkpoint in W4A16, FP8 or symmetric INT8, or prepare the unquantized model"
+    " it came from"
 )
 # The name that users know, by format.
 _UNSUPPORTED = {
     "nvfp4-pack-quantized": "NVFP4",
     "mxfp4-pack-quantized": "MXFP4",
     "mxfp8-quantized": "MXFP8",
-    "int-quantized": "INT8 W8A8 (int-quantized)",
     "marlin-24": "2:4 sparsity (marlin-24)",
     "sparse-24-bitmask": "2:4 sparsity (sparse-24-bitmask)",
     "sparse-bitmask": "sparsity of the weights (sparse-bitmask)",
@@ -148,12 +151,15 @@ def _group_layout(group: _Group, form: str, where: str) -> Layout | None:
         return None
     if group.output_activations is not None:
         refuse(where, "quantization of a linear's output", _INSTEAD)
+    integers = group.weights.type == "int"
+    if form == "pack-quantized" and integers and group.weights.num_bits == 8:
+        return _packed_int8(group.weights, group.input_activations, where)
     if form == "pack-quantized":
         return _int4(group.weights, group.input_activations, where)
+    if form in _INT8_FORMATS and integers:
+        return _int8(group.weights, group.input_activations, where)
     if form in _FP8_FORMATS and group.weights.type == "float":
         return _fp8(group.weights, group.input_activations is not None, where)
-    if form == "naive-quantized":
-        form = "int-quantized"
     refuse(where, _UNSUPPORTED.get(form, f"the format {form!r}"), _INSTEAD)
 
 
@@ -164,12 +170,7 @@ def _int4(weights: _Weights, activations: _Weights | None, where: str) -> Layout
     if activations is not None:
         what = f"W4A{activations.num_bits} (four-bit weights, quantized activations)"
         refuse(where, what, _INSTEAD)
-    if weights.actorder in ("group", "dynamic", True):
-        refuse(
-            where,
-            f"act-order (actorder = {weights.actorder!r})",
-            "use a checkpoint with actorder static, weight or null",
-        )
+    _refuse_act_order(weights, where)
     if weights.granularity == "channel":
         group = None
     elif weights.granularity == "group" and weights.group_size is not None:
@@ -177,6 +178,58 @@ def _int4(weights: _Weights, activations: _Weights | None, where: str) -> Layout
     else:
         refuse(where, f"W4A16 by {weights.granularity}", "use one by group or channel")
     return PackQuantized(group) if weights.symmetric else PackQuantizedAsymmetric(group)
+
+
+def _packed_int8(weights: _Weights, activations: _Weights | None, where: str) -> Layout:
+    """W8A16: one scale per output channel, or per 128 input channels of it."""
+    _require_symmetric(weights, where)
+    _refuse_act_order(weights, where)
+    if activations is not None:
+        refuse(where, f"W8A{activations.num_bits} in pack-quantized", _INSTEAD)
+    if weights.granularity == "channel":
+        return PackedInt8(None)
+    if weights.granularity == "group" and weights.group_size == INT8_GROUP:
+        return PackedInt8(INT8_GROUP)
+    refuse(
+        where,
+        f"INT8 by {weights.granularity}"
+        + (f" of {weights.group_size}" if weights.granularity == "group" else ""),
+        f"use a checkpoint with scales per channel or groups of {INT8_GROUP}",
+    )
+
+
+def _int8(weights: _Weights, activations: _Weights | None, where: str) -> Layout:
+    """W8A8, of which the weights are used: one scale per output channel."""
+    if weights.num_bits != 8:
+        refuse(where, f"{weights.num_bits}-bit int weights (int-quantized)", _INSTEAD)
+    _require_symmetric(weights, where)
+    if activations is None:
+        refuse(
+            where,
+            "INT8 with activations that are not quantized, in int-quantized",
+            "vLLM has no layer for it; save the model as pack-quantized",
+        )
+    if weights.granularity != "channel":
+        refuse(
+            where,
+            f"INT8 W8A8 by {weights.granularity}",
+            "use a checkpoint with scales per channel",
+        )
+    return Int8Channel()
+
+
+def _require_symmetric(weights: _Weights, where: str) -> None:
+    if not weights.symmetric:
+        refuse(where, "asymmetric INT8 (symmetric = false)", _INSTEAD)
+
+
+def _refuse_act_order(weights: _Weights, where: str) -> None:
+    if weights.actorder in ("group", "dynamic", True):
+        refuse(
+            where,
+            f"act-order (actorder = {weights.actorder!r})",
+            "use a checkpoint with actorder static, weight or null",
+        )
 
 
 def _fp8(weights: _Weights, quantised_inputs: bool, where: str) -> Layout:

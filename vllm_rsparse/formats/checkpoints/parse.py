@@ -46,7 +46,7 @@ def parse_scheme(config: Mapping[str, Any], where: str) -> Scheme:
             where,
             "a checkpoint quantized with"
             f" {_UNSUPPORTED.get(str(method), f'quant_method {method!r}')}",
-            "use one in compressed-tensors W4A16 or FP8, AWQ, GPTQ or native FP8, or"
-            " prepare the unquantized model it came from",
+            "use one in compressed-tensors W4A16, FP8 or INT8, AWQ, GPTQ or native FP8,"
+            " or prepare the unquantized model it came from",
         )
     return _SCHEMES[method](config, where)

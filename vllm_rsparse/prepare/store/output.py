@@ -74,12 +74,19 @@ class StagedOutput:
         """The artifact's file of tensors."""
         return self.artifact / TENSORS_NAME
 
-    def add_base_files(self, checkpoint: Checkpoint, copy: bool) -> None:
+    def add_base_files(
+        self, checkpoint: Checkpoint, copy: bool, weights: bool = True
+    ) -> None:
         """Link to (or copy) the base's weights, tokenizer and generation settings.
 
         Links are absolute and point to the file itself, not to the Hub cache's links.
+
+        Args:
+            checkpoint: the base model.
+            copy: whether to copy.
+            weights: False leaves out the weights and their index.
         """
-        for file in _base_files(checkpoint):
+        for file in _base_files(checkpoint, weights):
             if copy:
                 shutil.copyfile(file, self.path / file.name)
             else:
@@ -111,21 +118,32 @@ class StagedOutput:
             os.rename(self.path, self.output)
 
 
-def _base_files(checkpoint: Checkpoint) -> list[Path]:
+def _base_files(checkpoint: Checkpoint, weights: bool = True) -> list[Path]:
     """The base's weights, index, tokenizer and generation settings."""
     files = [*checkpoint.weight_files, checkpoint.directory / INDEX_NAME]
+    if not weights:
+        files = []
     for pattern in COMPANIONS:
         files += sorted(checkpoint.directory.glob(pattern))
     return [file for file in dict.fromkeys(files) if file.is_file()]
 
 
-def check_space(output: Path, checkpoint: Checkpoint, copies: int) -> None:
+def check_space(
+    output: Path, checkpoint: Checkpoint, copies: int = 1, weights: int | None = None
+) -> None:
     """Refuse, before any work is done, copies that do not fit on the disk.
+
+    Args:
+        output: OUTPUT.
+        checkpoint: the base model.
+        copies: how many directories there will be.
+        weights: bytes of the weights where they are not copied as they are.
 
     Raises:
         PrepareError: they do not.
     """
-    size = copies * sum(file.stat().st_size for file in _base_files(checkpoint))
+    files = _base_files(checkpoint, weights is None)
+    size = copies * (sum(file.stat().st_size for file in files) + (weights or 0))
     free = shutil.disk_usage(_existing(output)).free
     if size > free:
         raise PrepareError(

@@ -20,16 +20,42 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from vllm_rsparse.errors import PrepareError
+
 _DTYPES = {
+    torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that safetensors calls ``name``.
+
+    Raises:
+        PrepareError: PyTorch has none, or none that this module writes.
+    """
+    for dtype, known in _DTYPES.items():
+        if known == name:
+            return dtype
+    raise PrepareError(
+        f"the checkpoint has a tensor of dtype {name}, which --copy-weights with"
+        " --weights cannot write; leave out --copy-weights"
+    )
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Declared shape and dtype (float32, bfloat16 or float16) of a future tensor."""
+    """Declared shape and dtype of a future tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -142,6 +168,6 @@ def _allocate(path: Path, descriptor: int, size: int) -> None:
             return
         raise OSError(
             error.errno,
-            f"{error.strerror} (the artifact needs {size} bytes)",
+            f"{error.strerror} (the file needs {size} bytes)",
             str(path),
         ) from error

@@ -5,7 +5,9 @@ from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.formats.checkpoints.awq import AwqGemm
 from vllm_rsparse.formats.checkpoints.fp8 import Fp8Block, Fp8Channel, Fp8Tensor
 from vllm_rsparse.formats.checkpoints.gptq import Gptq
+from vllm_rsparse.formats.checkpoints.int8 import Int8Channel, PackedInt8
 from vllm_rsparse.formats.checkpoints.layout import Layout
+from vllm_rsparse.formats.checkpoints.on_disk import PlanesOnDisk
 from vllm_rsparse.formats.checkpoints.pack_quantized import PackQuantized
 from vllm_rsparse.formats.checkpoints.scheme import Scheme
 from vllm_rsparse.serving.weights.awq import AwqWeights
@@ -17,7 +19,9 @@ from vllm_rsparse.serving.weights.fp8 import (
     Fp8TensorWeights,
 )
 from vllm_rsparse.serving.weights.gptq import GptqWeights
+from vllm_rsparse.serving.weights.int8 import Int8ChannelWeights, PackedInt8Weights
 from vllm_rsparse.serving.weights.pack_quantized import PackQuantizedWeights
+from vllm_rsparse.serving.weights.planes import PlanesWeights
 
 
 def shared_layout(scheme: Scheme, names: list[str]) -> Layout | None:
@@ -64,6 +68,12 @@ def checkpoint_weights(layout: Layout | None, names: list[str]) -> CheckpointWei
             return Fp8ChannelWeights(layout, names)
         case Fp8Tensor():
             return Fp8TensorWeights(layout, names)
+        case Int8Channel():
+            return Int8ChannelWeights(layout, names)
+        case PackedInt8():
+            return PackedInt8Weights(layout, names)
+        case PlanesOnDisk():
+            return PlanesWeights(layout, names)
         case Fp8Block():
             return Fp8BlockWeights(layout, names)
     raise TypeError(f"no weights for {layout}")

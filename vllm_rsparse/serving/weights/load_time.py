@@ -65,15 +65,14 @@ class LoadTimeWeights(CheckpointWeights):
     def stored(self, layer: LinearBase, partition: Partition) -> StoredWeight:
         """See the base class."""
         loaded = self._source.stored(layer, partition)
-        if loaded.format is FLOAT:
-            weight = loaded.data
-        else:
+        channels = partition.full_k
+        try:
+            if loaded.format is FLOAT:
+                scales = self._scales(layer, loaded.data)
+                return self._load_time.encode(loaded.data, scales, channels)
             # What ``prepare`` rounded: a weight dequantised to the base's own dtype.
             dtype = getattr(torch, self._artifact.info.base.dtype)
-            weight = loaded.dequantise().to(dtype)
-        scales = self._scales(layer, weight)
-        try:
-            return self._load_time.encode(weight, scales, partition.full_k)
+            return self._load_time.requantise(loaded, dtype, channels=channels)
         except WeightFormatError as error:
             names = " + ".join(self._names)
             raise CheckpointError(f"{names}: {error}") from error
