@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 
 from vllm_rsparse.testing import server as serving
-from vllm_rsparse.testing.server import HOST, ServerError, ServerProcess, free_port
+from vllm_rsparse.testing.server import (
+    HOST,
+    ServerError,
+    ServerProcess,
+    free_port,
+    hold_port,
+)
 
 # A server with the faults that a large one can have. `stubborn`: ignores SIGTERM.
 # `orphan`: leaves a helper behind that ignores it. `never`: is never healthy.
@@ -208,3 +214,16 @@ def test_signal_to_the_program_leaves_no_server(
 def _child_of(pid: int) -> int:
     (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return int(child)
+
+
+def test_a_held_port_is_nobody_elses_until_the_server_binds_it() -> None:
+    with hold_port() as held:
+        port = held.getsockname()[1]
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind((HOST, port))
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            with socket.socket() as server:
+                server.setsockopt(socket.SOL_SOCKET, option, 1)
+                server.bind((HOST, port))
+                server.listen()
+                socket.create_connection((HOST, port), timeout=5).close()

@@ -36,6 +36,26 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def hold_port() -> socket.socket:
+    """A socket that keeps a free port from everyone who looks for one.
+
+    It does not listen, and a server that sets SO_REUSEADDR or SO_REUSEPORT, as vLLM and
+    Python's own do, can bind the port next to it: between the choice of a port and the
+    server's start, seconds later, no other program takes it.
+    """
+    held = socket.socket()
+    try:
+        held.bind((HOST, 0))
+        # After the choice: before it, the kernel could choose a port that is held.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "SO_REUSEPORT"):
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    except BaseException:
+        held.close()
+        raise
+    return held
+
+
 class ServerProcess:
     """A server that is up when the ``with`` block starts and gone when it ends.
 
@@ -62,7 +82,8 @@ class ServerProcess:
         start_timeout_s: float = 600.0,
         stop_timeout_s: float = 30.0,
     ) -> None:
-        port = free_port()
+        self._port = hold_port()
+        port = self._port.getsockname()[1]
         self.argv = [*argv, "--host", HOST, "--port", str(port)]
         self.base_url = f"http://{HOST}:{port}"
         self.log_path = log_path
