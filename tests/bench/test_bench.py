@@ -65,6 +65,23 @@ def test_a_sparse_output_layer_is_one_of_them() -> None:
     assert layers_of(info, 2)[-1] == Layer("lm_head", (512,), 64, 0.625, format="fp8")
 
 
+@pytest.mark.parametrize(
+    ("base", "weights", "stored"),
+    [
+        (BaseWeights("int4", "bfloat16", 32), "as-stored", ("int4", 32)),
+        (BaseWeights("int4", "bfloat16"), "as-stored", ("int4", 64)),
+        (BaseWeights("float", "bfloat16"), "fp8", ("fp8", 0)),
+        (BaseWeights("fp8", "bfloat16"), "int8-planes", ("int8-planes", 64)),
+    ],
+)
+def test_layers_have_the_format_that_is_served(
+    base: BaseWeights, weights: str, stored: tuple[str, int]
+) -> None:
+    info = replace(info_of(), base=base, weights=weights)
+    layer = next(one for one in layers_of(info, 1) if one.name == "qkv")
+    assert (layer.format, layer.group) == stored
+
+
 def test_tensor_parallel_halves_rows_or_columns() -> None:
     layers = {layer.name: layer for layer in layers_of(info_of(), 2)}
     assert layers["qkv"].shard_sizes == (32, 16, 16)
