@@ -13,18 +13,19 @@ from torch import nn
 
 pytest.importorskip("vllm")
 
-from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.model_loader.reload import layerwise
 
 from vllm_rsparse.artifact.tensors import scales_name
 from vllm_rsparse.errors import SettingError
 from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING, channel_scales
-from vllm_rsparse.serving.config import RSparseConfig
 from vllm_rsparse.serving.served import ServedModel
 from vllm_rsparse.testing.cases import one_linear
 
+from .mlp import PREFIX as MLP
+from .mlp import Mlp, load, make_config
+
 HIDDEN, INNER = 48, 64
-MLP = "model.layers.0.mlp"
+build = Mlp(HIDDEN, INNER).build
 SHAPES = {
     f"{MLP}.gate_proj": (INNER, HIDDEN, 0, False),
     f"{MLP}.up_proj": (INNER, HIDDEN, 5, False),
@@ -39,7 +40,7 @@ def _layers_are_not_a_model(monkeypatch):
 
 @pytest.fixture
 def weights():
-    return {n: torch.randn(s[0], s[1]) / s[1] ** 0.5 for n, s in SHAPES.items()}
+    return Mlp(HIDDEN, INNER).random_weights()
 
 
 @pytest.fixture
@@ -48,34 +49,6 @@ def model(tmp_path, write_artifact, weights):
     scales = {scales_name(n): channel_scales(w) for n, w in weights.items()}
     tensors = write_artifact(tmp_path / "rsparse", SHAPES, more=scales, weights="fp8")
     return tmp_path, tensors
-
-
-def make_config(directory, **options):
-    config = RSparseConfig.from_config(
-        {"artifact": "rsparse", "backend": "reference", **options}
-    )
-    config.maybe_update_config(str(directory))
-    return config
-
-
-def build(kind, config):
-    common = {
-        "bias": False,
-        "quant_config": config,
-        "params_dtype": torch.float32,
-        "prefix": f"{MLP}.{kind}",
-    }
-    if kind == "gate_up_proj":
-        return vllm_linear.MergedColumnParallelLinear(HIDDEN, [INNER, INNER], **common)
-    return vllm_linear.RowParallelLinear(INNER, HIDDEN, reduce_results=False, **common)
-
-
-def load(layer, weights):
-    names = layer.quant_method.names
-    for index, name in enumerate(names):
-        arguments = (index,) if len(names) > 1 else ()
-        parameter = layer.weight
-        parameter.weight_loader(parameter, weights[name], *arguments)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
