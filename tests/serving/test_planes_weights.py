@@ -16,10 +16,11 @@ from vllm.config import (
 from vllm.model_executor.model_loader.reload import layerwise
 
 from vllm_rsparse.errors import RSparseError
+from vllm_rsparse.formats.checkpoints.parse import parse_scheme
 from vllm_rsparse.formats.int8_planes import INT8_PLANES, PLANES_WHILE_LOADING
 from vllm_rsparse.op import layers
 from vllm_rsparse.serving.served import ServedModel
-from vllm_rsparse.testing.quantized import LAYOUTS
+from vllm_rsparse.testing.quantized import INT8_LAYOUTS, LAYOUTS
 
 from . import mlp
 from .mlp import PREFIX as MLP
@@ -117,6 +118,48 @@ def test_fp8_checkpoints_become_planes(
     # What ``prepare`` reads: dequantised to the dtype that the artifact names.
     right = expected(x, name, {name: meant.bfloat16()}, tensors)
     torch.testing.assert_close(layer.quant_method.apply(layer, x), right)
+
+
+@pytest.mark.parametrize("kind", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("layout", INT8_LAYOUTS)
+def test_int8_checkpoints_are_split_on_every_rank(
+    tmp_path, write_artifact, engine, layout, kind, monkeypatch
+):
+    activations = SimpleNamespace(dtype=torch.float32)
+    monkeypatch.setattr(get_current_vllm_config(), "model_config", activations)
+    base, quantise = INT8_LAYOUTS[layout]
+    group = 128 if layout.endswith("g128") else 0
+    form = {"format": "int8", "dtype": "bfloat16", "group": group}
+    # 128 must divide all input channels for the groups.
+    shapes = {n: (s[0], 256, s[2], s[3]) for n, s in SHAPES.items()}
+    write_artifact(
+        tmp_path / "rsparse", shapes, planes=2, weights=INT8_PLANES.name, base=form
+    )
+    made = {name: quantise(torch.randn(s[:2]) / 16) for name, s in shapes.items()}
+    mlp_of_256 = Mlp(256 if kind == "gate_up_proj" else HIDDEN, INNER)
+    parsed = parse_scheme(base, "config.json").layout(f"{MLP}.down_proj")
+    for size in (1, 2):
+        parts = []
+        for rank in range(size):
+            engine(rank, size)
+            config = make_config(tmp_path, base=base, max_sparse_tokens=4)
+            layer = mlp_of_256.build(kind, config)
+            parameters = dict(layer.named_parameters())
+            names = layer.quant_method.names
+            for index, name in enumerate(names):
+                arguments = (index,) if len(names) > 1 else ()
+                for suffix, tensor in made[name][0].items():
+                    parameter = parameters[suffix]
+                    parameter.weight_loader(parameter, tensor, *arguments)
+            layer.quant_method.process_weights_after_loading(layer)
+            parts.append(layer.weight)
+        dims = layer.quant_method.shard_sizes
+        shards = [list(p.split([d // 8 for d in dims], dim=2)) for p in parts]
+        for index, name in enumerate(names):
+            stored = parsed.store({s: made[name][0][s] for s in parsed.required})
+            whole = PLANES_WHILE_LOADING.requantise(stored, torch.bfloat16)
+            together = torch.cat([s[index] for s in shards], 1 + (len(names) > 1))
+            assert torch.equal(together, whole.data)
 
 
 def test_ranks_that_would_split_a_group_are_refused(model, weights, engine):
