@@ -2,16 +2,13 @@
 """``prepare --weights``: calibrated and evaluated on the weights that are served."""
 
 import json
-import sysconfig
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_rsparse.artifact.prepared import PreparedDirectory
-from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import ArtifactError, PrepareError, SettingError
 from vllm_rsparse.evaluate.loading import SwitchableModel
@@ -19,31 +16,9 @@ from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING, channel_scales
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.linears import find_linears
-from vllm_rsparse.prepare.options import PrepareOptions
-from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.testing.quantized import write_plain, write_quantized
 
-TEXTS = (Path(sysconfig.get_path("stdlib")) / "argparse.py",)
-
-
-def _prepare(model: Path, output: Path, **changes: Any) -> ArtifactInfo:
-    settings: dict[str, Any] = {
-        "model": str(model),
-        "output": output,
-        "sparsity": 0.5,
-        "calibration_data": TEXTS,
-        "recipe": "uniform",
-        "rho": 0.95,
-        "samples": 2,
-        "tokens": 128,
-        "device": "cpu",
-        "seed": 7,
-    }
-    return prepare(PrepareOptions(**(settings | changes)))
-
-
-def _tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "rsparse" / "rsparse.safetensors")
+from .runs import run, tensors_of
 
 
 def _rounded(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -58,7 +33,7 @@ def _rounded(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def prepared(pyllama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("fp8") / "out"
-    _prepare(pyllama, output, weights="fp8")
+    run(pyllama, output, weights="fp8")
     return output
 
 
@@ -66,17 +41,17 @@ def test_the_artifact_is_that_of_the_quantized_model(
     prepared: Path, pyllama: Path, tmp_path: Path
 ) -> None:
     write_plain(pyllama, tmp_path / "plain", _rounded(pyllama))
-    _prepare(tmp_path / "plain", tmp_path / "other")
-    mine, other = _tensors(prepared), _tensors(tmp_path / "other")
+    run(tmp_path / "plain", tmp_path / "other")
+    mine, other = tensors_of(prepared), tensors_of(tmp_path / "other")
     thresholds = [name for name in other if name.endswith(".thresholds")]
     for name in thresholds:
         # The norms of the columns are those of weights rounded to the factors' dtype.
         torch.testing.assert_close(mine[name], other[name], rtol=2e-3, atol=0)
     assert len(thresholds) == 28
     # Rounding to eight bits moves the activations, so thresholds differ.
-    _prepare(pyllama, tmp_path / "base")
+    run(pyllama, tmp_path / "base")
     name = "model.layers.2.mlp.down_proj.thresholds"
-    assert not torch.equal(mine[name], _tensors(tmp_path / "base")[name])
+    assert not torch.equal(mine[name], tensors_of(tmp_path / "base")[name])
 
 
 def test_artifact_and_config_record_what_is_served(
@@ -91,7 +66,7 @@ def test_artifact_and_config_record_what_is_served(
     config = json.loads((prepared / "config.json").read_text())
     assert config["quantization_config"]["weights"] == "fp8"
     weights = load_file(pyllama / "model.safetensors")
-    tensors = _tensors(prepared)
+    tensors = tensors_of(prepared)
     for name in info.linears:
         expected = channel_scales(weights[f"{name}.weight"])
         assert torch.equal(tensors[f"{name}.scales"], expected)
@@ -120,11 +95,11 @@ def test_evaluate_compares_the_base_with_what_is_served(
     # A plain model with the rounded weights, and the same thresholds.
     write_plain(pyllama, tmp_path / "plain", _rounded(pyllama))
     other = tmp_path / "other"
-    _prepare(tmp_path / "plain", other)
+    run(tmp_path / "plain", other)
     info = json.loads((prepared / "rsparse" / "rsparse.json").read_text())
     del info["weights"]
     (other / "rsparse" / "rsparse.json").write_text(json.dumps(info))
-    tensors = {n: t for n, t in _tensors(prepared).items() if ".scales" not in n}
+    tensors = {n: t for n, t in tensors_of(prepared).items() if ".scales" not in n}
     save_file(tensors, other / "rsparse" / "rsparse.safetensors")
     reopened = PreparedDirectory.open(pyllama_with(other))
     plain = SwitchableModel(reopened.checkpoint, torch.device("cpu"), torch.float32)
@@ -134,7 +109,7 @@ def test_evaluate_compares_the_base_with_what_is_served(
     torch.testing.assert_close(served, expected, rtol=1e-5, atol=1e-4)
     assert not torch.equal(plain.logits(windows, 4, sparse=False), dense)
     base = tmp_path / "base"
-    _prepare(pyllama, base)
+    run(pyllama, base)
     as_stored = PreparedDirectory.open(base)
     model.use(as_stored.artifact)
     assert torch.equal(model.logits(windows, 4, sparse=False), dense)
@@ -158,7 +133,7 @@ def test_evaluate_runs_the_quantized_output_layer(
     pyllama: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    _prepare(pyllama, out, sparsity=0.0, rho=1.0, head="fp8")
+    run(pyllama, out, sparsity=0.0, rho=1.0, head="fp8")
     prepared = PreparedDirectory.open(out)
     assert (prepared.artifact.info.head, prepared.settings.head) == ("fp8", "fp8")
     model = SwitchableModel(prepared.checkpoint, torch.device("cpu"), torch.float32)
@@ -177,7 +152,7 @@ def test_evaluate_runs_the_quantized_output_layer(
 def test_a_scale_that_is_no_positive_number_is_refused(
     prepared: Path, tmp_path: Path
 ) -> None:
-    tensors = _tensors(prepared)
+    tensors = tensors_of(prepared)
     tensors["model.layers.0.mlp.up_proj.scales"][3] = 0
     (tmp_path / "rsparse").mkdir()
     text = (prepared / "rsparse" / "rsparse.json").read_text()
@@ -194,7 +169,7 @@ def test_a_scale_that_is_no_positive_number_is_refused(
 
 def test_what_cannot_be_quantized_is_refused(pyllama: Path, tmp_path: Path) -> None:
     with pytest.raises(PrepareError, match="--weights must be one of as-stored, fp8"):
-        _prepare(pyllama, tmp_path / "out", weights="int3")
+        run(pyllama, tmp_path / "out", weights="int3")
     write_quantized(pyllama, tmp_path / "q", "w4a16-g64")
     with pytest.raises(SettingError, match=r"fp8 are made from float weights.*int4"):
-        _prepare(tmp_path / "q", tmp_path / "out", weights="fp8")
+        run(tmp_path / "q", tmp_path / "out", weights="fp8")

@@ -2,9 +2,7 @@
 """``prepare`` on quantized checkpoints: calibrated on the weights that are served."""
 
 import json
-import sysconfig
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,35 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from vllm_rsparse.artifact.prepared import PreparedDirectory
-from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.evaluate.loading import SwitchableModel
-from vllm_rsparse.prepare.options import PrepareOptions
-from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.testing.quantized import LAYOUTS, write_plain, write_quantized
 
-TEXTS = (Path(sysconfig.get_path("stdlib")) / "argparse.py",)
-
-
-def _prepare(model: Path, output: Path, **changes: Any) -> ArtifactInfo:
-    settings: dict[str, Any] = {
-        "model": str(model),
-        "output": output,
-        "sparsity": 0.5,
-        "calibration_data": TEXTS,
-        "recipe": "uniform",
-        "rho": 0.95,
-        "samples": 2,
-        "tokens": 128,
-        "device": "cpu",
-        "seed": 7,
-    }
-    return prepare(PrepareOptions(**(settings | changes)))
-
-
-def _tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "rsparse" / "rsparse.safetensors")
+from .runs import run, tensors_of
 
 
 @pytest.mark.parametrize("layout", ["w4a16-asym-g32", "awq", "fp8-block-native"])
@@ -50,18 +25,18 @@ def test_the_artifact_is_that_of_the_dequantised_model(
     meant = write_quantized(tiny_llama, tmp_path / "q", layout)
     plain = {name: tensor.bfloat16() for name, tensor in meant.items()}
     write_plain(tiny_llama, tmp_path / "plain", plain)
-    mine = _prepare(tmp_path / "q", tmp_path / "mine")
-    other = _prepare(tmp_path / "plain", tmp_path / "other")
+    mine = run(tmp_path / "q", tmp_path / "mine")
+    other = run(tmp_path / "plain", tmp_path / "other")
     assert mine.dtype == "bfloat16"
     assert mine.linears == other.linears
-    tensors, expected = _tensors(tmp_path / "mine"), _tensors(tmp_path / "other")
+    tensors, expected = tensors_of(tmp_path / "mine"), tensors_of(tmp_path / "other")
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
         assert torch.equal(tensor, expected[name]), name
     # Rounding to four or eight bits moves the activations, so thresholds differ.
-    _prepare(tiny_llama, tmp_path / "base")
+    run(tiny_llama, tmp_path / "base")
     name = "model.layers.2.mlp.down_proj.thresholds"
-    assert not torch.equal(tensors[name], _tensors(tmp_path / "base")[name])
+    assert not torch.equal(tensors[name], tensors_of(tmp_path / "base")[name])
 
 
 @pytest.mark.parametrize(
@@ -76,7 +51,7 @@ def test_the_config_carries_the_bases_own_dictionary(
     layout: str, weights: tuple[str, int], tiny_llama: Path, tmp_path: Path
 ) -> None:
     write_quantized(tiny_llama, tmp_path / "q", layout)
-    _prepare(tmp_path / "q", tmp_path / "out")
+    run(tmp_path / "q", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "rsparse"
     assert config["quantization_config"]["base"] == LAYOUTS[layout][0]
@@ -92,14 +67,14 @@ def test_the_older_name_of_the_key_does_not_stay(
     config = json.loads(path.read_text())
     base = config["compression_config"] = config.pop("quantization_config")
     path.write_text(json.dumps(config))
-    _prepare(tmp_path / "q", tmp_path / "out")
+    run(tmp_path / "q", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "compression_config" not in config
     assert config["quantization_config"]["base"] == base
 
 
 def test_plain_models_carry_no_base(tiny_llama: Path, tmp_path: Path) -> None:
-    _prepare(tiny_llama, tmp_path / "out")
+    run(tiny_llama, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "base" not in config["quantization_config"]
 
@@ -109,7 +84,7 @@ def test_evaluate_runs_the_dequantised_model(
     layout: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     meant = write_quantized(tiny_llama, tmp_path / "q", layout)
-    _prepare(tmp_path / "q", tmp_path / "out")
+    run(tmp_path / "q", tmp_path / "out")
     windows = torch.arange(2 * 40).view(2, 40)
     prepared = PreparedDirectory.open(tmp_path / "out")
     model = SwitchableModel(prepared.checkpoint, torch.device("cpu"), torch.float32)
@@ -137,6 +112,6 @@ def test_a_damaged_tensor_stops_the_run_and_is_named(
     message = r"layers.3.mlp.up_proj: weight_scale has values that are not finite"
     for recipe, rho in (("uniform", 0.95), ("best", None)):
         with pytest.raises(CheckpointError, match=message):
-            _prepare(tmp_path / "q", tmp_path / "out", recipe=recipe, rho=rho)
+            run(tmp_path / "q", tmp_path / "out", recipe=recipe, rho=rho)
         # Not even what could be resumed from.
         assert [path.name for path in tmp_path.iterdir()] == ["q"]

@@ -16,6 +16,8 @@ from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.texts import writing
 from vllm_rsparse.texts.writing import TextWriter
 
+from .runs import contents
+
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,10 +28,6 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 def options(model: Path, output: Path, **changes: Any) -> PrepareOptions:
     settings: dict[str, Any] = {"samples": 4, "device": "cpu", "recipe": "wina"}
     return PrepareOptions(str(model), output, 0.5, **(settings | changes))
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (output / "rsparse").iterdir()}
 
 
 def test_the_text_is_kept_and_gives_the_same_artifact(
