@@ -52,7 +52,7 @@ def test_a_user_sees_the_table_and_the_next_command(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    *table, serve = done.stdout.splitlines()
+    *table, card, serve = done.stdout.splitlines()
     assert [row.split()[0] for row in table] == [
         "linear",
         "q_proj",
@@ -72,6 +72,7 @@ def test_a_user_sees_the_table_and_the_next_command(
     quoted = shlex.quote(str(output))
     assert quoted != str(output)
     assert serve == f"serve it with: vllm serve {quoted} --quantization rsparse"
+    assert card.startswith("model card: vllm-rsparse, recipe uniform: ")
     assert "achieved sparsity 0.5" in done.stderr
     assert "28/28" in done.stderr
 

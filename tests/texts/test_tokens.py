@@ -49,9 +49,9 @@ def test_the_template_writes_chats_and_nothing_is_added(
     ids = [tokenizer(text, add_special_tokens=False).input_ids for text in written]
     texts = DocumentTokens(tokenizer)
     assert texts.tokens(read) == ids
-    stream, counts = texts.join([read])
-    assert stream.tolist() == ids[0] + ids[1]
-    assert counts == [len(stream)]
+    stream = texts.join([read])
+    assert stream.ids.tolist() == ids[0] + ids[1]
+    assert stream.counts == [len(stream.ids)]
     # <s> and </s> are the special tokens, not characters.
     assert ids[0][0] == tokenizer.bos_token_id
     assert ids[0].count(tokenizer.eos_token_id) == 3
@@ -65,9 +65,9 @@ def test_a_text_after_a_chat_and_a_chat_after_a_text(
     text = source(tmp_path / "b.jsonl", {"text": "x = 1"})
     texts = DocumentTokens(tokenizer)
     (chat_ids,), (text_ids,) = texts.tokens(talk), texts.tokens(text)
-    stream, _ = texts.join([talk, text, talk])
+    stream = texts.join([talk, text, talk])
     # The template begins with <s>, which is not the separator </s>.
-    assert stream.tolist() == [
+    assert stream.ids.tolist() == [
         *(chat_ids + text_ids),
         *(tokenizer.eos_token_id, *chat_ids),
     ]
@@ -85,8 +85,8 @@ def test_one_token_that_ends_and_begins_is_not_doubled(
 
     read = source(tmp_path / "a.jsonl", {"text": "a"}, {"text": "b"})
     a, b = (tokenizer(x, add_special_tokens=False).input_ids for x in "ab")
-    stream, _ = DocumentTokens(Same()).join([read])
-    assert stream.tolist() == [1, *a, 1, *b]
+    stream = DocumentTokens(Same()).join([read])
+    assert stream.ids.tolist() == [1, *a, 1, *b]
 
 
 def test_a_model_without_chat_template(pyllama: Path, tmp_path: Path) -> None:
@@ -111,3 +111,17 @@ def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     for error in (caught, torn):
         assert "\n" not in str(error.value)
+
+
+def test_the_answers_of_a_chat(tokenizer: Any, tmp_path: Path) -> None:
+    """Found by their own text, whatever the template writes around it."""
+    repeated = chat("say yes", "yes", "say yes no", "yes no ")
+    read = source(tmp_path / "a.jsonl", repeated, chat("a"))
+    tokenizer.chat_template = TEMPLATE.replace("m.content", "m.content | trim")
+    stream = DocumentTokens(tokenizer).join([read])
+    kept = [tokenizer.decode(stream.ids[i]) for i in stream.answers.nonzero()[0]]
+    first = "".join(kept[: stream.answers[: stream.counts[0]].sum()])
+    # A chat without an answer counts whole, as a text does.
+    assert first.split() == ["yes", "yes", "no<s>user:", "a</s>"]
+    text = source(tmp_path / "b.jsonl", {"text": "a"}, {"text": "b"})
+    assert DocumentTokens(tokenizer).join([text]).answers.all()

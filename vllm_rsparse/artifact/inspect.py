@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_rsparse.artifact.card import card_line
 from vllm_rsparse.artifact.reads import LinearReads, linear_reads, token_reads_of
 from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry
 from vllm_rsparse.formats.names import AS_STORED
@@ -153,7 +154,8 @@ def _provenance(info: ArtifactInfo) -> str:
     }
     if info.bits_read is not None:
         header["bits read of a weight"] = round(info.bits_read, 3)
-    lines = [f"{key}: {_compact(value)}" for key, value in header.items()]
+    lines = [f"model card: {card_line(info)}"]
+    lines += [f"{key}: {_compact(value)}" for key, value in header.items()]
     lines += [
         f"{_compact(key)}: {_compact(value)}" for key, value in info.provenance.items()
     ]

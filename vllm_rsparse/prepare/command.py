@@ -51,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --weights int8-planes: mean bits of a weight that decoding reads,"
         " for example 4.2",
     )
+    target.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="KL",
+        help="find the largest sparsity whose KL divergence from the dense model on"
+        " held-out answers is at most this, for example 0.02 nats",
+    )
     parser.add_argument(
         "--calibration-data",
         nargs="+",
@@ -169,6 +176,7 @@ def run(args: argparse.Namespace) -> int:
         output=args.output,
         sparsity=None if args.sparsity is None else tuple(args.sparsity),
         bits=args.bits,
+        max_kl=args.max_kl,
         calibration_data=tuple(map(TextFile.parse, args.calibration_data)),
         rho=args.rho,
         recipe=args.recipe,
@@ -196,10 +204,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(options: PrepareOptions, output: Path, info: "ArtifactInfo") -> None:
     """Say what was written, and how it is served."""
+    from vllm_rsparse.artifact.card import card_line
     from vllm_rsparse.prepare.report import summary
 
     print(summary(info))
-    if info.bits_read is not None:
+    if info.bits_read is not None and options.bits is not None:
         logger.info(
             "%.2f bits read of a weight (target %.2f), scales included",
             info.bits_read,
@@ -212,5 +221,6 @@ def _report(options: PrepareOptions, output: Path, info: "ArtifactInfo") -> None
         info.sparsity,
         output,
     )
+    print(f"model card: {card_line(info)}")
     serve = ["vllm", "serve", str(output), "--quantization", "rsparse"]
     print(f"serve it with: {shlex.join(serve)}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vllm_rsparse import __version__
+from vllm_rsparse.artifact.card import LOSS
 from vllm_rsparse.artifact.quantization import QUANT_METHOD, QuantizationSettings
 from vllm_rsparse.artifact.reads import HEAD_FOUND, TOKEN_READS
 from vllm_rsparse.artifact.schema import ArtifactInfo, BaseWeights
@@ -29,6 +30,7 @@ from vllm_rsparse.prepare.calibration.head import CalibratedHead
 from vllm_rsparse.prepare.calibration.layers import Calibrated, Job
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.recipe.recipes import Recipe
+from vllm_rsparse.prepare.search.price import Priced
 from vllm_rsparse.prepare.store.output import StagedOutput, write_text
 from vllm_rsparse.prepare.store.quantized_copy import QuantizedCopy
 from vllm_rsparse.texts.windows import CalibrationText
@@ -46,6 +48,7 @@ class Directories:
         base: how the base model stores its weights.
         text: the calibration text.
         quantized_copy: the weights to write, where the base's files do not do.
+        priced: how the sparsity was found; None where it was given.
     """
 
     options: PrepareOptions
@@ -55,6 +58,7 @@ class Directories:
     base: BaseWeights
     text: CalibrationText
     quantized_copy: QuantizedCopy | None = None
+    priced: Priced | None = None
 
     def write(
         self, staged: StagedOutput, job: Job, calibrated: Calibrated
@@ -110,7 +114,10 @@ class Directories:
 
     def _provenance(self, job: Job, calibrated: Calibrated) -> dict[str, Any]:
         model, recipe, planned = self.model, self.recipe, job.planned
-        return {
+        found: dict[str, Any] = {}
+        if self.priced is not None:
+            found[LOSS] = asdict(self.priced.loss)
+        return found | {
             "vllm_rsparse": __version__,
             "torch": torch.__version__,
             "transformers": version("transformers"),

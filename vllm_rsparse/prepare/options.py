@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the user asks of ``prepare``, validated before any work is done."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ HEADS = (AS_STORED, *HEAD_FORMATS)
 DEFAULT_TOKENS = 4096
 # The format whose channels are read with 8, 4 or 0 bits.
 IN_PLANES = "int8-planes"
+# Held-out tokens that --max-kl is measured on, at most about; see ``held_out``.
+HELD_OUT_TOKENS = 8192
 MIN_BITS, MAX_BITS = 1.0, 8.0
 
 
@@ -27,7 +30,7 @@ class PrepareOptions:
         output: directory to write; it must not exist, unless ``overwrite``. Several
             sparsities have one each, see ``outputs``.
         sparsity: target s in [0, 1): fraction of the linears' bytes not read; or
-            several, for a directory each. None where ``bits`` is given.
+            several, for a directory each. None where ``bits`` or ``max_kl`` is given.
         calibration_data: files of text or JSONL (see ``texts.documents``), with weights
             or without; none lets the model write its own text.
         recipe: name of a recipe, or a JSON file (see ``recipes``).
@@ -42,6 +45,8 @@ class PrepareOptions:
             on CUDA).
         bits: mean bits of a weight that a token reads, where weights are read in
             planes, scales and zero points included; instead of ``sparsity``.
+        max_kl: largest KL divergence from the dense model on held-out text, nats; the
+            largest sparsity within it is found. Instead of ``sparsity`` and ``bits``.
         weights: "as-stored", or the format that the linears' weights are quantized to
             while they load, for calibration and when served.
         head: the same for the output layer.
@@ -71,6 +76,7 @@ class PrepareOptions:
     revision: str | None = None
     recipe: str = "best"
     bits: float | None = None
+    max_kl: float | None = None
     save_recipe: Path | None = None
 
     def __post_init__(self) -> None:
@@ -126,7 +132,7 @@ class PrepareOptions:
 
     @property
     def sparsities(self) -> tuple[float, ...]:
-        """The sparsities that were asked for; empty where ``bits`` is given."""
+        """The sparsities that were asked for; empty where another target is given."""
         if self.sparsity is None:
             return ()
         return self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,)
@@ -139,14 +145,35 @@ class PrepareOptions:
         folder, name = self.output.parent, self.output.name
         return tuple(folder / f"{name}-{one:g}" for one in self.sparsities)
 
+    def held_out(self, tokens: int) -> int:
+        """Windows to hold out: half as many as calibrate, within limits.
+
+        Args:
+            tokens: of each window.
+        """
+        if self.max_kl is None:
+            return 0
+        return max(2, min(self.samples // 2, math.ceil(HELD_OUT_TOKENS / tokens)))
+
     def _check_target(self) -> None:
         """Sparsity for weights that are read whole, bits for those in planes."""
-        if self.weights == IN_PLANES:
+        if self.max_kl is not None:
+            if self.sparsities or self.bits is not None:
+                raise PrepareError(
+                    f"--max-kl {self.max_kl:g}: finds the sparsity, so it goes without"
+                    " --sparsity and --bits"
+                )
+            if not 0.0 < self.max_kl < math.inf:
+                raise PrepareError(
+                    f"--max-kl must be a positive number, got {self.max_kl}: 0.02 nats"
+                    " lies between the losses of good 4-bit and 3-bit formats"
+                )
+        elif self.weights == IN_PLANES:
             if self.sparsity is not None or self.bits is None:
                 raise PrepareError(
                     f"--weights {IN_PLANES} takes --bits, the mean bits of a weight"
-                    " that a token reads, and no --sparsity: --bits 4.2 reads as much"
-                    " as INT4 does"
+                    " that a token reads, or --max-kl, and no --sparsity: --bits 4.2"
+                    " reads as much as INT4 does"
                 )
             if not MIN_BITS <= self.bits <= MAX_BITS:
                 raise PrepareError(
@@ -161,5 +188,5 @@ class PrepareOptions:
         elif not self.sparsities:
             raise PrepareError(
                 "--sparsity is missing: 0.5 skips half of the bytes of the linear"
-                " layers"
+                " layers; or give --max-kl, and the sparsity is found"
             )

@@ -17,14 +17,17 @@ from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
 from vllm_rsparse.model.device import choose_device
 from vllm_rsparse.model.linears import Linear, find_linears
 from vllm_rsparse.model.streaming import StreamedModel
+from vllm_rsparse.prepare.calibration.held_out import HeldOut
 from vllm_rsparse.prepare.calibration.layers import Job, calibrate_layers
 from vllm_rsparse.prepare.directories import Directories
-from vllm_rsparse.prepare.options import PrepareOptions
+from vllm_rsparse.prepare.estimate import TRIED_FOR_PRICE, warn_if_long
+from vllm_rsparse.prepare.options import IN_PLANES, PrepareOptions
 from vllm_rsparse.prepare.recipe.files import load_recipe, recipe_json
 from vllm_rsparse.prepare.recipe.recipes import RECIPES, Recipe
 from vllm_rsparse.prepare.run import Run, dense_prefix
 from vllm_rsparse.prepare.search.allocators import allocator_of, takes_planes
 from vllm_rsparse.prepare.search.planning import Planner
+from vllm_rsparse.prepare.search.price import find_priced
 from vllm_rsparse.prepare.store.identity import run_identity
 from vllm_rsparse.prepare.store.output import (
     StagedOutput,
@@ -99,6 +102,9 @@ def prepare_all(options: PrepareOptions) -> list[ArtifactInfo]:
         run_identity(recipe, options, model, source.identity),
     )
     sparsities = _sparsities(options, linears)
+    if device.type == "cpu":
+        targets = len(sparsities) or TRIED_FOR_PRICE
+        warn_if_long(recipe, linears, source.calibration_tokens, dtype, targets)
     with ExitStack() as stack:
         for one in staged:
             stack.enter_context(one)
@@ -117,13 +123,18 @@ def prepare_all(options: PrepareOptions) -> list[ArtifactInfo]:
                 head_sparsity=options.head_sparsity,
             )
             planner = Planner(run, recipe)
+            priced = None
+            if options.max_kl is not None and text.held_out is not None:
+                held_out = HeldOut(run, text.held_out)
+                priced = find_priced(run, planner, held_out, options.max_kl)
+                sparsities = [priced.sparsity]
             jobs = [
                 Job(run, sparsity, planner.plan(sparsity), one.tensors)
                 for sparsity, one in zip(sparsities, staged, strict=True)
             ]
             calibrated = calibrate_layers(jobs, getattr(torch, stored_dtype))
         directories = Directories(
-            options, recipe, model, linears, base, text, quantized_copy
+            options, recipe, model, linears, base, text, quantized_copy, priced
         )
         infos = [
             directories.write(one, job, found)
@@ -144,22 +155,31 @@ def _recipe(options: PrepareOptions) -> Recipe:
     recipe = load_recipe(options.recipe)
     if options.rho is not None:
         recipe = replace(recipe, rho=options.rho)
-    allocator_of(recipe)
-    if options.bits is not None and not takes_planes(recipe):
+    allocator = allocator_of(recipe)
+    if options.max_kl is not None and (allocator.long or recipe.linears is not None):
+        reason = "fixes the plan of every linear"
+        if recipe.linears is None:
+            reason = "searches for long at every sparsity"
         raise PrepareError(
-            f"recipe {recipe.name!r} does not allocate bits: with --bits use one of"
+            f"--max-kl {options.max_kl:g}: recipe {recipe.name!r} {reason}; give"
+            " --sparsity, or use --recipe best, greedy, uniform, teal or wina"
+        )
+    if options.weights == IN_PLANES and not takes_planes(recipe):
+        raise PrepareError(
+            f"recipe {recipe.name!r} does not allocate bits: with --weights"
+            f" {IN_PLANES} use one of"
             f" {', '.join(name for name, one in RECIPES.items() if takes_planes(one))}"
         )
     return recipe
 
 
 def _sparsities(options: PrepareOptions, linears: Sequence[Linear]) -> Sequence[float]:
-    """The fractions of the linears' bits that tokens shall not read.
+    """The fractions of the linears' bits that tokens shall not read; none if sought.
 
     Raises:
         CheckpointError: the weights are to be read in planes, and a linear cannot be.
     """
-    if options.bits is None:
+    if options.weights != IN_PLANES:
         return options.sparsities
     stored = elements = 0.0
     for linear in linears:
@@ -172,6 +192,8 @@ def _sparsities(options: PrepareOptions, linears: Sequence[Linear]) -> Sequence[
             )
         stored += n * k * sum(plane_bits(k))
         elements += n * k
+    if options.bits is None:
+        return []
     return [max(0.0, 1 - options.bits * elements / stored)]
 
 

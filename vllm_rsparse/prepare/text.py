@@ -34,6 +34,10 @@ class RunText(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """What the windows depend on, for the run's identity."""
 
+    @property
+    def calibration_tokens(self) -> int:
+        """Tokens of all windows that calibrate."""
+
     def windows(self, store: RunStore, artifacts: Sequence[Path]) -> CalibrationText:
         """The windows.
 
@@ -55,8 +59,15 @@ class GivenText:
     @property
     def identity(self) -> Mapping[str, Any]:
         """Their digest."""
-        windows = self.text.windows.numpy().tobytes()
-        return {"calibration windows": hashlib.sha256(windows).hexdigest()}
+        found = {"calibration windows": _digest(self.text.windows)}
+        if self.text.held_out is not None:
+            found["held-out windows"] = _digest(self.text.held_out.ids)
+        return found
+
+    @property
+    def calibration_tokens(self) -> int:
+        """Those of the windows."""
+        return self.text.windows.numel()
 
     def windows(self, store: RunStore, artifacts: Sequence[Path]) -> CalibrationText:
         """They are there already."""
@@ -74,6 +85,7 @@ class WrittenText:
         tokens: of each window.
         seed: of the text and of the windows.
         vocab_size: of the model.
+        held_out: further windows, to measure on.
     """
 
     writer: TextWriter
@@ -82,6 +94,7 @@ class WrittenText:
     tokens: int
     seed: int
     vocab_size: int
+    held_out: int = 0
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -90,7 +103,13 @@ class WrittenText:
             "the model's own text": self.writer.identity,
             "--calibration-samples": self.samples,
             "--calibration-tokens": self.tokens,
+            "held-out windows": self.held_out,
         }
+
+    @property
+    def calibration_tokens(self) -> int:
+        """As many as are asked for."""
+        return self.samples * self.tokens
 
     def windows(self, store: RunStore, artifacts: Sequence[Path]) -> CalibrationText:
         """Let the model write, or recall what it wrote; the text is then a file of
@@ -99,7 +118,8 @@ class WrittenText:
         while (batch := store.recall(Key(_STAGE, len(kept)))) is not None:
             kept.append([Document.from_json(value) for value in batch])
         documents: list[Document] = []
-        batches = self.writer.batches(self.samples * self.tokens, self.seed, kept)
+        count = (self.samples + self.held_out) * self.tokens
+        batches = self.writer.batches(count, self.seed, kept)
         for index, batch in enumerate(batches):
             if index >= len(kept):
                 values = [document.to_json() for document in batch]
@@ -121,6 +141,7 @@ class WrittenText:
             self.tokens,
             self.seed,
             self.vocab_size,
+            self.held_out,
         )
 
 
@@ -154,14 +175,25 @@ def choose_text(
                 tokens,
                 options.seed,
                 model.vocab_size,
+                options.held_out(tokens),
             )
         )
     dtype = writing_dtype(stored, model.dtype, model.device)
     writer = TextWriter(model.checkpoint, tokenizer, model.device, dtype)
     tokens = _window_tokens(options.tokens, writer.window, longest)
     return WrittenText(
-        writer, tokenizer, options.samples, tokens, options.seed, model.vocab_size
+        writer,
+        tokenizer,
+        options.samples,
+        tokens,
+        options.seed,
+        model.vocab_size,
+        options.held_out(tokens),
     )
+
+
+def _digest(windows: torch.Tensor) -> str:
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
 
 
 def _window_tokens(tokens: int | None, default: int, longest: int | None) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.texts.documents import Source
-from vllm_rsparse.texts.tokens import DocumentTokens
+from vllm_rsparse.texts.tokens import DocumentTokens, TokenStream
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +32,26 @@ class CalibrationText:
         windows: int64 [samples, tokens], in random order.
         provenance: files with their digests, counts, and whether a window starts with
             the begin-of-sequence token.
+        held_out: windows of the same text that are not among these; None where none
+            were asked for.
     """
 
     windows: Tensor
     provenance: dict[str, Any]
+    held_out: "AnsweredWindows | None" = None
+
+
+@dataclass(frozen=True, eq=False)
+class AnsweredWindows:
+    """Windows of text in which it is known what a model would write.
+
+    Attributes:
+        ids: int64 [windows, tokens].
+        answers: bool [windows, tokens], see ``TokenStream``.
+    """
+
+    ids: Tensor
+    answers: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,7 @@ def choose_windows(
     tokens: int,
     seed: int,
     vocab_size: int,
+    held_out: int = 0,
 ) -> CalibrationText:
     """Draw non-overlapping windows without replacement.
 
@@ -75,9 +92,12 @@ def choose_windows(
         tokens: tokens per window.
         seed: chooses the windows.
         vocab_size: of the model, to detect the tokenizer of another model.
+        held_out: number of further windows to measure on, at least; at most a third of
+            a text that is too short for all. The calibration windows are the same
+            without them, if the text is long enough.
 
     Raises:
-        CheckpointError: there is not a single window, a source has no share, a chat
+        CheckpointError: there are too few windows, a source has no share, a chat
             cannot be written, or the tokenizer is not the model's.
     """
     texts = DocumentTokens(tokenizer)
@@ -93,44 +113,55 @@ def choose_windows(
     # from version to version.
     generator = random.Random(seed)
     drawn: list[tuple[float, np.ndarray]] = []
+    spare: list[tuple[np.ndarray, np.ndarray]] = []
     files = []
     for group, share in zip(groups, shares, strict=True):
-        stream, counts = texts.join(group)
+        stream = texts.join(group)
         cut = _cut(stream, tokens, texts.bos)
         name = group[0].name if weighted else "--calibration-data"
-        if not cut:
+        if len(cut) < 1 + bool(held_out):
+            few = "two windows" if held_out else "one window"
             raise CheckpointError(
-                f"{name} has {len(stream)} tokens, fewer than one window of {tokens};"
+                f"{name} has {len(stream.ids)} tokens, fewer than {few} of {tokens};"
                 " give more text or lower --calibration-tokens"
             )
-        if len(cut) < share:
+        aside = math.ceil(held_out * share / samples)
+        if len(cut) < share + aside:
+            aside = min(aside, max(1, len(cut) // 3)) if held_out else 0
+        if len(cut) < share + aside:
             logger.warning(
                 "%s has %d tokens, enough for %d of the %d windows of %d tokens"
                 " requested: using %d; more text gives better thresholds",
                 name,
-                len(stream),
+                len(stream.ids),
                 len(cut),
-                share,
+                share + aside,
                 tokens,
-                len(cut),
+                len(cut) - aside,
             )
-            share = len(cut)
+            share = len(cut) - aside
         draws = [generator.random() for _ in cut]
-        ranked = sorted(range(len(cut)), key=draws.__getitem__)[:share]
-        drawn += [((i + 0.5) / share, cut[j]) for i, j in enumerate(ranked)]
-        files += _described(group, counts)
+        ranked = sorted(range(len(cut)), key=draws.__getitem__)
+        drawn += [((i + 0.5) / share, cut[j][0]) for i, j in enumerate(ranked[:share])]
+        spare += [cut[j] for j in ranked[share : share + aside]]
+        files += _described(group, stream.counts)
     drawn.sort(key=lambda window: window[0])  # stable: among equals, the first source
     windows = torch.from_numpy(np.stack([window for _, window in drawn]))
     _check_vocabulary(windows, vocab_size)
+    provenance = {
+        "files": files,
+        "samples": len(windows),
+        "tokens": tokens,
+        "bos": texts.bos is not None,
+        "seed": seed,
+    }
+    if not spare:
+        return CalibrationText(windows, provenance)
+    ids, answers = (
+        torch.from_numpy(np.stack(part)) for part in zip(*spare, strict=True)
+    )
     return CalibrationText(
-        windows,
-        {
-            "files": files,
-            "samples": len(windows),
-            "tokens": tokens,
-            "bos": texts.bos is not None,
-            "seed": seed,
-        },
+        windows, provenance | {"held_out": len(ids)}, AnsweredWindows(ids, answers)
     )
 
 
@@ -150,32 +181,35 @@ def spread_windows(
             written.
     """
     texts = DocumentTokens(tokenizer)
-    stream, counts = texts.join(sources)
+    stream = texts.join(sources)
     enough = window > (texts.bos is not None)
     cut = _cut(stream, window, texts.bos) if enough else []
     if not cut:
         raise CheckpointError(
-            f"--data has {len(stream)} tokens, fewer than one window of {window};"
+            f"--data has {len(stream.ids)} tokens, fewer than one window of {window};"
             " give more text or a smaller --window"
         )
     count = len(cut) if limit is None else min(limit, len(cut))
     chosen = np.linspace(0, len(cut) - 1, count).astype(int)
-    windows = torch.from_numpy(np.stack([cut[i] for i in chosen]))
-    return HeldOutText(windows, _described(sources, counts), len(cut))
+    windows = torch.from_numpy(np.stack([cut[i][0] for i in chosen]))
+    return HeldOutText(windows, _described(sources, stream.counts), len(cut))
 
 
-def _cut(stream: np.ndarray, tokens: int, bos: int | None) -> list[np.ndarray]:
-    """Consecutive windows int64 [tokens], each starting with ``bos`` unless None."""
-    windows: list[np.ndarray] = []
+def _cut(
+    stream: TokenStream, tokens: int, bos: int | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Consecutive windows, ids and answers [tokens], led by ``bos`` unless None."""
+    windows: list[tuple[np.ndarray, np.ndarray]] = []
     start = 0
     while True:
-        lead = [] if bos is None or stream[start] == bos else [bos]
+        lead = [] if bos is None or stream.ids[start] == bos else [bos]
         end = start + tokens - len(lead)
-        if end > len(stream):
+        if end > len(stream.ids):
             return windows
-        body = stream[start:end]
-        windows.append(np.append(np.asarray(lead, np.int64), body))
-        if end == len(stream):
+        ids = np.append(np.asarray(lead, np.int64), stream.ids[start:end])
+        answers = np.append(np.zeros(len(lead), bool), stream.answers[start:end])
+        windows.append((ids, answers))
+        if end == len(stream.ids):
             return windows
         start = end
 

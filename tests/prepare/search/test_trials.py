@@ -179,7 +179,7 @@ def test_a_correction_that_is_fixed_is_not_tried(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, correction: str, tried: list[str]
 ) -> None:
     linears = (Linear("l0", 0, "self_attn.q_proj", (N, K)),)
-    monkeypatch.setattr(trials, "run_sparse", lambda *args: None)
+    monkeypatch.setattr(trials, "run_sparse", lambda run, *args: run.windows)
     monkeypatch.setattr(trials, "divergence", lambda *args: 1.0)
     recipe = Recipe(
         name="one",

@@ -6,17 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vllm_rsparse.artifact.schema import LinearEntry
+from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.linear import (
+    CPU_ERROR_TOKENS,
     ERROR_TOKENS,
-    CalibratedLinear,
     calibrate_linear,
 )
+from vllm_rsparse.prepare.calibration.observers import LayerInputs
 from vllm_rsparse.prepare.calibration.propagate import (
     sparse_linears,
     stage_input,
@@ -55,38 +57,80 @@ class LayerResult:
         return cls(tensors, entries, note["residuals"])
 
 
+@dataclass(frozen=True, eq=False)
+class Installed:
+    """What a linear needs to run sparse.
+
+    Attributes:
+        tensors: of the artifact, on the device.
+        first: what the first of two planes of the weight stands for, [N, K]; None where
+            it is read whole.
+    """
+
+    tensors: LinearTensors
+    first: Tensor | None
+
+
 class LayerCalibration:
-    """Calibrates the linears of one layer; ``result`` is what it found."""
+    """Calibrates the linears of one layer.
+
+    Attributes:
+        result: what it found.
+        installed: the same on the device, by kind of linear.
+    """
 
     def __init__(
         self,
         run: Run,
         planned: Planned,
         progress: tqdm,
-        error_tokens: int = ERROR_TOKENS,
+        errors: bool = True,
     ) -> None:
         self._run = run
-        self._error_tokens = error_tokens
+        on_cpu = run.model.device.type == "cpu"
+        measured = CPU_ERROR_TOKENS if on_cpu else ERROR_TOKENS
+        self._error_tokens = measured if errors else 0
         self._planned = planned
         self._progress = progress
         self.result = LayerResult()
+        self.installed: dict[str, Installed] = {}
 
-    def on_sparse(self, layer: LayerLinears, hidden: Tensor) -> None:
-        """Use activations that each linear, once sparse, changes for the later ones."""
+    def on_dense(self, layer: LayerLinears, module: nn.Module, hidden: Tensor) -> None:
+        """Use activations of the dense layer; hidden states pass through it.
+
+        Args:
+            layer: its linears.
+            module: the layer, materialised.
+            hidden: [samples, tokens, hidden], replaced by the layer's output.
+        """
+        inputs = LayerInputs(layer, hidden.shape[0] * hidden.shape[1])
+        with inputs.observe(module):
+            self._run.model.run_layer(layer.index, hidden)
+        for linear in layer:
+            planes = planes_of(self._run.model, linear)
+            self.calibrate(linear, inputs.of(linear), planes)
+
+    def on_sparse(self, layer: LayerLinears, module: nn.Module, hidden: Tensor) -> None:
+        """Use activations that each linear, once sparse, changes for the later ones.
+
+        Arguments are those of ``on_dense``; hidden states pass through the sparse
+        layer.
+        """
         model, prefix = self._run.model, self._run.dense_prefix
-        with model.layer(layer.index) as module, sparse_linears(module) as sparse:
+        with sparse_linears(module) as sparse:
             for stage in stages(layer):
                 x = stage_input(model, stage[0], module, hidden, prefix)
                 for linear in stage:
                     planes = planes_of(model, linear)
-                    result = self.calibrate(linear, x, planes)
-                    first = planes[0] if len(planes) > 1 else None
-                    sparse.install(linear.kind, result.tensors, prefix, first)
+                    installed = self.calibrate(linear, x, planes)
+                    sparse.install(
+                        linear.kind, installed.tensors, prefix, installed.first
+                    )
             model.run_layer(layer.index, hidden)
 
     def calibrate(
         self, linear: Linear, x: Tensor, planes: Sequence[Tensor]
-    ) -> CalibratedLinear:
+    ) -> Installed:
         """One linear, on its inputs [tokens, K]."""
         planned, device = self._planned, self._run.model.device
         scale = planned.scales.get(linear.name)
@@ -109,7 +153,9 @@ class LayerCalibration:
             residuals = self.result.residuals
             residuals[method] = max(residuals.get(method, 0.0), residual)
         self._progress.update()
-        return result
+        first = planes[0] if len(planes) > 1 else None
+        self.installed[linear.kind] = Installed(result.tensors, first)
+        return self.installed[linear.kind]
 
 
 def run_sparse(run: Run, planned: Planned, label: str) -> Tensor:
@@ -128,8 +174,9 @@ def run_sparse(run: Run, planned: Planned, label: str) -> Tensor:
         total=len(run.linears), desc=label, unit="linear", leave=False
     ) as progress:
         for layer in run.layers:
-            calibration = LayerCalibration(run, planned, progress, error_tokens=0)
-            calibration.on_sparse(layer, hidden)
+            calibration = LayerCalibration(run, planned, progress, errors=False)
+            with run.model.layer(layer.index) as module:
+                calibration.on_sparse(layer, module, hidden)
     return hidden
 
 

@@ -171,7 +171,8 @@ class _Artifact:
                 progress.update(len(layer))
             else:
                 calibration = LayerCalibration(run, self.job.planned, progress)
-                calibration.on_sparse(layer, hidden)
+                with model.layer(layer.index) as module:
+                    calibration.on_sparse(layer, module, hidden)
                 result = calibration.result
                 store.put(key, result.tensors, result.note)
                 if store.state_due():

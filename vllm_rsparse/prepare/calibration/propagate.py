@@ -94,7 +94,7 @@ class SparseLayer:
         self,
         kind: str,
         tensors: LinearTensors,
-        dense_prefix: int,
+        dense: int | Tensor,
         first: Tensor | None = None,
     ) -> None:
         """Run the linear of this kind sparse, with tensors on the layer's device.
@@ -102,7 +102,8 @@ class SparseLayer:
         Args:
             kind: of the linear.
             tensors: of the artifact.
-            dense_prefix: leading positions of each window that stay dense.
+            dense: leading positions of each window that stay dense; or bool [windows,
+                tokens], those that do.
             first: what the first of two planes of the weight stands for, [N, K]; None
                 where it is read whole.
         """
@@ -118,9 +119,9 @@ class SparseLayer:
         if first is not None:
             parts = [first.to(weight.dtype), weight - first.to(weight.dtype)]
 
-        def forward(x: Tensor) -> Tensor:
-            exact, rest = x[:, :dense_prefix], x[:, dense_prefix:]
-            masks = kept_mask(rest.flatten(0, 1), rows).view(-1, *rest.shape)
+        def run_sparse(rest: Tensor) -> Tensor:
+            flat = rest.reshape(-1, rest.shape[-1])
+            masks = kept_mask(flat, rows).view(-1, *rest.shape)
             mask = masks[0]
             y = functional.linear(rest.masked_fill(~mask, 0), parts[0], bias)
             for part, more in zip(parts[1:], masks[1:], strict=True):
@@ -129,7 +130,16 @@ class SparseLayer:
                 y = y + (rest.masked_fill(mask, 0) @ v.mT) @ u.mT
             if tensors.correction is not None:
                 y = y + tensors.correction.to(y.dtype)
-            return torch.cat([functional.linear(exact, weight, bias), y], dim=1)
+            return y
+
+        def forward(x: Tensor) -> Tensor:
+            if isinstance(dense, Tensor):
+                y = functional.linear(x, weight, bias)
+                y[~dense] = run_sparse(x[~dense])
+                return y
+            exact, rest = x[:, :dense], x[:, dense:]
+            y = functional.linear(exact, weight, bias)
+            return torch.cat([y, run_sparse(rest)], dim=1)
 
         # An attribute of the instance: the layer keeps its modules and their names.
         module.forward = forward  # type: ignore[assignment,method-assign]

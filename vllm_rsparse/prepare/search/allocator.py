@@ -17,12 +17,15 @@ class Allocator(ABC):
         takes_rho: whether it uses the recipe's rho; others choose factors themselves.
         takes_planes: whether it allocates bits of weights that are read in planes.
         tries_correction: whether it can decide a correction of "try".
+        long: whether allocating at a sparsity is a search of its own, too long to be
+            repeated at several in order to find one.
     """
 
     needs_gradients: ClassVar[bool] = False
     takes_rho: ClassVar[bool] = False
     takes_planes: ClassVar[bool] = False
     tries_correction: ClassVar[bool] = False
+    long: ClassVar[bool] = False
 
     @abstractmethod
     def allocate(self, run: Run, scored: Scored, sparsity: float) -> Planned:

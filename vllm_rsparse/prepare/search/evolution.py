@@ -53,6 +53,8 @@ class Evolution(Allocator):
         generations: after the first.
     """
 
+    long = True
+
     joint: bool
     population: int = 32
     generations: int = 5

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 # Calibration tokens for the trials, in whole windows. With 4096, the two best
 # candidates of the bundled model at 60% (0.470 both) were ranked in the wrong order.
 TRIED_TOKENS = 8192
+# Three allocations with and without a correction, one evened, one without factors.
+CANDIDATES = 8
 
 
 class Mixed(Allocator):

@@ -57,6 +57,7 @@ def run_identity(
         "recipe": hashlib.sha256(recipe_json(recipe).encode()).hexdigest(),
         "--sparsity": options.sparsity,
         "--bits": options.bits,
+        "--max-kl": options.max_kl,
         "--seed": options.seed,
         "--device": model.device.type,
         "--dtype": str(model.dtype),
