@@ -15,6 +15,8 @@ from vllm_rsparse.evaluate.measure import Passage, measure_passages
 from vllm_rsparse.testing.cases import one_linear
 from vllm_rsparse.testing.quantized import write_plain, write_quantized
 
+from .prepared import constant, figures, mixed
+
 PROMPTS = [
     {"domain": "code", "prompt": "def add(a, b):\n"},
     {"domain": "code", "prompt": "import os\nimport sys\n\n\nclass Parser:\n"},
@@ -30,27 +32,9 @@ def chat(tmp_path: Path) -> Path:
     return file
 
 
-def mixed(name: str, n: int, k: int) -> dict[str, Tensor]:
-    """Thresholds near the median input, factors on q, corrections on o."""
-    tensors = {"thresholds": 0.6 * torch.rand(k)}
-    if name.endswith("q_proj"):
-        tensors["u"] = 0.05 * torch.randn(n, 3)
-        tensors["v"] = 0.05 * torch.randn(3, k)
-    if name.endswith("o_proj"):
-        tensors["correction"] = 0.02 * torch.randn(n)
-    return tensors
-
-
-def keep_all(name: str, n: int, k: int) -> dict[str, Tensor]:
-    return {"thresholds": torch.full((k,), -1.0)}
-
-
 def evaluate(directory: Path, chat: Path, *options: str) -> dict[str, Any]:
-    out = chat.with_suffix(".json")
-    arguments = ["--chat", str(chat), "--answer-tokens", str(TOKENS), "--device", "cpu"]
-    arguments += ["--json", str(out), *options]
-    assert main(["evaluate", str(directory), *arguments]) == 0
-    return json.loads(out.read_text())
+    answers = ("--answer-tokens", str(TOKENS))
+    return figures(directory, "--chat", chat, *answers, *options)
 
 
 def make_sparse(
@@ -141,7 +125,7 @@ def test_a_quantized_base_is_compared_with_the_model_it_was_made_from(
     write_prepared: Any, pyllama: Path, tmp_path: Path, chat: Path
 ) -> None:
     """Its weights are the reference's, rounded: thresholds that keep all lose that."""
-    directory = write_prepared("all", keep_all)
+    directory = write_prepared("all", constant(-1.0))
     meant = write_quantized(pyllama, tmp_path / "q", "w4a16-g128")
     write_plain(pyllama, tmp_path / "plain", {k: v.float() for k, v in meant.items()})
     (directory / "model.safetensors").unlink()

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``evaluate`` against an independent computation of the same protocol."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_rsparse.artifact.tensors import file_sha256
-from vllm_rsparse.cli import main
 from vllm_rsparse.testing.cases import one_linear
+
+from .prepared import constant, figures, mixed
 
 WINDOW = 40
 FIRST = 4  # int(0.1 * WINDOW)
@@ -34,27 +34,8 @@ def base(pyllama: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(pyllama, dtype=torch.float32).eval()
 
 
-def constant(value: float) -> Callable[[str, int, int], dict[str, Tensor]]:
-    return lambda name, n, k: {"thresholds": torch.full((k,), value)}
-
-
-def mixed(name: str, n: int, k: int) -> dict[str, Tensor]:
-    """Thresholds near the median input, factors on q, corrections on o."""
-    tensors = {"thresholds": 0.6 * torch.rand(k)}
-    if name.endswith("q_proj"):
-        tensors["u"] = 0.05 * torch.randn(n, 3)
-        tensors["v"] = 0.05 * torch.randn(3, k)
-    if name.endswith("o_proj"):
-        tensors["correction"] = 0.02 * torch.randn(n)
-    return tensors
-
-
 def evaluate(directory: Path, text: Path, *options: str) -> dict[str, Any]:
-    out = text.with_suffix(".json")
-    arguments = ["--data", str(text), "--window", str(WINDOW), "--device", "cpu"]
-    arguments += ["--json", str(out), *options]
-    assert main(["evaluate", str(directory), *arguments]) == 0
-    return json.loads(out.read_text())
+    return figures(directory, "--data", text, "--window", str(WINDOW), *options)
 
 
 class Independent:
