@@ -198,3 +198,9 @@ def test_copies_that_do_not_fit_are_refused(
     # The weights alone would fit.
     with pytest.raises(PrepareError, match=r"--copy-weights needs 0.0.*are free"):
         check_space(tmp_path / "a" / "out", Checkpoint(pyllama))
+
+
+def test_an_output_below_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(PrepareError, match=r"link is a link to .*gone, which is gone"):
+        check_output(tmp_path / "link" / "a" / "out", overwrite=False)

@@ -154,9 +154,18 @@ def check_space(
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """The path, or the nearest folder above it that exists.
+
+    Raises:
+        PrepareError: a link on the way leads nowhere, where no folder can be made.
+    """
     path = path.absolute()
     while not path.exists():
+        if path.is_symlink():
+            raise PrepareError(
+                f"OUTPUT: {path} is a link to {os.path.realpath(path)}, which is gone;"
+                " give another path"
+            )
         path = path.parent
     return path
 
