@@ -3,7 +3,6 @@
 
 import json
 import shutil
-import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,12 @@ from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.head import calibrate_head
 from vllm_rsparse.prepare.calibration.loss import divergence, text_losses
 from vllm_rsparse.prepare.options import PrepareOptions
-from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.prepare.report import summary
 from vllm_rsparse.prepare.run import Run
 from vllm_rsparse.prepare.search.sensitivity import _output_gradient
 from vllm_rsparse.prepare.store.run_store import RunStore
+
+from .runs import run as prepare_run
 
 SCALING = 16.0  # a power of two: scaling by it is exact
 LAYERS = 2
@@ -39,20 +39,13 @@ LAYERS = 2
 def _prepare(
     model: Path, output: Path, **changes: Any
 ) -> tuple[ArtifactInfo, Artifact]:
-    settings: dict[str, Any] = {
-        "sparsity": 0.5,
-        "calibration_data": (Path(sysconfig.get_path("stdlib")) / "argparse.py",),
-        "recipe": "best",
-        "samples": 2,
-        "tokens": 128,
-        "device": "cpu",
-    }
-    info = prepare(PrepareOptions(str(model), output, **(settings | changes)))
+    settings = {"recipe": "best", "rho": None, "seed": 0}
+    info = prepare_run(model, output, **(settings | changes))
     return info, Artifact(output / "rsparse")
 
 
 def _write(source: Path, target: Path, embedding: float, **changes: object) -> Path:
-    """The reference model's first layers, with its embedding multiplied."""
+    """A model's first layers, with its embedding multiplied."""
     target.mkdir()
     tensors = load_file(source / "model.safetensors")
     tensors["model.embed_tokens.weight"] *= embedding
@@ -66,11 +59,11 @@ def _write(source: Path, target: Path, embedding: float, **changes: object) -> P
 
 
 def test_the_same_function_with_scaled_logits_is_prepared_alike(
-    pyllama: Path, tmp_path: Path
+    tiny_llama: Path, tmp_path: Path
 ) -> None:
-    llama = _write(pyllama, tmp_path / "llama", 1.0)
+    llama = _write(tiny_llama, tmp_path / "llama", 1.0)
     granite = _write(
-        pyllama,
+        tiny_llama,
         tmp_path / "granite",
         SCALING,  # the head is tied to it
         architectures=["GraniteForCausalLM"],

@@ -3,8 +3,8 @@
 
 import json
 import math
-import sysconfig
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,15 @@ from vllm_rsparse.artifact.versions import read_info, write_info
 from vllm_rsparse.errors import CheckpointError, DeviceError, PrepareError
 from vllm_rsparse.prepare.calibration import layer as calibrate_layer
 from vllm_rsparse.prepare.calibration import linear as calibrate
-from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
 
-SPARSITY, RHO, SAMPLES, TOKENS, SEED = 0.5, 0.95, 3, 256, 7
-TEXTS = tuple(
-    Path(sysconfig.get_path("stdlib")) / name for name in ("argparse.py", "ast.py")
+from .runs import TEXT, options
+
+SPARSITY, SAMPLES, TOKENS, SEED = 0.5, 3, 256, 7
+TEXTS = (TEXT, TEXT.with_name("ast.py"))
+_options = partial(
+    options, calibration_data=TEXTS, samples=SAMPLES, tokens=TOKENS, seed=SEED
 )
-
-
-def _options(model: Path, output: Path, **changes: Any) -> PrepareOptions:
-    settings: dict[str, Any] = {
-        "model": str(model),
-        "output": output,
-        "sparsity": SPARSITY,
-        "calibration_data": TEXTS,
-        "recipe": "uniform",
-        "rho": RHO,
-        "samples": SAMPLES,
-        "tokens": TOKENS,
-        "device": "cpu",
-        "seed": SEED,
-    }
-    return PrepareOptions(**(settings | changes))
 
 
 @pytest.fixture(scope="module")

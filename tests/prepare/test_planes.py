@@ -2,8 +2,8 @@
 """``prepare --weights int8-planes --bits``: two thresholds for every channel."""
 
 import json
-import sysconfig
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +25,20 @@ from vllm_rsparse.op import reference
 from vllm_rsparse.op.operands import SparseOperands
 from vllm_rsparse.prepare.calibration.linear import calibrate_linear
 from vllm_rsparse.prepare.calibration.planes import kept_shares, threshold_ratio
-from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.prepare.recipe.plan import LinearPlan
 
-TEXTS = (Path(sysconfig.get_path("stdlib")) / "argparse.py",)
+from .runs import options
 
-
-def _options(model: Path, output: Path, **changes: Any) -> PrepareOptions:
-    settings: dict[str, Any] = {
-        "model": str(model),
-        "output": output,
-        "sparsity": None,
-        "bits": 4.2,
-        "weights": "int8-planes",
-        "calibration_data": TEXTS,
-        "recipe": "wina",
-        "samples": 2,
-        "tokens": 128,
-        "device": "cpu",
-    }
-    return PrepareOptions(**(settings | changes))
+planes_options = partial(
+    options, sparsity=None, bits=4.2, weights="int8-planes", recipe="wina", rho=None
+)
 
 
 @pytest.fixture(scope="module")
 def prepared(pyllama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("planes") / "out"
-    prepare(_options(pyllama, output))
+    prepare(planes_options(pyllama, output))
     return output
 
 
@@ -148,8 +135,10 @@ def test_evaluate_runs_what_is_served(prepared: Path, pyllama: Path) -> None:
     assert linear.kept == [int(count) for count in kept]
 
 
-def test_the_default_recipe_allocates_bits(pyllama: Path, tmp_path: Path) -> None:
-    info = prepare(_options(pyllama, tmp_path / "out", recipe="best", bits=3.2))
+def test_the_default_recipe_allocates_bits(tiny_llama: Path, tmp_path: Path) -> None:
+    info = prepare(
+        planes_options(tiny_llama, tmp_path / "out", recipe="best", bits=3.2)
+    )
     assert info.bits_read == pytest.approx(3.2, abs=0.02)
     method = info.provenance["method"]
     assert {"even", "sensitivity", "half of each"} <= method["trials"].keys()
@@ -173,7 +162,7 @@ def test_the_default_recipe_allocates_bits(pyllama: Path, tmp_path: Path) -> Non
 )
 def test_targets_that_do_not_fit(changes: dict, message: str) -> None:
     with pytest.raises(PrepareError, match=message):
-        _options(Path("model"), Path("out"), **changes)
+        planes_options(Path("model"), Path("out"), **changes)
 
 
 @pytest.mark.parametrize("recipe", ["uniform", "greedy", "evolutionary"])
@@ -181,7 +170,7 @@ def test_recipes_that_do_not_allocate_bits(
     pyllama: Path, tmp_path: Path, recipe: str
 ) -> None:
     with pytest.raises(PrepareError, match=r"does not allocate bits.*wina.*best"):
-        prepare(_options(pyllama, tmp_path / "out", recipe=recipe))
+        prepare(planes_options(pyllama, tmp_path / "out", recipe=recipe))
 
 
 def _changed(prepared: Path, target: Path, **changes: Any) -> Artifact:

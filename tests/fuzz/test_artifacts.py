@@ -1,14 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged and hostile artifacts: an ArtifactError, or an artifact that can be used.
+"""Damaged and hostile artifacts: an ArtifactError, or an artifact that can be used."""
 
-Deterministic, so that a run of CI means something; for a longer hunt::
-
-    FUZZ_FACTOR=50 pytest tests/test_fuzz.py
-"""
-
-import copy
 import json
-import os
 import resource
 import struct
 from collections.abc import Iterator
@@ -17,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_rsparse.artifact import locate
 from vllm_rsparse.artifact.inspect import describe
-from vllm_rsparse.artifact.prepared import open_artifact
 from vllm_rsparse.artifact.tensors import (
     JSON_NAME,
     TENSORS_NAME,
@@ -32,63 +23,12 @@ from vllm_rsparse.artifact.tensors import (
 from vllm_rsparse.artifact.versions import read_info, write_info
 from vllm_rsparse.errors import ArtifactError
 
-FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
+from .documents import examples, mutated
+
 LINEARS = {
     "model.layers.0.self_attn.q_proj": (8, 6, 2, False),
     "model.layers.0.mlp.down_proj": (6, 8, 0, True),
 }
-
-
-def examples(count: int) -> settings:
-    return settings(
-        max_examples=count * FACTOR,
-        derandomize=FACTOR == 1,
-        deadline=None,  # other programs share the machine
-        database=None,
-    )
-
-
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-3, 20)
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from([10**400, 1 << 63, "bfloat16", "F32", "rsparse", "..", "/etc"]),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner)
-    ),
-    max_leaves=6,
-)
-
-
-@st.composite
-def mutated(draw: st.DrawFn, document: Any) -> Any:
-    """The document with up to three of its values replaced, removed or added to."""
-    document = copy.deepcopy(document)
-    for _ in range(draw(st.integers(1, 3))):
-        node = document
-        while True:
-            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
-            if not keys:
-                break
-            key = draw(st.sampled_from(keys))
-            child = node[key]
-            if isinstance(child, dict | list) and child and draw(st.booleans()):
-                node = child
-                continue
-            action = draw(st.sampled_from(["replace", "remove", "add"]))
-            if action == "replace":
-                node[key] = draw(json_values)
-            elif action == "remove":
-                del node[key]
-            elif isinstance(node, dict):
-                node[draw(st.text(max_size=8))] = draw(json_values)
-            else:
-                node.append(draw(json_values))
-            break
-    return document
 
 
 # Version of the format, and what the weights are quantized to while they load.
@@ -244,89 +184,5 @@ def test_tensor_file_with_a_lying_header(
         data = struct.pack("<Q", size) + text + body
         (artifact / TENSORS_NAME).write_bytes(data)
         use(artifact)
-
-    check()
-
-
-def test_artifact_stays_inside_the_model_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_artifact: Any
-) -> None:
-    """Whatever a config says: a relative path leads to a place inside, or nowhere."""
-    model = tmp_path / "model"
-    for folder in (model / "rsparse", model / "a" / "b", tmp_path / "outside"):
-        write_artifact(folder, LINEARS)
-
-    def no_network(*args: Any, **kwargs: Any) -> str:
-        raise OSError("no network")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
-    parts = st.sampled_from(
-        ["rsparse", "a", "b", "..", ".", "", "outside", "~", "x" * 300, "\0", "model"]
-    )
-    sources = st.lists(parts | st.text(max_size=5), min_size=1, max_size=6).map(
-        "/".join
-    )
-
-    @examples(800)
-    @given(sources.filter(lambda source: not source.startswith("/")))
-    def check(source: str) -> None:
-        settings = {"quant_method": "rsparse", "artifact": source}
-        config = {"quantization_config": settings}
-        (model / "config.json").write_text(json.dumps(config))
-        for look in (
-            lambda: locate.locate_artifact(source, str(model)),
-            lambda: open_artifact(model).directory,
-        ):
-            try:
-                found = look()
-            except ArtifactError:
-                continue
-            assert found.resolve().is_relative_to(model.resolve())
-
-    check()
-
-
-def test_any_config_of_a_model(tmp_path: Path) -> None:
-    config = {"quant_method": "rsparse", "artifact": "rsparse", "format_version": 1}
-
-    @examples(300)
-    @given(mutated({"quantization_config": config, "model_type": "llama"}))
-    def check(document: Any) -> None:
-        (tmp_path / "config.json").write_text(json.dumps(document))
-        with pytest.raises(ArtifactError):  # there is none, whatever is said
-            open_artifact(tmp_path)
-
-    check()
-
-
-def test_any_quantization_config() -> None:
-    config = pytest.importorskip("vllm_rsparse.serving.config").RSparseConfig
-    base = {
-        "quant_method": "rsparse",
-        "format_version": 2,
-        "artifact": "rsparse",
-        "artifact_sha256": "0" * 64,
-        "sparsity": 0.5,
-        "max_sparse_tokens": 2,
-        "backend": "cpu",
-        "weights": "fp8",
-        "head": "fp8",
-    }
-
-    @examples(500)
-    @given(mutated(base))
-    def check(document: dict[str, Any]) -> None:
-        try:
-            made = config.from_config(document)
-        except ValueError:
-            return
-        # What was accepted is what was read, or is the base's own dictionary.
-        if document.get("quant_method") in (None, "rsparse"):
-            kept = base.keys() - {"quant_method", "format_version", "sparsity"}
-            for key in kept:
-                value, found = document.get(key), getattr(made.settings, key)
-                assert (type(found), found) == (type(value), value)
-        else:
-            assert made.settings.base == document
 
     check()
