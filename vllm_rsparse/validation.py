@@ -57,13 +57,20 @@ def parse_json(text: str | bytes, where: str, error: type[RSparseError]) -> Any:
         error: what to raise.
 
     Raises:
-        RSparseError: of the given class: not JSON, nested too deeply, or a number with
-            thousands of digits.
+        RSparseError: of the given class: not JSON, nested too deeply, NaN, or a number
+            with thousands of digits.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_constant)
     except (ValueError, RecursionError) as fault:
         raise error(f"{where}: not valid JSON ({fault})") from fault
+
+
+def _constant(name: str) -> float:
+    """Infinity, which some models' configs contain; Python also reads NaN."""
+    if name == "NaN":
+        raise ValueError("a value is NaN, which is not a number")
+    return float(name)
 
 
 def validate(

@@ -111,6 +111,7 @@ def test_a_truncated_file(tmp_path: Path) -> None:
     [
         ("[]", "expected a JSON object"),
         ("{", "not valid JSON"),
+        ('{"rope_theta": NaN}', r"not valid JSON \(a value is NaN"),
         (None, "missing; is this a model directory"),
     ],
 )
