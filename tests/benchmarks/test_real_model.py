@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 PROBLEM = {
     "prompt": 'import math\n\n\ndef area(r):\n    """Area of a circle."""\n',
@@ -81,3 +82,42 @@ def test_flips_and_their_interval(load: Callable[[str], ModuleType]) -> None:
     assert high == pytest.approx(0.05, abs=0.06)
     assert found["mcnemar_p"] == pytest.approx(2 * 6 / 32)
     assert load("humaneval").paired(dense, dense)["mcnemar_p"] == 1.0
+
+
+def test_tensors_of_gemma_have_the_names_and_norms_of_transformers(
+    load: Callable[[str], ModuleType],
+) -> None:
+    fetch = load("fetch")
+    config = {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+    def renamed(name: str) -> tuple[str, list[float]]:
+        found, tensor = fetch.renamed(
+            name, torch.tensor([1.0, 3.0]), fetch.KINDS["gemma3"], config
+        )
+        return found, tensor.tolist()
+
+    layer = "model.layers.4."
+    for theirs, ours in {
+        "attn_norm": "input_layernorm",
+        "attn_q_norm": "self_attn.q_norm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }.items():
+        assert renamed(f"blk.4.{theirs}.weight") == (f"{layer}{ours}.weight", [0, 2])
+    assert renamed("output_norm.weight") == ("model.norm.weight", [0, 2])
+    # Not turned: only Llama's rotate neighbouring channels.
+    assert renamed("blk.4.attn_q.weight") == (f"{layer}self_attn.q_proj.weight", [1, 3])
+
+
+def test_only_llama_rotates_neighbouring_channels(
+    load: Callable[[str], ModuleType],
+) -> None:
+    fetch = load("fetch")
+    config = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    rows = torch.arange(4.0)[:, None]
+    name = "blk.0.attn_q.weight"
+    _, turned = fetch.renamed(name, rows, fetch.KINDS["llama"], config)
+    assert turned.flatten().tolist() == [0, 2, 1, 3]
+    _, same = fetch.renamed(name, rows, fetch.KINDS["qwen2"], config)
+    assert torch.equal(same, rows)
