@@ -12,7 +12,12 @@ from vllm_rsparse.artifact.schema import BaseWeights
 from vllm_rsparse.artifact.tensors import Artifact, file_sha256
 from vllm_rsparse.artifact.versions import read_info, write_info
 from vllm_rsparse.errors import ArtifactError
-from vllm_rsparse.formats.names import AS_STORED, LOAD_TIME_FORMATS, WEIGHT_FORMATS
+from vllm_rsparse.formats.names import (
+    AS_STORED,
+    LOAD_TIME_FORMATS,
+    SERVED_FORMATS,
+    WEIGHT_FORMATS,
+)
 from vllm_rsparse.formats.registry import (
     CHECKPOINT_ONLY,
     FORMATS,
@@ -123,6 +128,7 @@ def test_weights_of_the_base(base, message):
 
 
 def test_names_of_the_formats_are_those_of_the_package():
+    assert tuple(one.name for one in FORMATS) == SERVED_FORMATS
     assert tuple(one.name for one in (*FORMATS, *CHECKPOINT_ONLY)) == WEIGHT_FORMATS
     assert tuple(one.name for one in LOAD_TIME) == LOAD_TIME_FORMATS
     for one in LOAD_TIME:

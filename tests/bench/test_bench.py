@@ -16,7 +16,7 @@ from vllm_rsparse.bench import timing
 from vllm_rsparse.bench.gate import check, exact_dense
 from vllm_rsparse.bench.inputs import bytes_read, kept_fractions, make_inputs
 from vllm_rsparse.bench.layers import SHAPES, Layer, layers_of
-from vllm_rsparse.formats.names import WEIGHT_FORMATS
+from vllm_rsparse.formats.names import SERVED_FORMATS
 from vllm_rsparse.op import reference
 
 SMALL = Layer("qkv", (64, 32, 32), 96, kept=0.5, ranks=(0, 7, 0))
@@ -115,7 +115,7 @@ def test_planes_are_kept_each_by_its_own_thresholds() -> None:
     assert bytes_read(made, counted) == pytest.approx(first + second + small)
 
 
-@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+@pytest.mark.parametrize("name", SERVED_FORMATS)
 @pytest.mark.parametrize("group", [128, 32])
 def test_random_weights_have_outputs_like_their_inputs(name: str, group: int) -> None:
     layer = Layer("o", (128, 64), 256).stored_as(name, group)
@@ -197,14 +197,14 @@ def test_a_linear_in_every_format(
 ) -> None:
     output = tmp_path / "rows.json"
     command = ["bench", "--n", "128", "64", "--k", "256", "--tokens", "1"]
-    command += ["--weights", "bf16", *WEIGHT_FORMATS, "--output", str(output)]
+    command += ["--weights", "bf16", *SERVED_FORMATS, "--output", str(output)]
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
-    assert printed.count("unquantized: ") == len(WEIGHT_FORMATS) - 1
+    assert printed.count("unquantized: ") == len(SERVED_FORMATS) - 1
     assert "weights int4, groups of 128" in printed
     rows = json.loads(output.read_text())["rows"]
-    assert list(dict.fromkeys(row["format"] for row in rows)) == list(WEIGHT_FORMATS)
-    for name in WEIGHT_FORMATS[1:]:
+    assert list(dict.fromkeys(row["format"] for row in rows)) == list(SERVED_FORMATS)
+    for name in SERVED_FORMATS[1:]:
         dense, wide, sparse = (row for row in rows if row["format"] == name)
         assert dense["baseline"] == "vllm-rsparse's dense route, backend cpu"
         assert "bfloat16 weights" in wide["baseline"]

@@ -16,14 +16,14 @@ from vllm_rsparse.bench import inputs as bench_inputs
 from vllm_rsparse.bench import timing, tuner
 from vllm_rsparse.bench.candidates import candidates, dense_candidates, kind_of_layer
 from vllm_rsparse.bench.layers import SHAPES, Layer
-from vllm_rsparse.formats.names import WEIGHT_FORMATS
+from vllm_rsparse.formats.names import SERVED_FORMATS
 from vllm_rsparse.op import tables, tuning
 from vllm_rsparse.op.launch_defaults import dense_config, sparse_default
 from vllm_rsparse.op.tables import SPARSE, Problem
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4])
-@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+@pytest.mark.parametrize("name", SERVED_FORMATS)
 @pytest.mark.parametrize("layer", SHAPES["qwen3-32b"], ids=lambda layer: layer.name)
 def test_candidates_are_distinct_and_fit(layer: Layer, name: str, tokens: int) -> None:
     layer = layer.stored_as(name, 128)
@@ -41,7 +41,7 @@ def test_candidates_are_distinct_and_fit(layer: Layer, name: str, tokens: int) -
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 64])
-@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+@pytest.mark.parametrize("name", SERVED_FORMATS)
 def test_candidates_of_the_dense_route(name: str, tokens: int) -> None:
     for layer in (one.stored_as(name, 128) for one in SHAPES["qwen3-32b"]):
         configs = dense_candidates(layer, tokens, processors=132)

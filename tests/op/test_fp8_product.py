@@ -64,6 +64,7 @@ def test_rounded_rows_that_lie_apart():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [DENSE_TOKENS + 1, 200])
 def test_product_on_a_gpu(tokens, bias):

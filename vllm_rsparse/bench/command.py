@@ -19,7 +19,7 @@ from vllm_rsparse.bench.layers import SHAPES, Layer, layers_of
 from vllm_rsparse.bench.measure import measure_layer
 from vllm_rsparse.bench.provenance import device_name, provenance
 from vllm_rsparse.errors import SettingError
-from vllm_rsparse.formats.names import WEIGHT_FORMATS
+from vllm_rsparse.formats.names import SERVED_FORMATS
 from vllm_rsparse.formats.plane_bits import GROUPS
 from vllm_rsparse.formats.registry import format_of_name
 from vllm_rsparse.op import tables, tuning
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         nargs="+",
-        choices=("bf16", *WEIGHT_FORMATS),
+        choices=("bf16", *SERVED_FORMATS),
         default=["float"],
         help="without a directory: formats of the weights; float (also bf16) has that"
         " of --dtype (default: float)",

@@ -4,7 +4,10 @@
 A test compares them with ``registry``.
 """
 
-WEIGHT_FORMATS = ("float", "fp8", "fp8-block", "int4", "int8-planes", "int8")
+# What kernels read.
+SERVED_FORMATS = ("float", "fp8", "fp8-block", "int4", "int8-planes")
+# What checkpoints have: those, and one that is served as another.
+WEIGHT_FORMATS = (*SERVED_FORMATS, "int8")
 # Weights are served as the checkpoint stores them, or quantized while they load.
 AS_STORED = "as-stored"
 LOAD_TIME_FORMATS = ("fp8", "int8-planes")
