@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tune:
         _tune(args, [budgets[0] for budgets in measured], dtype, device)
     bandwidth = read_bandwidth(device)
-    print(f"{device_name()}: reads {bandwidth / 1e12:.2f} TB/s", file=sys.stderr)
+    print(f"{device_name()}: reads {bandwidth / 1e9:.0f} GB/s", file=sys.stderr)
     rows = []
     for weights in dict.fromkeys(budgets[0].format for budgets in measured):
         of_format = [
