@@ -6,6 +6,7 @@ access.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,6 +23,7 @@ from vllm_rsparse.op.tables import (
     SPARSE,
     Problem,
     Table,
+    TunedEntry,
     find_tables,
     read_table,
 )
@@ -78,15 +80,15 @@ def launch_config(device: Device, problem: Problem, tokens: int) -> LaunchConfig
         problem: the layer's shape and format.
         tokens: rows of the call.
     """
-    for table in device_tables(device.name):
-        candidates = [
-            entry
-            for entry in table.entries
-            if (entry.problem, entry.route) == (problem, SPARSE)
+    candidates = _tuned(
+        device,
+        lambda entry: (
+            (entry.problem, entry.route) == (problem, SPARSE)
             and (entry.config.use_dot or entry.config.packed or tokens <= VECTOR_TOKENS)
-        ]
-        if candidates:
-            return min(candidates, key=lambda entry: abs(entry.tokens - tokens)).config
+        ),
+    )
+    if candidates:
+        return min(candidates, key=lambda entry: abs(entry.tokens - tokens)).config
     _log_untuned(device.name)
     return sparse_default(problem.n, problem.k, problem.kind, tokens, device.processors)
 
@@ -104,16 +106,24 @@ def dense_launch_config(
         problem: the layer's shape and format.
         tokens: rows of the call.
     """
-    for table in device_tables(device.name):
-        candidates = [
-            entry
-            for entry in table.entries
-            if (entry.problem, entry.route) == (problem, DENSE)
+    candidates = _tuned(
+        device,
+        lambda entry: (
+            (entry.problem, entry.route) == (problem, DENSE)
             and tokens <= entry.tokens < 2 * tokens
-        ]
-        if candidates:
-            return min(candidates, key=lambda entry: entry.tokens).config
+        ),
+    )
+    if candidates:
+        return min(candidates, key=lambda entry: entry.tokens).config
     return None
+
+
+def _tuned(device: Device, fits: Callable[[TunedEntry], bool]) -> list[TunedEntry]:
+    """The entries that fit, of the first of the device's tables that has any."""
+    for table in device_tables(device.name):
+        if found := [entry for entry in table.entries if fits(entry)]:
+            return found
+    return []
 
 
 def forget_tables() -> None:

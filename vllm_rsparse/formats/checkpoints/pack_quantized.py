@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight, WeightFormat
-from vllm_rsparse.formats.checkpoints.groups import group_count
+from vllm_rsparse.formats.checkpoints.groups import (
+    group_count,
+    pack_quantized_shape,
+)
 from vllm_rsparse.formats.checkpoints.layout import (
     Layout,
-    matrix,
     require_dtype,
     require_scales,
     require_shape,
@@ -48,11 +50,7 @@ class PackQuantized(Layout):
 
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
         """See the base class."""
-        n, words = matrix(shapes, "weight_packed")
-        k = words * PER_WORD
-        count = group_count("weight_packed", k, self.group)
-        require_shape(shapes, "weight_scale", (n, count))
-        return n, k
+        return pack_quantized_shape(shapes, PER_WORD, self.group)
 
     def store(
         self, tensors: Mapping[str, Tensor], sizes: Sequence[int] | None = None
