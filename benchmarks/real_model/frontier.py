@@ -2,13 +2,15 @@
 """KL divergence on answers against the bytes read: bases, recipes and sparsities.
 
     PYTHONPATH=. python benchmarks/real_model/frontier.py MODEL OUT.json --work DIR \\
-        --calibration-data TEXT --bases bf16 fp8 int4 --sparsity 0.3 0.5
+        --bases bf16 fp8 int4 planes --sparsity 0.3 0.5 --bits 4.2 3.2
 
 Every row compares with the answers and the logits of MODEL itself. ``fp8`` (a scale per
-output channel) and ``int4`` (symmetric, 128 input channels a group, or 64 with
-``int4-g64``) are MODEL rounded to nearest, without calibration. DIR keeps the bases and
-the answers. OUT.json is rewritten after every row; rows that it has already are not
-measured again.
+output channel), ``int4`` (symmetric, 128 input channels a group, or 64 with
+``int4-g64``) and ``int3`` (as int4, dense only) are MODEL rounded to nearest, without
+calibration; ``planes`` is MODEL quantized to int8-planes while it loads. Without
+--calibration-data the model writes its own text, once for all rows. DIR keeps the
+bases, that text and the answers. OUT.json is rewritten after every row; rows that it
+has already are not measured again.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,10 @@ from typing import Any
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 
 import torch
+from bases import BASES
 
 from vllm_rsparse.artifact.prepared import PreparedDirectory
+from vllm_rsparse.artifact.tensors import ARTIFACT_DIR
 from vllm_rsparse.bench.provenance import commit
 from vllm_rsparse.evaluate.chats import answers_of, by_domain
 from vllm_rsparse.evaluate.loading import SwitchableModel
@@ -33,19 +38,15 @@ from vllm_rsparse.evaluate.measure import Loss, Passage, measure_passages
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare_all
-from vllm_rsparse.testing.quantized import write_quantized
+from vllm_rsparse.prepare.text import CALIBRATION_NAME
 from vllm_rsparse.text_table import align
 from vllm_rsparse.texts.prompts import read_prompts
 from vllm_rsparse.texts.tokens import load_tokenizer
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
-LAYOUTS = {
-    "bf16": None,
-    "fp8": "fp8-channel",
-    "int4": "w4a16-g128",
-    "int4-g64": "w4a16-g64",
-}
 DENSE = "dense"
+# Prepared without data, for the text that the model writes.
+OWN_TEXT = "own-text"
 
 Row = dict[str, Any]
 
@@ -71,78 +72,105 @@ class Frontier:
     def _load(self, model: Path) -> SwitchableModel:
         return SwitchableModel(Checkpoint(model), self.device, torch.bfloat16)
 
-    def rows(self, base: str, known: Sequence[Row]) -> Iterator[Row]:
+    def rows(self, name: str, known: Sequence[Row]) -> Iterator[Row]:
         """The rows of a base that are not known yet."""
-        done = {(row["base"], row["recipe"], row["sparsity"]) for row in known}
+        done = {(row["base"], row["recipe"], row["target"]) for row in known}
         wanted = {
             recipe: [
-                sparsity
-                for sparsity in sparsities
-                if (base, Path(recipe).stem, sparsity) not in done
+                target
+                for target in targets
+                if (name, Path(recipe).stem, target) not in done
             ]
-            for recipe, sparsities in self._wanted(base).items()
+            for recipe, targets in self._wanted(name).items()
         }
         if not any(wanted.values()):
             return
-        directory = self._base(base)
+        base = BASES[name]
+        directory = base.directory(self.args.model, self.args.work / name)
         model = self.reference if directory == self.args.model else None
-        for recipe, sparsities in wanted.items():
-            if not sparsities:
+        for recipe, targets in wanted.items():
+            if not targets:
                 continue
             prepared: list[PreparedDirectory | None] = [None]
             started = time.monotonic()
             if recipe != DENSE:
-                prepared = self._prepare(directory, base, recipe, sparsities)
+                prepared = self._prepare(directory, name, recipe, targets)
             seconds = time.monotonic() - started
             model = model or self._load(directory)
             losses = {
                 domain: measure_passages(model, prepared, passages, self.reference)
                 for domain, passages in self.domains.items()
             }
-            for index, (sparsity, one) in enumerate(
-                zip(sparsities, prepared, strict=True)
-            ):
+            for index, (target, one) in enumerate(zip(targets, prepared, strict=True)):
                 mine = {domain: each[index] for domain, each in losses.items()}
-                share = seconds / len(sparsities)
-                yield row_of(base, Path(recipe).stem, sparsity, share, mine, one)
+                share = seconds / len(targets)
+                yield row_of(name, Path(recipe).stem, target, share, mine, one)
 
-    def _wanted(self, base: str) -> dict[str, list[float]]:
-        """The sparsities of each recipe, and of the base itself unless it is MODEL."""
-        dense = {DENSE: [0.0]} if LAYOUTS[base] is not None else {}
-        return dense | dict.fromkeys(self.args.recipes, self.args.sparsity)
-
-    def _base(self, base: str) -> Path:
-        """The directory of a base model, written unless it is there."""
-        layout = LAYOUTS[base]
-        if layout is None:
-            return self.args.model
-        target = self.args.work / base
-        if not target.exists():
-            write_quantized(self.args.model, target, layout)
-        return target
+    def _wanted(self, name: str) -> dict[str, list[float]]:
+        """The targets of each recipe, and of the base itself unless it is MODEL."""
+        base = BASES[name]
+        if base.in_planes:
+            return dict.fromkeys(self.args.recipes, self.args.bits)
+        if name == "bf16":
+            return dict.fromkeys(self.args.recipes, self.args.sparsity)
+        sparse = {} if base.integer_bits else self.args.recipes
+        return {DENSE: [0.0]} | dict.fromkeys(sparse, self.args.sparsity)
 
     def _prepare(
-        self, directory: Path, base: str, recipe: str, sparsities: Sequence[float]
+        self, directory: Path, name: str, recipe: str, targets: Sequence[float]
     ) -> list[PreparedDirectory | None]:
-        """One directory for each sparsity, all of one run."""
-        options = PrepareOptions(
+        """One directory for each target; those of a sparsity are made in one run."""
+        output = self.args.work / f"{name}-{Path(recipe).stem}"
+        common = partial(
+            PrepareOptions,
             model=str(directory),
-            output=self.args.work / f"{base}-{Path(recipe).stem}",
-            sparsity=tuple(sparsities),
-            calibration_data=tuple(self.args.calibration_data),
+            calibration_data=tuple(self.args.calibration_data) or self._own_text(),
             recipe=recipe,
             samples=self.args.samples,
             tokens=self.args.tokens,
+            weights=BASES[name].weights,
             overwrite=True,
         )
-        prepare_all(options)
-        return [PreparedDirectory.open(output) for output in options.outputs]
+        if BASES[name].in_planes:
+            runs = [
+                common(
+                    output=output.with_name(f"{output.name}-{bits:g}"),
+                    sparsity=None,
+                    bits=bits,
+                )
+                for bits in targets
+            ]
+        else:
+            runs = [common(output=output, sparsity=tuple(targets))]
+        for options in runs:
+            prepare_all(options)
+        return [
+            PreparedDirectory.open(output)
+            for options in runs
+            for output in options.outputs
+        ]
+
+    def _own_text(self) -> tuple[Path, ...]:
+        """Text that MODEL wrote, made by the cheapest recipe if it is not there."""
+        directory = self.args.work / OWN_TEXT
+        if not directory.exists():
+            prepare_all(
+                PrepareOptions(
+                    model=str(self.args.model),
+                    output=directory,
+                    sparsity=0.5,
+                    recipe="teal",
+                    samples=self.args.samples,
+                    tokens=self.args.tokens,
+                )
+            )
+        return (directory / ARTIFACT_DIR / CALIBRATION_NAME,)
 
 
 def row_of(
     base: str,
     recipe: str,
-    sparsity: float,
+    target: float,
     seconds: float,
     losses: dict[str, Loss],
     prepared: PreparedDirectory | None,
@@ -157,8 +185,9 @@ def row_of(
     return {
         "base": base,
         "recipe": recipe,
-        "sparsity": sparsity,
+        "target": target,
         "achieved": achieved,
+        "bits": BASES[base].bits * (1 - achieved),
         "kl_mean": sum(kl.values()) / len(kl),
         "kl_worst": max(kl.values()),
         "prepare_seconds": round(seconds, 1),
@@ -170,7 +199,7 @@ def row_of(
 def table(rows: Sequence[Row]) -> str:
     """A line for each row."""
     domains = list(rows[0]["domains"]) if rows else []
-    lines = [["base", "recipe", "sparsity", "achieved", "KL", *domains, "top-1", "s"]]
+    lines = [["base", "recipe", "target", "bits", "KL", *domains, "top-1", "s"]]
     for row in rows:
         losses = row["domains"].values()
         top = sum(loss["top1_agreement"] for loss in losses) / len(losses)
@@ -178,8 +207,8 @@ def table(rows: Sequence[Row]) -> str:
             [
                 row["base"],
                 row["recipe"],
-                f"{row['sparsity']:.2f}",
-                f"{row['achieved']:.3f}",
+                f"{row['target']:.2f}",
+                f"{row['bits']:.2f}",
                 f"{row['kl_mean']:.4f}",
                 *(f"{loss['kl_divergence']:.4f}" for loss in losses),
                 f"{top:.3f}",
@@ -194,14 +223,17 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="made by fetch.py")
     parser.add_argument("out", metavar="OUT.json", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="folder to work in")
-    parser.add_argument("--calibration-data", type=Path, nargs="+", required=True)
-    parser.add_argument("--bases", nargs="+", choices=LAYOUTS, default=["bf16"])
+    parser.add_argument("--calibration-data", type=Path, nargs="+", default=[])
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=["bf16"])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.3, 0.5])
+    parser.add_argument(
+        "--bits", type=float, nargs="+", default=[4.2, 3.2], help="of planes"
+    )
     parser.add_argument(
         "--recipes", nargs="+", default=["best", "wina"], help="names or files"
     )
     parser.add_argument("--samples", type=int, default=16, help="calibration windows")
-    parser.add_argument("--tokens", type=int, default=1024, help="of each of those")
+    parser.add_argument("--tokens", type=int, default=2048, help="of each of those")
     parser.add_argument("--prompts", type=Path, default=PROMPTS)
     parser.add_argument("--answer-tokens", type=int, default=256)
     args = parser.parse_args()
