@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_rsparse import cli
-from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.arguments import writing
+from vllm_rsparse.errors import ArtifactError, SettingError
 
 MISSING = FileNotFoundError(errno.ENOENT, "No such file or directory", "/no/file")
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -113,3 +114,11 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(
         assert exit_.value.code == 2
         error = capsys.readouterr().err
         assert f"error: argument {option}: {path}: {problem}" in error
+
+
+def test_a_file_that_turns_out_unwritable_is_named_with_its_option(tmp_path):
+    path = tmp_path / "out.json"
+    message = rf"^--json {path}: cannot be written \(\[Errno 28\] No space.*free space"
+    with pytest.raises(SettingError, match=message) as caught, writing("--json", path):
+        raise FULL
+    assert caught.value.__cause__ is FULL

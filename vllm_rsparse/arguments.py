@@ -3,6 +3,8 @@
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_rsparse.errors import SettingError
@@ -31,6 +33,29 @@ def output_problem(path: Path) -> str | None:
     if not os.access(path if path.exists() else folder, os.W_OK):
         return "is not writable; choose another file"
     return None
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Name the option where the operating system refuses to write.
+
+    Not everything shows before any work is done: a disk fills up, and some file systems
+    (/proc) hold no files although their folders are writable.
+
+    Args:
+        option: that gives the path.
+        path: what is written.
+
+    Raises:
+        SettingError: it cannot be.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise SettingError(
+            f"{option} {path}: cannot be written ({error}); free space there, or choose"
+            " another path"
+        ) from error
 
 
 def check_picture(path: Path) -> None:

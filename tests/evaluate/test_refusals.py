@@ -30,6 +30,7 @@ def test_a_picture_that_cannot_be_drawn_is_told_first(
     [
         (["--window", "4096"], "--window 4096 is more than the model's length of 2048"),
         (["--window", "2"], None),
+        (["--window", "2", "--json", "/dev/full"], "--json /dev/full: cannot be writ"),
         (["--window", "1"], "leaves no sparse position"),
         (["--window", "0"], "--window must be at least 1"),
         (["--max-windows", "0"], "--max-windows must be at least 1"),

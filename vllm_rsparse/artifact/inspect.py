@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_rsparse.arguments import writing
 from vllm_rsparse.artifact.card import card_line
 from vllm_rsparse.artifact.reads import LinearReads, linear_reads, token_reads_of
 from vllm_rsparse.artifact.schema import ArtifactInfo, LinearEntry
@@ -69,7 +70,8 @@ def draw(info: ArtifactInfo, path: Path) -> None:
     axes.set_yticks(range(len(values)), list(grid.layers))
     axes.set_title(f"share of bytes skipped, {info.achieved_sparsity:.3f} in all")
     figure.colorbar(image)
-    figure.savefig(path, dpi=150)
+    with writing("--plot", path):
+        figure.savefig(path, dpi=150)
 
 
 @dataclass(frozen=True)

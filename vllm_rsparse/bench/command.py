@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_rsparse import envs
-from vllm_rsparse.arguments import output_problem
+from vllm_rsparse.arguments import output_problem, writing
 from vllm_rsparse.artifact.prepared import open_artifact
 from vllm_rsparse.bench.bandwidth import read_bandwidth
 from vllm_rsparse.bench.layers import SHAPES, Layer, layers_of
@@ -137,7 +137,8 @@ def run(args: argparse.Namespace) -> int:
         rows += of_format
     if output is not None:
         document = {**provenance(), "read_gbps": round(bandwidth / 1e9), "rows": rows}
-        output.write_text(json.dumps(document, indent=1) + "\n")
+        with writing("--output", output):
+            output.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 
@@ -153,7 +154,8 @@ def _output(args: argparse.Namespace) -> Path | None:
     if args.tune:
         if file.exists() and not file.is_dir():
             raise SettingError(f"--output {file}: is a file; --tune writes a folder")
-        file.mkdir(parents=True, exist_ok=True)
+        with writing("--output", file):
+            file.mkdir(parents=True, exist_ok=True)
         file = file / "bench.json"
     problem = output_problem(file)
     if problem is not None:
@@ -175,7 +177,8 @@ def _tune(
     from vllm_rsparse.bench.tuner import tune
 
     folder = args.output or tables.user_directory()
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing("--tune", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     path = tables.table_path(folder, device_of(torch.device(device)).name)
     problem = output_problem(path)
     if problem is not None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_rsparse.arguments import writing
 from vllm_rsparse.bench.candidates import candidates, dense_candidates
 from vllm_rsparse.bench.gate import allowed, check, exact_dense
 from vllm_rsparse.bench.inputs import Inputs, make_inputs, rotation
@@ -90,7 +91,7 @@ def tune(
 
     Raises:
         RuntimeError: a configuration gave a wrong result, or a default one fails.
-        OSError: the table cannot be written.
+        SettingError: the table cannot be written.
     """
     end = time.monotonic() + seconds
     table = {
@@ -114,7 +115,8 @@ def tune(
         entry = _tune_layer(job, dtype, device, time.monotonic() + share)
         table[entry.problem, job.tokens, job.route] = entry
         # Written after every shape, so that an interrupted search keeps its results.
-        tables.write_table(path, list(table.values()), facts)
+        with writing("--tune", path):
+            tables.write_table(path, list(table.values()), facts)
 
 
 def _tune_layer(

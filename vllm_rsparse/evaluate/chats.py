@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from vllm_rsparse.arguments import writing
 from vllm_rsparse.errors import SettingError
 from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.measure import Passage
@@ -71,7 +72,8 @@ def answers_of(
         answers = _generate(model, prompts, tokens)
         if file is not None:
             document = {"asked": asked, "answers": [asdict(one) for one in answers]}
-            file.write_text(json.dumps(document) + "\n", encoding="utf-8")
+            with writing("--answers", file):
+                file.write_text(json.dumps(document) + "\n", encoding="utf-8")
     long = [one for one in answers if len(one.answer) >= SHORTEST]
     if len(long) < len(answers):
         logger.warning(

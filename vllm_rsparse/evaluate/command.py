@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from vllm_rsparse.arguments import check_picture, output_file
+from vllm_rsparse.arguments import check_picture, output_file, writing
 from vllm_rsparse.errors import SettingError
 
 logger = logging.getLogger(__name__)
@@ -166,5 +166,7 @@ def run(args: argparse.Namespace) -> int:
         )
     document = (run_text if args.chat is None else run_chat)(args, prepared)
     if args.json is not None:
-        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(document, indent=1) + "\n"
+        with writing("--json", args.json):
+            args.json.write_text(text, encoding="utf-8")
     return 0

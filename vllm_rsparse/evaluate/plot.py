@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_rsparse.arguments import writing
+
 if TYPE_CHECKING:
     from vllm_rsparse.evaluate.measure import Loss
 
@@ -41,4 +43,5 @@ def draw(losses: Sequence["Loss"], recipes: Sequence[str], path: Path) -> None:
     axes.set_title(f"held-out text, {losses[0].tokens} predictions")
     axes.legend()
     axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=150)
+    with writing("--plot", path):
+        figure.savefig(path, dpi=150)

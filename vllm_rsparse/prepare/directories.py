@@ -31,7 +31,8 @@ from vllm_rsparse.prepare.calibration.layers import Calibrated, Job
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.recipe.recipes import Recipe
 from vllm_rsparse.prepare.search.price import Priced
-from vllm_rsparse.prepare.store.output import StagedOutput, write_text
+from vllm_rsparse.prepare.store.files import write_text
+from vllm_rsparse.prepare.store.output import StagedOutput
 from vllm_rsparse.prepare.store.quantized_copy import QuantizedCopy
 from vllm_rsparse.texts.windows import CalibrationText
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from vllm_rsparse.arguments import writing
 from vllm_rsparse.artifact.schema import ArtifactInfo, BaseWeights
 from vllm_rsparse.errors import CheckpointError, PrepareError
 from vllm_rsparse.formats.checkpoints.layout import main_format
@@ -59,10 +60,10 @@ def prepare_all(options: PrepareOptions) -> list[ArtifactInfo]:
         What was written to each ``rsparse.json``, in the order of ``options.outputs``.
 
     Raises:
-        PrepareError: bad settings, unusable output directory.
+        PrepareError: bad settings, unusable output directory, or a full disk.
+        SettingError: the recipe's file cannot be written.
         CheckpointError: bad input, unsupported model.
         NotFiniteError: NaN or infinity in weights or activations.
-        OSError: the disk is full or a file cannot be written.
     """
     # Everything that can be checked now is checked before a download and the tokenizer.
     for output in options.outputs:
@@ -76,7 +77,12 @@ def prepare_all(options: PrepareOptions) -> list[ArtifactInfo]:
     linears, stored_dtype = find_linears(checkpoint)
     dtype = _compute_dtype(options.dtype, device, stored_dtype)
     staged = [
-        StagedOutput(output, checkpoint.directory, options.overwrite)
+        StagedOutput(
+            output,
+            checkpoint.directory,
+            options.overwrite,
+            links=not options.copy_weights,
+        )
         for output in options.outputs
     ]
     base = _base_weights(checkpoint, linears, stored_dtype)
@@ -146,7 +152,8 @@ def prepare_all(options: PrepareOptions) -> list[ArtifactInfo]:
             one.commit()
     if options.save_recipe is not None:
         text_of_recipe = recipe_json(jobs[0].planned.recipe)
-        options.save_recipe.write_text(text_of_recipe, encoding="utf-8")
+        with writing("--save-recipe", options.save_recipe):
+            options.save_recipe.write_text(text_of_recipe, encoding="utf-8")
     return infos
 
 

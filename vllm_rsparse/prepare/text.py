@@ -14,7 +14,7 @@ from vllm_rsparse.artifact.tensors import ARTIFACT_DIR
 from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.options import DEFAULT_TOKENS, PrepareOptions
-from vllm_rsparse.prepare.store.output import write_text
+from vllm_rsparse.prepare.store.files import write_text
 from vllm_rsparse.prepare.store.run_store import Key, RunStore
 from vllm_rsparse.texts.documents import Document, Source
 from vllm_rsparse.texts.tokens import load_tokenizer

@@ -2,6 +2,7 @@
 """The staged output directory: all or nothing, and never the base."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -106,8 +107,6 @@ def test_a_failed_overwrite_loses_nothing(tmp_path: Path, pyllama: Path) -> None
 def test_a_failed_rename_restores_the_old_output(
     tmp_path: Path, pyllama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-
     output = _earlier_output(tmp_path / "out")
     rename = os.rename
 
@@ -118,10 +117,46 @@ def test_a_failed_rename_restores_the_old_output(
 
     monkeypatch.setattr(os, "rename", failing)
     staged = StagedOutput(output, pyllama, overwrite=True)
-    with pytest.raises(OSError, match="no"), staged:
+    with pytest.raises(PrepareError, match=r"OUTPUT .*/out: .* \(no\); .*"), staged:
         staged.commit()
     assert _listing(tmp_path) == ["out"]
     assert (output / "rsparse" / "rsparse.json").read_text() == "old"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a Linux file system")
+def test_a_file_system_that_holds_no_files(pyllama: Path) -> None:
+    """For root, the folder looks writable."""
+    output = Path("/proc/rsparse/out")
+    message = (
+        r"OUTPUT /proc/rsparse/out: (cannot be written \(|the folder /proc is not)"
+    )
+    with (
+        pytest.raises(PrepareError, match=message),
+        StagedOutput(output, pyllama, overwrite=False),
+    ):
+        pass
+
+
+def test_a_file_system_without_links(
+    tmp_path: Path, pyllama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refused)
+    message = r"OUTPUT .*/out: its disk takes no link .*not permitted.* --copy-weights"
+    with (
+        pytest.raises(PrepareError, match=message),
+        StagedOutput(tmp_path / "out", pyllama, overwrite=False),
+    ):
+        pass
+    assert _listing(tmp_path) == []
+    with StagedOutput(
+        tmp_path / "out", pyllama, overwrite=False, links=False
+    ) as staged:
+        staged.add_base_files(Checkpoint(pyllama), copy=True)
+        staged.commit()
+    assert _listing(tmp_path) == ["out"]
 
 
 def test_only_what_prepare_wrote_is_overwritten(tmp_path: Path, pyllama: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.prepare.store.writer import SafetensorsWriter, TensorSpec
 
 
@@ -105,7 +106,7 @@ def test_misuse_is_told(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"float16 \(1,\), declared .*float32"):
             writer.write("b", torch.zeros(1).half())
         writer.write("b", torch.zeros(1))
-    with pytest.raises(FileExistsError):
+    with pytest.raises(PrepareError, match="File exists"):
         SafetensorsWriter(tmp_path / "1", specs)
 
 
@@ -135,6 +136,9 @@ def test_lack_of_room_shows_before_anything_is_computed(tmp_path: Path) -> None:
     specs = {"a": TensorSpec((1 << 20,), torch.float32)}
     with (
         _file_size_limit(1 << 20),
-        pytest.raises(OSError, match=r"needs 4194\d{3} bytes.*1\.safetensors"),
+        pytest.raises(
+            PrepareError,
+            match=r"1\.safetensors: cannot be .*needs 4194\d{3} bytes",
+        ),
     ):
         SafetensorsWriter(tmp_path / "1.safetensors", specs)

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from vllm_rsparse.arguments import output_problem
 from vllm_rsparse.artifact.tensors import ARTIFACT_DIR, JSON_NAME, TENSORS_NAME
 from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.model.checkpoint import COMPANIONS, INDEX_NAME, Checkpoint
+from vllm_rsparse.prepare.store.files import write_text, writing
 
 
 class StagedOutput:
@@ -25,14 +27,20 @@ class StagedOutput:
         output: the directory to make.
         base: the base checkpoint's directory, which must stay untouched.
         overwrite: whether an earlier prepared directory may be replaced.
+        links: whether there will be links to the base's files.
 
     Raises:
-        PrepareError: OUTPUT exists, may not be replaced, or overlaps the base.
+        PrepareError: OUTPUT exists, may not be replaced, or overlaps the base; on
+            entering the context: nothing, or no link, can be written there.
     """
 
-    def __init__(self, output: Path, base: Path, overwrite: bool) -> None:
+    def __init__(
+        self, output: Path, base: Path, overwrite: bool, links: bool = True
+    ) -> None:
         self.output = output.absolute()
+        self._base = base
         self._overwrite = overwrite
+        self._links = links
         if base.resolve().is_relative_to(self.output.resolve()):
             raise PrepareError(
                 f"OUTPUT {output}: is, or contains, the base model {base}, which stays"
@@ -45,8 +53,11 @@ class StagedOutput:
 
     def __enter__(self) -> Self:
         try:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            (self.path / ARTIFACT_DIR).mkdir(parents=True)
+            with self._writing():
+                self.output.parent.mkdir(parents=True, exist_ok=True)
+                (self.path / ARTIFACT_DIR).mkdir(parents=True)
+            if self._links:
+                self._require_links()
         except BaseException:  # Ctrl-C here would not reach __exit__
             self._remove()
             raise
@@ -59,6 +70,21 @@ class StagedOutput:
         traceback: TracebackType | None,
     ) -> None:
         self._remove()
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(f"OUTPUT {self.output}")
+
+    def _require_links(self) -> None:
+        """A disk without links (FAT, some network shares) shows now, not at the end."""
+        probe = self.path / "link"
+        try:
+            probe.symlink_to(self._base)
+            probe.unlink()
+        except OSError as error:
+            raise PrepareError(
+                f"OUTPUT {self.output}: its disk takes no link to the base's files"
+                f" ({error}); use --copy-weights, or choose an OUTPUT on another disk"
+            ) from error
 
     def _remove(self) -> None:
         if self.path.exists():
@@ -87,10 +113,11 @@ class StagedOutput:
             weights: False leaves out the weights and their index.
         """
         for file in _base_files(checkpoint, weights):
-            if copy:
-                shutil.copyfile(file, self.path / file.name)
-            else:
-                (self.path / file.name).symlink_to(file.resolve())
+            with self._writing():
+                if copy:
+                    shutil.copyfile(file, self.path / file.name)
+                else:
+                    (self.path / file.name).symlink_to(file.resolve())
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write ``config.json``, last: without it nothing would serve the directory."""
@@ -104,9 +131,16 @@ class StagedOutput:
         check_output(self.output, self._overwrite)
 
     def commit(self) -> None:
-        """Move the staged directory to OUTPUT, then delete what it replaced."""
+        """Move the staged directory to OUTPUT, then delete what it replaced.
+
+        Raises:
+            PrepareError: OUTPUT may not be written, or cannot be.
+        """
         self.check()
-        if os.path.lexists(self.output):
+        with self._writing():
+            if not os.path.lexists(self.output):
+                os.rename(self.path, self.output)
+                return
             os.rename(self.output, self._old)
             try:
                 os.rename(self.path, self.output)
@@ -114,8 +148,6 @@ class StagedOutput:
                 os.rename(self._old, self.output)
                 raise
             shutil.rmtree(self._old)
-        else:
-            os.rename(self.path, self.output)
 
 
 def _base_files(checkpoint: Checkpoint, weights: bool = True) -> list[Path]:
@@ -168,14 +200,6 @@ def _existing(path: Path) -> Path:
             )
         path = path.parent
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a new file and flush it to disk."""
-    with path.open("x", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def check_recipe_file(path: Path, output: Path) -> None:

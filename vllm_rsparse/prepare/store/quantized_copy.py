@@ -19,7 +19,7 @@ from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.model.checkpoint import FLOAT_DTYPES, INDEX_NAME, Checkpoint
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.linears import Linear
-from vllm_rsparse.prepare.store.output import write_text
+from vllm_rsparse.prepare.store.files import write_text
 from vllm_rsparse.prepare.store.writer import (
     SafetensorsWriter,
     TensorSpec,
@@ -77,7 +77,7 @@ class QuantizedCopy:
 
         Raises:
             CheckpointError: the base cannot be read any more.
-            OSError: the disk is full or a file cannot be written.
+            PrepareError: the disk is full or a file cannot be written.
         """
         with tqdm(
             total=len(self._modules),

@@ -31,6 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_rsparse.errors import DamagedCheckpointError, NotFiniteError, PrepareError
+from vllm_rsparse.prepare.store.files import (
+    append_text,
+    replace_text,
+    unwritable,
+    writing,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +108,7 @@ class RunStore:
                 os.fsync(stream.fileno())
             partial.replace(path)
         except (OSError, SafetensorError) as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
 
     def get(self, key: Key) -> tuple[dict[str, Tensor], Any]:
         """Tensors on the CPU, which may be changed in place, and the note.
@@ -129,15 +135,8 @@ class RunStore:
             PrepareError: they cannot be written.
         """
         self._open(make=True)
-        path = self.directory / RESULTS
-        try:
-            with path.open("a", encoding="utf-8") as stream:
-                for key, value in results.items():
-                    stream.write(_line(key, value))
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise _unwritable(path, error) from error
+        lines = "".join(_line(*result) for result in results.items())
+        append_text(self.directory / RESULTS, lines)
         self._results.update(results)
 
     def recall(self, key: Key) -> Any:
@@ -243,9 +242,10 @@ class RunStore:
                 )
                 self.clear()
         if make and not self._opened:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            with writing(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            _replace(identity, self._identity)
+            replace_text(identity, self._identity)
             self._opened = True
         return self._opened
 
@@ -282,21 +282,12 @@ class RunStore:
                 torn = line
                 break
         if torn:  # the run was killed while it wrote
-            _replace(path, "".join(_line(*item) for item in self._results.items()))
+            whole = "".join(_line(*item) for item in self._results.items())
+            replace_text(path, whole)
 
 
 def _line(key: Key, value: Any) -> str:
     return json.dumps({"stage": key.stage, "item": key.item, "value": value}) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that is complete or absent, and on disk when this returns."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
 
 
 def _differences(earlier: str, now: str) -> str:
@@ -307,10 +298,3 @@ def _differences(earlier: str, now: str) -> str:
     except (ValueError, AttributeError):
         keys = []
     return ", ".join(keys) or "its settings"
-
-
-def _unwritable(path: Path, error: Exception) -> PrepareError:
-    return PrepareError(
-        f"{path}: cannot be written ({error}); free space there, or choose an OUTPUT on"
-        " a larger disk"
-    )

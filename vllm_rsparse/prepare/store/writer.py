@@ -11,6 +11,7 @@ import errno
 import json
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.prepare.store.files import writing
 
 _DTYPES = {
     torch.float64: "F64",
@@ -77,7 +79,7 @@ class SafetensorsWriter:
         specs: shape and dtype of every tensor by name.
 
     Raises:
-        OSError: the file exists, or the disk has no room for all of it.
+        PrepareError: the file exists, or the disk has no room for all of it.
     """
 
     def __init__(
@@ -107,19 +109,21 @@ class SafetensorsWriter:
         start = 8 + len(encoded)
         self._offsets = {name: start + offset for name, offset in offsets.items()}
         self._missing = dict.fromkeys(order)
-        self._file = path.open("xb")
-        try:
-            _allocate(path, self._file.fileno(), start + offset)
-            self._file.write(len(encoded).to_bytes(8, "little") + encoded)
-        except BaseException:
-            self._file.close()
-            raise
+        with writing(path):
+            self._file = path.open("xb")
+            try:
+                _allocate(path, self._file.fileno(), start + offset)
+                self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+            except BaseException:
+                self._file.close()
+                raise
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, from any device.
 
         Raises:
             ValueError: not declared, written before, or of another shape or dtype.
+            PrepareError: the disk is full.
         """
         if name not in self._missing:
             state = "already written" if name in self._specs else "not declared"
@@ -132,8 +136,9 @@ class SafetensorsWriter:
             )
         # The dtype is reinterpreted as bytes, because NumPy has no bfloat16.
         raw = tensor.contiguous().cpu().flatten().view(torch.uint8).numpy()
-        self._file.seek(self._offsets[name])
-        self._file.write(raw.data)
+        with writing(self.path):
+            self._file.seek(self._offsets[name])
+            self._file.write(raw.data)
         del self._missing[name]
 
     def __enter__(self) -> Self:
@@ -145,7 +150,7 @@ class SafetensorsWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
+        with writing(self.path), closing(self._file):
             if error is None:
                 if self._missing:
                     raise ValueError(
@@ -153,8 +158,6 @@ class SafetensorsWriter:
                     )
                 self._file.flush()
                 os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
 
 
 def _allocate(path: Path, descriptor: int, size: int) -> None:
