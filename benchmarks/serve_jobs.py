@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engines of ``bench_serve.py``: processes that run ``serve_worker.py``."""
+"""The engines of ``bench_serve.py`` and ``drafters.py``: processes of a worker."""
 
 import json
 import os
@@ -21,16 +21,18 @@ class EngineJob:
 
     Attributes:
         label: for its rows; ``{s}`` stands for the sparsity.
-        job: what ``serve_worker.py`` does.
+        job: what the worker does.
         log: file that gets the process's output.
         settings: of the plug-in, by the end of their environment variable's name; None
             leaves one at its default.
+        script: the worker, next to this file.
     """
 
     label: str
     job: dict[str, Any]
     log: Path
     settings: dict[str, Any] = field(default_factory=dict)
+    script: str = "serve_worker.py"
 
     def run(self) -> dict[str, Any]:
         """The worker's result, and what vLLM logged about kernels and memory.
@@ -38,7 +40,7 @@ class EngineJob:
         Raises:
             RuntimeError: the process failed; the message has the end of its log.
         """
-        command = [sys.executable, str(HERE / "serve_worker.py"), json.dumps(self.job)]
+        command = [sys.executable, str(HERE / self.script), json.dumps(self.job)]
         env = dict(os.environ)
         for name, value in self.settings.items():
             if value is not None:
