@@ -79,6 +79,7 @@ def test_prepared_directory_with_its_weights(doctor: Any, prepared: Path) -> Non
     status, lines = doctor(prepared)
     assert status == 0
     assert "14 linears" in lines["artifact"]
+    assert "1 file with 14 tensors; all 14 linears are there" in lines["base model"]
     assert "model.layers.0, checkpoint's weights" in lines["one layer"]
 
 
@@ -102,6 +103,7 @@ def test_bare_artifact(doctor: Any, prepared: Path) -> None:
     status, lines = doctor(prepared / "rsparse")
     assert status == 0
     assert "random weights" in lines["one layer"]
+    assert "base model" not in lines
 
 
 def test_weights_in_two_planes(
@@ -148,6 +150,67 @@ def test_weights_of_another_model(doctor: Any, prepared: Path) -> None:
     status, lines = doctor(prepared)
     assert status == 1
     assert "prepared from another model" in lines["one layer"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (torch.randn(16, 64), r"down_proj [32, 64] is [16, 64] there"),
+        (None, "down_proj [32, 64] is missing"),
+    ],
+)
+def test_a_linear_of_the_last_layer(
+    doctor: Any, prepared: Path, change: torch.Tensor | None, words: str
+) -> None:
+    """The layer that is run is the first one."""
+    weights = load_file(prepared / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    if change is None:
+        del weights[name]
+    else:
+        weights[name] = change
+    save_file(weights, prepared / "model.safetensors")
+    status, lines = doctor(prepared)
+    assert status == 1
+    assert lines["base model"].startswith("FAIL")
+    assert words in lines["base model"]
+    assert lines["one layer"].startswith("ok")
+
+
+@pytest.mark.parametrize("fault", ["gone", "short", "another"])
+def test_a_file_of_the_base(doctor: Any, prepared: Path, fault: str) -> None:
+    """Of two, the one that does not hold the layer that is run."""
+    weights = load_file(prepared / "model.safetensors")
+    (prepared / "model.safetensors").unlink()
+    parts: dict[str, dict[str, torch.Tensor]] = {"a": {}, "b": {}}
+    for name, weight in weights.items():
+        parts["a" if ".layers.0." in name else "b"][name] = weight
+    parts["b"]["model.norm.weight"] = torch.ones(32)
+    where = {}
+    for part, tensors in parts.items():
+        save_file(tensors, prepared / f"{part}.safetensors")
+        where |= dict.fromkeys(tensors, f"{part}.safetensors")
+    index = json.dumps({"weight_map": where})
+    (prepared / "model.safetensors.index.json").write_text(index)
+    status, lines = doctor(prepared)
+    assert status == 0
+    assert "2 files with 15 tensors" in lines["base model"]
+    path = prepared / "b.safetensors"
+    if fault == "gone":
+        path.unlink()
+    elif fault == "short":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        del parts["b"]["model.norm.weight"]
+        save_file(parts["b"], path)
+    status, lines = doctor(prepared)
+    assert status == 1
+    words = {
+        "gone": "lists b.safetensors, which is missing",
+        "short": "b.safetensors: cannot be read",
+        "another": "lists 1 tensors that no file has, such as model.norm.weight",
+    }
+    assert words[fault] in lines["base model"]
 
 
 @pytest.mark.parametrize("fault", [2.0, float("nan")])

@@ -84,6 +84,7 @@ def check(directory: Path | None) -> Iterator[Finding]:
     else:
         checks += [
             ("artifact", partial(model.artifact, directory)),
+            ("base model", partial(model.base, directory)),
             ("tuned shapes", partial(model.tuned_shapes, directory)),
             ("one layer", partial(model.first_layer, directory)),
         ]

@@ -12,10 +12,12 @@ from vllm_rsparse.artifact.prepared import PreparedDirectory, open_artifact
 from vllm_rsparse.artifact.tensors import Artifact, LinearTensors
 from vllm_rsparse.doctor.finding import Finding, Level
 from vllm_rsparse.doctor.layer import FusedLayer, compare
-from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.errors import ArtifactError, CheckpointError
 from vllm_rsparse.formats.base import INPUT_DTYPES
 from vllm_rsparse.formats.registry import format_of_name, load_time_format
+from vllm_rsparse.model.checkpoint import INDEX_NAME, Checkpoint, read_json
 from vllm_rsparse.model.families import by_engine_layer
+from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.names import LinearName
 from vllm_rsparse.op.backends import resolve_backend
 
@@ -34,6 +36,57 @@ def artifact(directory: Path) -> Iterator[Finding]:
         f" {info.achieved_sparsity:.3f} on the calibration text, {info.dtype},"
         f" {size:.1f} MiB; digest and all values checked",
     )
+
+
+def base(directory: Path) -> Iterator[Finding]:
+    """The base model's files: by their headers, whether every linear is there.
+
+    Only headers are read, so that a model of any size takes seconds. A file that was
+    cut short is found too, as a header names the size of what follows.
+
+    Raises:
+        RSparseError: a file is missing or damaged, or the artifact was prepared from
+            another model.
+    """
+    if holds_artifact(directory):
+        return  # on its own, as on the Hub next to nobody's weights
+    prepared = PreparedDirectory.open(directory)
+    checkpoint = prepared.checkpoint
+    _refuse_missing_tensors(checkpoint)
+    model = LanguageModel(checkpoint)
+    linears = prepared.artifact.info.linears
+    for name, entry in linears.items():
+        parsed = LinearName.parse(name)
+        shape = None
+        if parsed.path == model.layer_path and parsed.layer is not None:
+            shape = model.linear_shape(parsed.layer, parsed.kind)
+        if shape != entry.shape:
+            state = "missing" if shape is None else f"{list(shape)} there"
+            raise ArtifactError(
+                f"{directory}: the artifact's linear {name} {list(entry.shape)} is"
+                f" {state}; it was prepared from another model: prepare this one"
+            )
+    count = len(checkpoint.weight_files)
+    files = "1 file" if count == 1 else f"{count} files"
+    yield Finding(
+        Level.OK,
+        "base model",
+        f"{files} with {len(checkpoint.tensors)} tensors; all {len(linears)} linears"
+        " are there in the artifact's shapes",
+    )
+
+
+def _refuse_missing_tensors(checkpoint: Checkpoint) -> None:
+    """Refuse files that lack a tensor which the index lists."""
+    index = checkpoint.directory / INDEX_NAME
+    if not index.is_file():
+        return
+    missing = read_json(index)["weight_map"].keys() - checkpoint.tensors.keys()
+    if missing:
+        raise CheckpointError(
+            f"{index}: lists {len(missing)} tensors that no file has, such as"
+            f" {min(missing)}; download the base model again"
+        )
 
 
 def tuned_shapes(directory: Path) -> Iterator[Finding]:
@@ -144,8 +197,6 @@ def _weights(directory: Path, opened: Artifact, names: list[str]) -> dict[str, T
         dtype = getattr(torch, opened.info.dtype)
         shapes = {name: opened.entry(name).shape for name in names}
         return {n: (torch.randn(s) / s[1] ** 0.5).to(dtype) for n, s in shapes.items()}
-    from vllm_rsparse.model.language_model import LanguageModel
-
     checkpoint = PreparedDirectory.open(directory).checkpoint
     weights = LanguageModel(checkpoint).read_weights(names)
     for name, weight in weights.items():

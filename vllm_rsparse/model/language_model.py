@@ -85,6 +85,23 @@ class LanguageModel:
         module = kind if fused is None else fused.module
         return str(LinearName(self.layer_path, index, module)), fused
 
+    def linear_shape(self, index: int, kind: str) -> tuple[int, int] | None:
+        """(N, K) of a linear, by the files' headers; None where there is none.
+
+        Args:
+            index: of the decoder layer.
+            kind: of the linear.
+
+        Raises:
+            CheckpointError: config.json does not fit its tensors, or they each other.
+        """
+        stored, fused = self.stored_linear(index, kind)
+        shape = self.checkpoint.linear_shape(stored)
+        if shape is None or fused is None:
+            return shape
+        rows = self.rows(fused, kind, shape[0])
+        return rows.stop - rows.start, shape[1]
+
     @property
     def head_tensor(self) -> str:
         """The checkpoint's name of the output projection, or of what it is tied to."""

@@ -84,8 +84,8 @@ def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
     for layer in range(layers):
         for kind in model.layer(layer):
             name = str(LinearName(model.layer_path, layer, kind.name))
-            stored, fused = model.stored_linear(layer, kind.name)
-            shape = checkpoint.linear_shape(stored)
+            stored, _ = model.stored_linear(layer, kind.name)
+            shape = model.linear_shape(layer, kind.name)
             if shape is None:
                 _refuse_missing_layer(model, layer)
                 raise CheckpointError(
@@ -93,11 +93,7 @@ def find_linears(checkpoint: Checkpoint) -> tuple[list[Linear], str]:
                     f" linear {stored} (layer {layer} of {layers}) and is not"
                     f" supported; {_SUPPORTED}"
                 )
-            n, k = shape
-            if fused is not None:
-                rows = model.rows(fused, kind.name, n)
-                n = rows.stop - rows.start
-            linears.append(Linear(name, layer, kind.name, (n, k)))
+            linears.append(Linear(name, layer, kind.name, shape))
             dtypes.add(checkpoint.linear_dtype(stored))
     if len(dtypes) != 1 or not dtypes <= FLOAT_DTYPES.keys():
         raise CheckpointError(
