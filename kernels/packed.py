@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .codes import INT4, PLANE_STEPS, natural_order
+from .codes import INT4, natural_order
 from .group_list import STEP, list_groups
 from .packed_steps import sum_steps
 from .sums import sum_channels
@@ -30,6 +30,7 @@ def packed_kernel(
     row_ptr,
     value_ptr,
     head_ptr,
+    second_ptr,
     tokens,
     n,
     k,
@@ -60,8 +61,8 @@ def packed_kernel(
         word_ptr: int32 [K, pitch].
         v: the ``Matrix`` of V; its pointer is None without factors.
         CODE: the format; that of a plane, where there are several.
-        PLANES: planes of the weight, one after the other, like their thresholds. The
-            first of the splits are the first plane's, then come the next one's.
+        PLANES: planes of the weight, one after the other, like their thresholds: 1, or
+            2 of int4. Both are listed and summed in one go, block by block.
         SPARSE: read the channels that thresholds keep; otherwise all of them.
         W: words of a row that a thread loads at once; the tile has 8 W of them.
         ROUND: steps of 16 channels whose words are in flight together, 1, 2 or 4.
@@ -106,15 +107,6 @@ def packed_kernel(
             )
             return
     program = (group_m * splits + split).to(tl.int64) * tl.num_programs(1) + tile
-    row_split = split
-    plane = split * 0
-    if PLANES > 1:
-        splits = splits // PLANES
-        plane = split // splits
-        split = split % splits
-        word_ptr += plane.to(tl.int64) * k * pitch
-        if SPARSE:
-            threshold_ptr += plane.to(tl.int64) * len(shard_sizes) * k
     codes_per_word: tl.constexpr = 8 if CODE == INT4 else 4
     columns: tl.constexpr = 8 * W * codes_per_word
     shard, begin_n, end_n = locate_tile(tile - factor_tiles, 0, shard_sizes, columns)
@@ -124,29 +116,36 @@ def packed_kernel(
         begin_word = tl.multiple_of(begin_word, W)
     spread: tl.constexpr = TOKENS <= 4
     kept_slots: tl.constexpr = 4 if spread else TOKENS
+    length: tl.constexpr = BLOCKS * PLANES * SPAN
     if SPARSE:
-        row_ptr += program * (BLOCKS * SPAN)
-        value_ptr += program * (BLOCKS * SPAN * TOKENS)
-        head_ptr += program * (BLOCKS * SPAN // STEP)
+        row_ptr += program * length
+        value_ptr += program * (length * TOKENS)
+        head_ptr += program * (length // STEP)
+        if second_ptr is not None:
+            second_ptr += program * (length // STEP * TOKENS)
         steps = list_groups(
             x_ptr,
             threshold_ptr + shard.to(tl.int64) * k,
             row_ptr,
             value_ptr,
             head_ptr,
+            second_ptr,
             stride_xm,
             group_m * TOKENS,
             tokens,
             k,
+            len(shard_sizes) * k,
             split,
             splits,
+            PLANES=PLANES,
             SPAN=SPAN,
             BLOCKS=BLOCKS,
             TOKENS=TOKENS,
             PDL=PDL,
         )
     else:
-        steps = tl.cdiv(tl.cdiv(k, SPAN) - split, splits) * (SPAN // STEP)
+        blocks = tl.cdiv(tl.cdiv(k, SPAN) - split, splits)
+        steps = blocks * (PLANES * SPAN // STEP)
         if PDL:
             gdc_wait()
     sums = sum_steps(
@@ -157,6 +156,7 @@ def packed_kernel(
         row_ptr,
         value_ptr,
         head_ptr,
+        second_ptr,
         steps,
         begin_n,
         end_n,
@@ -168,7 +168,6 @@ def packed_kernel(
         tokens,
         split,
         splits,
-        plane,
         CODE=CODE,
         PLANES=PLANES,
         SPARSE=SPARSE,
@@ -178,22 +177,20 @@ def packed_kernel(
         ROUND=ROUND,
         GROUP=GROUP,
         SPAN=SPAN,
-        LENGTH=BLOCKS * SPAN,
+        LENGTH=length,
         EVEN_N=EVEN_N,
         EVEN_K=EVEN_K,
         DTYPE=DTYPE,
     )
     if PDL:
         gdc_launch_dependents()
-    if PLANES > 1:
-        sums *= tl.where(plane > 0, 1.0 / PLANE_STEPS, 1.0)
     # Back to the natural order of columns: [8, columns / 8, tokens].
     sums = natural_order(sums, columns, kept_slots)
     offs_n = begin_n + (tl.arange(0, 8) * (columns // 8))[:, None, None]
     offs_n = offs_n + tl.arange(0, columns // 8)[None, :, None]
     slot = tl.arange(0, kept_slots)[None, None, :]
     offs_m = group_m * TOKENS + slot
-    row = (row_split * tokens + offs_m).to(tl.int64)
+    row = (split * tokens + offs_m).to(tl.int64)
     tl.store(
         partial_ptr + row * (rank_columns + n) + rank_columns + offs_n,
         sums,

@@ -8,6 +8,7 @@ import triton.language as tl
 from .codes import (
     FP8_BLOCK,
     INT4,
+    PLANE_STEPS,
     dot_operand,
     int4_offset,
     scale_fp8_input,
@@ -36,15 +37,18 @@ def multiply_step(
 def scaled_block(
     acc,
     x_sum,
+    step,
     head,
     scale_ptr,
     zero_ptr,
+    second_ptr,
     begin_n,
     end_n,
     n,
-    plane,
     CODE: tl.constexpr,
     PLANES: tl.constexpr,
+    SPARSE: tl.constexpr,
+    TOKENS: tl.constexpr,
     SPREAD: tl.constexpr,
     W: tl.constexpr,
     GROUP: tl.constexpr,
@@ -57,18 +61,24 @@ def scaled_block(
     The zero point and the offset of the codes leave the sum over a group:
     sum of x (q - z) = sum of x (q + offset) - (z + offset) sum of x.
 
+    A second plane has the first one's scales and the zero point 8. Where the first
+    plane has zero points of its own, the two sums of x are told apart.
+
     Args:
         acc: float32 [columns, slots], sums over the block.
         x_sum: float32 [4, 8, slots / 8], sums of the x that went into them.
-        head: of the block's last step.
+        step: the block's last.
+        head: of this step.
         scale_ptr: of the weight; columns begin at ``begin_n``.
         zero_ptr: of the weight, or None.
+        second_ptr: as ``list_groups`` writes it.
         begin_n: first column of the tile.
         end_n: end of the shard.
         n: columns of the weight.
-        plane: of the weight; zero points are those of the first.
         CODE: the format.
         PLANES: planes of the weight.
+        SPARSE: the channels of the block were listed.
+        TOKENS: of the program.
         SPREAD: keep the even slots only.
         W: words of a thread.
         GROUP: channels of a group.
@@ -87,10 +97,7 @@ def scaled_block(
         blocks_n = (n + SCALE_BLOCK - 1) // SCALE_BLOCK
         sums *= tl.load(scale_ptr + group * blocks_n + begin_n // SCALE_BLOCK)
     else:
-        scale, zero = _scales(
-            scale_ptr, zero_ptr, group, begin_n, end_n, n, plane, PLANES, W, EVEN_N
-        )
-        offset = int4_offset(DTYPE) + zero
+        scale, zero = _scales(scale_ptr, zero_ptr, group, begin_n, end_n, n, W, EVEN_N)
         # [8, slots / 8] -> [slots]
         x_token = tl.permute(tl.sum(x_sum, axis=0), (1, 0))
         if SPREAD:
@@ -98,8 +105,20 @@ def scaled_block(
         else:
             x_token = tl.reshape(x_token, (slots,))
             scale = _for_slots(scale, columns, slots)
-            offset = _for_slots(offset, columns, slots)
-        sums = (sums - offset * x_token[None, :]) * scale
+            zero = _for_slots(zero, columns, slots)
+        if PLANES > 1 and zero_ptr is not None:
+            if SPARSE:
+                token = tl.arange(0, 4 if SPREAD else slots)
+                second = second_ptr + step * TOKENS + token
+                second = tl.load(second, mask=token < TOKENS, other=0.0)
+            else:
+                # Of all channels: a sixteenth of the first plane's.
+                second = x_token * (1.0 / (PLANE_STEPS + 1))
+            sums -= (int4_offset(DTYPE) * x_token + 8.0 * second)[None, :]
+            sums -= zero * (x_token - second)[None, :]
+        else:
+            sums -= (int4_offset(DTYPE) + zero) * x_token[None, :]
+        sums *= scale
     return sums
 
 
@@ -148,8 +167,6 @@ def _scales(
     begin_n,
     end_n,
     n,
-    plane,
-    PLANES: tl.constexpr,
     W: tl.constexpr,
     EVEN_N: tl.constexpr,
 ):
@@ -183,12 +200,10 @@ def _scales(
         words = lane * W + tl.arange(0, W)[None, None, :]
         words = tl.broadcast_to(words, (4, 8, W))
         mask = words < (end_n - begin_n) // 8
-        if PLANES > 1:
-            mask &= tl.broadcast_to(plane, (1, 1, 1)) == 0
         packed = tl.load(
             zero_ptr + group.to(tl.int64) * (n // 8) + begin_n // 8 + words,
             mask=mask,
-            other=-0x77777778,  # eight times 8, the zero point of a later plane
+            other=0,
         )
         shifts = 4 * tl.arange(0, 8)[None, None, None, :]
         codes = (packed[:, :, :, None] >> shifts) & 15

@@ -8,7 +8,7 @@
 import triton
 import triton.language as tl
 
-from .codes import FP8, INT4, fp8_factor
+from .codes import FP8, INT4, PLANE_STEPS, fp8_factor
 from .group_list import STEP
 from .packed_scales import fetch_scales, multiply_step, scaled_block
 
@@ -22,6 +22,7 @@ def sum_steps(
     row_ptr,
     value_ptr,
     head_ptr,
+    second_ptr,
     steps,
     begin_n,
     end_n,
@@ -33,7 +34,6 @@ def sum_steps(
     tokens,
     split,
     splits,
-    plane,
     CODE: tl.constexpr,
     PLANES: tl.constexpr,
     SPARSE: tl.constexpr,
@@ -90,7 +90,19 @@ def sum_steps(
         # Tensors, also where the interpreter counts with Python's own integers.
         zero = final * 0
         rows, heads = _plan(
-            row_ptr, head_ptr, zero, final, inner, split, splits, SPARSE, SPAN, ROUND
+            row_ptr,
+            head_ptr,
+            zero,
+            final,
+            inner,
+            k,
+            split,
+            splits,
+            PLANES,
+            SPARSE,
+            SPAN,
+            EVEN_K,
+            ROUND,
         )
         last_head = zero + 1
         for begin in range(0, steps, ROUND):
@@ -102,10 +114,8 @@ def sum_steps(
                 final,
                 columns_w,
                 mask_w,
-                k,
                 pitch,
                 EVEN_N,
-                EVEN_K,
                 ROUND,
             )
             x = _load_x(
@@ -119,6 +129,7 @@ def sum_steps(
                 k,
                 split,
                 splits,
+                PLANES,
                 SPARSE,
                 SPAN,
                 EVEN_K,
@@ -147,15 +158,18 @@ def sum_steps(
                         total += scaled_block(
                             acc,
                             x_sum,
+                            step + index,
                             heads[index],
                             scale_ptr,
                             zero_ptr,
+                            second_ptr,
                             begin_n,
                             end_n,
                             n,
-                            plane,
                             CODE,
                             PLANES,
+                            SPARSE,
+                            TOKENS,
                             SPREAD,
                             W,
                             GROUP,
@@ -171,10 +185,13 @@ def sum_steps(
                 step + ROUND,
                 final,
                 inner,
+                k,
                 split,
                 splits,
+                PLANES,
                 SPARSE,
                 SPAN,
+                EVEN_K,
                 ROUND,
             )
     if CODE == FP8:
@@ -194,20 +211,24 @@ def _plan(
     step,
     final,
     inner,
+    k,
     split,
     splits,
+    PLANES: tl.constexpr,
     SPARSE: tl.constexpr,
     SPAN: tl.constexpr,
+    EVEN_K: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """What the next ROUND steps read: their channels and their heads.
+    """What the next ROUND steps read: their rows and their heads.
 
-    Channels are int32 [4, 8, 4], anything past the last step. A head is twice the
-    step's block, plus one if it is the block's last; 0 past the last step.
+    Rows are int32 [4, 8, 4], anything past the last step. A head is twice the step's
+    block, plus one if it is the block's last; 0 past the last step. Rows past the end
+    of the weight are its last one again; their x is zero.
     """
     rows = ()
     heads = ()
-    per_block: tl.constexpr = SPAN // STEP
+    per_block: tl.constexpr = PLANES * SPAN // STEP
     for index in tl.static_range(ROUND):
         here = step + index
         if SPARSE:
@@ -215,7 +236,12 @@ def _plan(
             row = tl.load(row_ptr + listed * STEP + inner)
             head = tl.load(head_ptr + listed)
         else:
-            row = _first_channel(here, split, splits, SPAN) + inner
+            plane, channel = _whole_step(here, split, splits, PLANES, SPAN)
+            row = channel + inner
+            if not EVEN_K:
+                row = tl.minimum(row, k - 1)
+            if PLANES > 1:
+                row += plane * k
             head = (here // per_block * splits + split) * 2
             head += tl.where(here % per_block == per_block - 1, 1, 0)
         head = tl.where(here <= final, head, 0)
@@ -225,10 +251,13 @@ def _plan(
 
 
 @triton.jit
-def _first_channel(step, split, splits, SPAN: tl.constexpr):
-    """Where a step begins that reads all channels."""
-    per_block: tl.constexpr = SPAN // STEP
-    return (step // per_block * splits + split) * SPAN + step % per_block * STEP
+def _whole_step(step, split, splits, PLANES: tl.constexpr, SPAN: tl.constexpr):
+    """Plane and first channel of a step, where all of a block's channels are read."""
+    per_plane: tl.constexpr = SPAN // STEP
+    per_block: tl.constexpr = PLANES * per_plane
+    block = step // per_block * splits + split
+    inner = step % per_block
+    return inner // per_plane, block * SPAN + inner % per_plane * STEP
 
 
 @triton.jit
@@ -239,22 +268,15 @@ def _load_words(
     final,
     columns_w,
     mask_w,
-    k,
     pitch,
     EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """The words of ROUND steps, int32 [4, 8, 4, W] each, not read past the last step.
-
-    Rows past the end of the weight are its last one again; their x is zero.
-    """
+    """The words of ROUND steps, int32 [4, 8, 4, W]; not read past the last step."""
     loaded = ()
     for index in tl.static_range(ROUND):
-        row = rows[index]
-        if not EVEN_K:
-            row = tl.minimum(row, k - 1)
-        pointers = word_ptr + (row * pitch)[:, :, :, None] + columns_w[:, :, None, :]
+        offset = (rows[index] * pitch)[:, :, :, None]
+        pointers = word_ptr + offset + columns_w[:, :, None, :]
         # A tensor: Triton 3.9's interpreter takes no scalar for a mask.
         mask = tl.broadcast_to(step + index, (1, 1, 1, 1)) <= final
         if not EVEN_N:
@@ -276,6 +298,7 @@ def _load_x(
     k,
     split,
     splits,
+    PLANES: tl.constexpr,
     SPARSE: tl.constexpr,
     SPAN: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -289,9 +312,12 @@ def _load_x(
         if SPARSE:
             x = tl.load(value_ptr + here * STEP + x_offset, mask=mask, other=0.0)
         else:
-            first = _first_channel(here, split, splits, SPAN)
+            plane, channel = _whole_step(here, split, splits, PLANES, SPAN)
             if not EVEN_K:
-                mask &= first + inner_x < k
-            x = tl.load(x_ptr + first + x_offset, mask=mask, other=0.0)
+                mask &= channel + inner_x < k
+            x = tl.load(x_ptr + channel + x_offset, mask=mask, other=0.0)
+            if PLANES > 1:
+                factor = tl.where(plane > 0, 1.0 / PLANE_STEPS, 1.0)
+                x = (x.to(tl.float32) * factor).to(x.dtype)
         loaded = loaded + (x,)
     return loaded

@@ -28,8 +28,8 @@ from .rsparse_linear import (
 )
 from .tiles import Matrix, Tiling
 
-# Most channels that a program lists, for its registers: more splits are made where
-# needed.
+# Most rows of words that a program lists, for its registers: more splits are made
+# where needed.
 MOST_LISTED = 1024
 # Most tokens of a program of the sparse route, and of the dense one.
 SPARSE_TOKENS = 8
@@ -204,11 +204,11 @@ def _packed(
     span = min(SCALE_BLOCK.value, _span(weight), config.block_k)
     blocks = triton.cdiv(k, span)
     split_k = max(1, min(config.split_k, blocks))
+    planes = weight.format.planes
     if sparse:
-        split_k = max(split_k, triton.cdiv(k, MOST_LISTED))
+        split_k = max(split_k, triton.cdiv(planes * k, MOST_LISTED))
     most_blocks = triton.next_power_of_2(max(1, triton.cdiv(blocks, split_k)))
     groups_m = triton.cdiv(tokens, block_m)
-    planes = weight.format.planes
     rank_columns = sum(ranks)
     pdl = has_dependent_launch(x.device)
     tiles = tiles_of(shard_sizes, config.block_n)
@@ -231,19 +231,22 @@ def _packed(
             pdl=pdl,
         )
     partial = torch.empty(
-        planes * split_k, tokens, rank_columns + n, dtype=torch.float32, device=x.device
+        split_k, tokens, rank_columns + n, dtype=torch.float32, device=x.device
     )
-    rows = values = heads = None
+    rows = values = heads = second = None
     if sparse:
-        length = tiles * planes * split_k * groups_m * most_blocks * span
+        length = tiles * split_k * groups_m * most_blocks * planes * span
         rows = torch.empty(length, dtype=torch.int32, device=x.device)
         values = torch.empty(length * block_m, dtype=x.dtype, device=x.device)
-        heads = torch.empty(length // STEP.value, dtype=torch.int32, device=x.device)
+        steps = length // STEP.value
+        heads = torch.empty(steps, dtype=torch.int32, device=x.device)
+        if planes > 1 and weight.zeros is not None:
+            second = torch.empty(steps * block_m, dtype=torch.float32, device=x.device)
     starts = [sum(shard_sizes[:index]) for index in range(len(shard_sizes))]
     piece = width * per_word
     data, pitch = _rows_of(weight, words=True)
     options = {"launch_pdl": True} if pdl else {}
-    packed_kernel[(groups_m, tiles, planes * split_k)](
+    packed_kernel[(groups_m, tiles, split_k)](
         x,
         data,
         None if weight.format.code == FP8.value else weight.scales,
@@ -254,6 +257,7 @@ def _packed(
         rows,
         values,
         heads,
+        second,
         tokens,
         n,
         k,

@@ -122,7 +122,7 @@ def _packed_dense(layer: Layer, kind: str, processors: int) -> Iterator[LaunchCo
     """Of the packed kernel without lists; programs that take as many blocks each."""
     fewest, most = (processors * programs for programs in _PACKED_PROGRAMS)
     for block_n in (*_PACKED_COLUMNS.get(kind, _PACKED_BYTE_COLUMNS), 64):
-        tiles = -(-layer.n // block_n) * format_of_name(layer.format).planes
+        tiles = -(-layer.n // block_n)
         blocks = -(-layer.k // 128)
         for split_k in (split for split in range(1, blocks + 1) if not blocks % split):
             if fewest <= tiles * split_k <= most or split_k == blocks:
@@ -188,10 +188,10 @@ def _packed(layer: Layer, kind: str, processors: int) -> Iterator[LaunchConfig]:
     group = layer.group if 0 < layer.group < layer.k else 128
     fewest, most = (processors * programs for programs in _PACKED_PROGRAMS)
     for block_n in _PACKED_COLUMNS.get(kind, _PACKED_BYTE_COLUMNS):
-        tiles = _tiles(layer, block_n) * planes
+        tiles = _tiles(layer, block_n)
         for block_k in sorted({min(64, group), min(128, group)}):
             blocks = -(-layer.k // block_k)
-            least = max(1, -(-layer.k // _MOST_LISTED))
+            least = max(1, -(-planes * layer.k // _MOST_LISTED))
             resident = 12 * processors // tiles
             splits = {
                 split_k
