@@ -2,6 +2,7 @@
 """Fixtures shared by all tests: the reference model, artifacts with known content."""
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -250,3 +251,47 @@ def edit_json() -> Callable[[Path, Callable[[dict[str, Any]], None]], None]:
         path.write_text(json.dumps(raw))
 
     return edit
+
+
+TORCHVISION = (
+    "torchvision",
+    "torchvision/io",
+    "torchvision/transforms",
+    "torchvision/transforms/functional",
+    "torchvision/transforms/v2",
+    "torchvision/transforms/v2/functional",
+)
+# A module that has every name, each a class that has every attribute.
+ANY_NAME = """
+__version__ = "0.28.0"
+
+
+class Anything(type):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return Anything(name, (), {})
+"""
+
+
+@pytest.fixture(scope="session")
+def torchvision_stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """A folder to import torchvision from where it is not installed; else None.
+
+    PyPI has no build of it for a CPU build of PyTorch. vLLM's classes of models with
+    vision import names from it for annotations; images are prepared by Pillow.
+    """
+    if importlib.util.find_spec("torchvision"):
+        return None
+    root = tmp_path_factory.mktemp("torchvision")
+    for module in TORCHVISION:
+        folder = root / module
+        folder.mkdir()
+        (folder / "__init__.py").write_text(ANY_NAME)
+    return root

@@ -48,8 +48,16 @@ class OfflineEngines:
         engine: dict[str, object],
         prompts: list[object],
         sampling: dict[str, object],
+        torchvision: Path | None = None,
     ) -> list[dict[str, list]]:
         """Start an engine, complete the prompts, end it.
+
+        Args:
+            env: of the engine's process.
+            engine: arguments of ``vllm.LLM``.
+            prompts: text, token ids, or ``prompt`` and ``image``, rows of pixels.
+            sampling: arguments of ``vllm.SamplingParams``.
+            torchvision: folder that has a stand-in of it.
 
         Returns:
             For each prompt its ``tokens``, the log probabilities of these (``chosen``)
@@ -59,6 +67,7 @@ class OfflineEngines:
         out = self.folder / "out.json"
         job = {"env": env, "engine": ENGINE | engine, "prompts": prompts}
         job |= {"sampling": sampling, "out": str(out), "log": str(self.log)}
+        job["torchvision"] = None if torchvision is None else str(torchvision)
         process = self.started()
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()

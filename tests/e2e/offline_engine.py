@@ -42,13 +42,40 @@ def work(job: dict[str, Any]) -> NoReturn:
     os._exit(status)
 
 
+def import_from(folder: str) -> None:
+    """Make a stand-in of torchvision importable.
+
+    By then transformers has found that it is not installed, and prepares images with
+    Pillow. vLLM would look at the model's class in a process without the stand-in.
+    """
+    import transformers.image_utils  # noqa: F401
+    from vllm.model_executor.models import registry
+
+    sys.path.insert(0, folder)
+    registry._run_in_subprocess = lambda inspect: inspect()
+
+
+def with_image(prompt: Any) -> Any:
+    """A prompt as vLLM takes it; ``image`` has the bytes of each pixel, row by row."""
+    if not isinstance(prompt, dict) or "image" not in prompt:
+        return prompt
+    import numpy
+    from PIL import Image
+
+    image = Image.fromarray(numpy.array(prompt["image"], dtype=numpy.uint8))
+    return {"prompt": prompt["prompt"], "multi_modal_data": {"image": image}}
+
+
 def run(job: dict[str, Any]) -> None:
     """Write, for each prompt, what ``vllm.LLM`` chose and how likely it was."""
     os.environ |= job["env"]
     from vllm import LLM, SamplingParams
 
+    if job["torchvision"] is not None:
+        import_from(job["torchvision"])
     llm = LLM(**job["engine"])
-    outputs = llm.generate(job["prompts"], SamplingParams(**job["sampling"]))
+    prompts = [with_image(prompt) for prompt in job["prompts"]]
+    outputs = llm.generate(prompts, SamplingParams(**job["sampling"]))
     found = []
     for output in outputs:
         ids = output.prompt_token_ids[1:]

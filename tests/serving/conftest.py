@@ -1,36 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's layers without its engine, on simulated ranks."""
 
-import importlib.util
 import sys
 
 import pytest
-
-TORCHVISION = (
-    "torchvision",
-    "torchvision/io",
-    "torchvision/transforms",
-    "torchvision/transforms/functional",
-    "torchvision/transforms/v2",
-    "torchvision/transforms/v2/functional",
-)
-# A module that has every name, each a class that has every attribute.
-ANY_NAME = """
-__version__ = "0.28.0"
-
-
-class Anything(type):
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return name
-
-
-def __getattr__(name):
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return Anything(name, (), {})
-"""
 
 
 @pytest.fixture
@@ -51,22 +24,13 @@ def engine(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def torchvision(tmp_path_factory):
-    """A stand-in where it is not installed, which is where PyTorch is a CPU build.
-
-    vLLM's classes of models with vision import names from it, which they use to prepare
-    images.
-    """
-    if importlib.util.find_spec("torchvision"):
+def torchvision(torchvision_stand_in):
+    """Something to import as torchvision: itself, or its stand-in."""
+    if torchvision_stand_in is None:
         yield
         return
-    root = tmp_path_factory.mktemp("torchvision")
-    for module in TORCHVISION:
-        folder = root / module
-        folder.mkdir()
-        (folder / "__init__.py").write_text(ANY_NAME)
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(root)
+        patch.syspath_prepend(torchvision_stand_in)
         yield
     for name in [name for name in sys.modules if name.startswith("torchvision")]:
         del sys.modules[name]
