@@ -26,7 +26,16 @@ def test_recipes_in_order_of_their_cost() -> None:
 
 def test_sparsities_share_a_part_of_the_cost() -> None:
     for name in ("wina", "greedy", "best"):
-        assert passes(RECIPES[name], TOKENS, 3) < 3 * passes(RECIPES[name], TOKENS)
+        alone = passes(RECIPES[name], TOKENS)
+        assert alone < passes(RECIPES[name], TOKENS, 3, 3) < 3 * alone
+
+
+def test_what_is_found_by_trials_is_repeated() -> None:
+    best = RECIPES["best"]
+    assert passes(best, TOKENS, 4, 2) < 0.7 * passes(best, TOKENS, 4, 4)
+    assert passes(RECIPES["wina"], TOKENS, 4, 2) == passes(
+        RECIPES["wina"], TOKENS, 4, 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +59,7 @@ def test_what_is_said(
 ) -> None:
     monkeypatch.setattr(estimate, "product_speed", lambda dtype: speed)
     with caplog.at_level(logging.INFO):
-        warn_if_long(RECIPES[recipe], LINEARS, TOKENS, torch.float32, 1)
+        warn_if_long(RECIPES[recipe], LINEARS, TOKENS, torch.float32, 1, 1)
     assert [record.levelno for record in caplog.records] == [level] * bool(level)
     assert message in caplog.text
 

@@ -32,8 +32,9 @@ _SPARSE_PASSES = 2.3
 _LINEARS_OF_A_LAYER = 7
 # Candidates of the paper's search, at any depth.
 _EVOLUTION = 112
-# Sparsities that --max-kl usually tries.
+# Sparsities that --max-kl usually tries, and at how many of them there are trials.
 TRIED_FOR_PRICE = 4
+TRIALS_FOR_PRICE = 2
 _PRODUCT = 2048
 _ROWS = 512
 # Seconds of one row from which more rows tell nothing new: 0.8 GFLOP/s.
@@ -46,6 +47,7 @@ def warn_if_long(
     tokens: int,
     dtype: torch.dtype,
     targets: int,
+    searches: int,
 ) -> None:
     """Say how long a preparation on a CPU will take, if that is minutes.
 
@@ -55,12 +57,14 @@ def warn_if_long(
         tokens: of the calibration text.
         dtype: of calibration.
         targets: sparsities that are tried or written.
+        searches: those of them at which the recipe's trials run.
     """
     elements = sum(linear.shape[0] * linear.shape[1] for linear in linears)
     speed = product_speed(dtype)
 
     def seconds(other: Recipe) -> float:
-        return 2.0 * elements * tokens * passes(other, tokens, targets) / speed
+        operations = 2.0 * elements * tokens
+        return operations * passes(other, tokens, targets, searches) / speed
 
     mine = seconds(recipe)
     cheap = RECIPES["wina"]
@@ -78,13 +82,14 @@ def warn_if_long(
         logger.info("about %s on this CPU", _words(mine))
 
 
-def passes(recipe: Recipe, tokens: int, targets: int = 1) -> float:
+def passes(recipe: Recipe, tokens: int, targets: int = 1, searches: int = 1) -> float:
     """Forward passes of all linears over the calibration text that a recipe costs.
 
     Args:
         recipe: any.
         tokens: of the text.
         targets: sparsities.
+        searches: those of them at which its trials run.
     """
     errors = 2 * min(1.0, CPU_ERROR_TOKENS / tokens)
     sparse = recipe.activations == "sparse"
@@ -97,7 +102,8 @@ def passes(recipe: Recipe, tokens: int, targets: int = 1) -> float:
             runs = _LINEARS_OF_A_LAYER * (len(LEVELS) - 1)
             shared += runs * min(1.0, SEARCH_TOKENS / tokens)
         if recipe.allocation == "mixed":
-            each += CANDIDATES * _SPARSE_PASSES * min(1.0, TRIED_TOKENS / tokens)
+            trials = CANDIDATES * _SPARSE_PASSES * min(1.0, TRIED_TOKENS / tokens)
+            shared += searches * trials
         if recipe.allocation.startswith("evolutionary"):
             each += _EVOLUTION
     return shared + targets * each

@@ -21,7 +21,11 @@ from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.calibration.held_out import HeldOut
 from vllm_rsparse.prepare.calibration.layers import Job, calibrate_layers
 from vllm_rsparse.prepare.directories import Directories
-from vllm_rsparse.prepare.estimate import TRIED_FOR_PRICE, warn_if_long
+from vllm_rsparse.prepare.estimate import (
+    TRIALS_FOR_PRICE,
+    TRIED_FOR_PRICE,
+    warn_if_long,
+)
 from vllm_rsparse.prepare.options import IN_PLANES, PrepareOptions
 from vllm_rsparse.prepare.recipe.files import load_recipe, recipe_json
 from vllm_rsparse.prepare.recipe.recipes import RECIPES, Recipe
@@ -109,8 +113,11 @@ def prepare_all(options: PrepareOptions) -> list[ArtifactInfo]:
     )
     sparsities = _sparsities(options, linears)
     if device.type == "cpu":
-        targets = len(sparsities) or TRIED_FOR_PRICE
-        warn_if_long(recipe, linears, source.calibration_tokens, dtype, targets)
+        targets = searches = len(sparsities)
+        if options.max_kl is not None:
+            targets, searches = TRIED_FOR_PRICE, TRIALS_FOR_PRICE
+        tokens = source.calibration_tokens
+        warn_if_long(recipe, linears, tokens, dtype, targets, searches)
     with ExitStack() as stack:
         for one in staged:
             stack.enter_context(one)

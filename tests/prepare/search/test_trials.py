@@ -21,7 +21,7 @@ from vllm_rsparse.prepare.search import trials
 from vllm_rsparse.prepare.search.scores import Scored
 from vllm_rsparse.prepare.search.sensitivity import SensitivityPass, sensitivities
 from vllm_rsparse.prepare.search.states import LayerStates
-from vllm_rsparse.prepare.search.trials import TRIED_TOKENS, choose
+from vllm_rsparse.prepare.search.trials import TRIED_TOKENS, Candidates, choose
 from vllm_rsparse.prepare.store.run_store import RunStore
 from vllm_rsparse.texts.documents import read_sources
 from vllm_rsparse.texts.tokens import load_tokenizer
@@ -116,7 +116,8 @@ def test_the_candidate_nearest_to_the_dense_model_is_taken(
     )
     with RunStore(tmp_path / "search", {}) as store:
         run = Run(Model(), linears, windows, DENSE_PREFIX, 0, store)  # type: ignore[arg-type]
-        best = choose(run, scored, allocations, allocations["b"], SPARSITY)
+        candidates = Candidates(run, scored, allocations, allocations["b"], SPARSITY)
+        best = choose(candidates)
     assert asked == [False, True]  # the factors' covariance depends on it
     assert [(label, windows) for label, windows, _ in tried] == [(x, 4) for x in TRIED]
     assert [correction for _, _, correction in tried[:4]] == [False, True] * 2
@@ -129,6 +130,11 @@ def test_the_candidate_nearest_to_the_dense_model_is_taken(
     mean = sum(plan.sparsity for plan in best.plans.values()) / 4
     # `with_rank` books half a rank more.
     assert mean == pytest.approx(SPARSITY, abs=0.6 * paid / RANK / 4 + 1e-9)
+    # What was chosen gives the same plans without trials.
+    assert best.choice is not None
+    repeated = Candidates(run, scored, allocations, allocations["b"], SPARSITY)
+    again = repeated.planned(best.choice)
+    assert (again.recipe, again.trials) == (best.recipe, {})
 
 
 def test_on_the_reference_model(pyllama: Path, tmp_path: Path) -> None:
@@ -160,13 +166,14 @@ def test_on_the_reference_model(pyllama: Path, tmp_path: Path) -> None:
     with RunStore(directory, {}) as store:
         run = Run(model, linears, windows, DENSE_PREFIX, 0, store)
         scored = Scored(recipe, sensitivity=sensitivities(run))
-        best = choose(run, scored, allocations, even, SPARSITY)
+        candidates = Candidates(run, scored, allocations, even, SPARSITY)
+        best = choose(candidates)
         assert best.plans == uniform(linears, SPARSITY, 1.0)
         assert best.trials["bad"] > best.trials["good"] > 0
         # Known divergences are not computed again.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trials, "run_sparse", None)
-            again = choose(run, scored, allocations, even, SPARSITY)
+            again = choose(candidates)
         assert again.trials == best.trials
     assert not directory.exists()  # the run ended well
 
@@ -192,6 +199,6 @@ def test_a_correction_that_is_fixed_is_not_tried(
     scored = Scored(recipe, sensitivity=SensitivityPass({}, States(windows)))
     run = Run(Model(), linears, windows, 1, 0, RunStore(tmp_path / "s", {}))  # type: ignore[arg-type]
     even = partial(uniform, linears, rho=1.0)
-    best = choose(run, scored, {"a": even}, even, SPARSITY)
+    best = choose(Candidates(run, scored, {"a": even}, even, SPARSITY))
     assert list(best.trials) == tried
     assert best.recipe.correction == correction

@@ -4,7 +4,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from vllm_rsparse.prepare.recipe.planned import Planned
+from vllm_rsparse.prepare.recipe.planned import Choice, Planned
 from vllm_rsparse.prepare.run import Run
 from vllm_rsparse.prepare.search.scores import Scored
 
@@ -36,3 +36,16 @@ class Allocator(ABC):
             scored: the recipe with its scores.
             sparsity: fraction of the linears' bytes that are not read.
         """
+
+    def repeat(
+        self, run: Run, scored: Scored, sparsity: float, choice: Choice
+    ) -> Planned:
+        """Plans of what ``allocate`` chose at another sparsity, without trials.
+
+        Args:
+            run: as for ``allocate``.
+            scored: as for ``allocate``.
+            sparsity: as for ``allocate``.
+            choice: of ``allocate``'s result.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes no choices")

@@ -4,7 +4,7 @@
 from functools import cached_property
 
 from vllm_rsparse.prepare.recipe.files import check_plans
-from vllm_rsparse.prepare.recipe.planned import Planned
+from vllm_rsparse.prepare.recipe.planned import Choice, Planned
 from vllm_rsparse.prepare.recipe.recipes import Recipe
 from vllm_rsparse.prepare.run import Run
 from vllm_rsparse.prepare.search.allocators import allocator_of
@@ -31,11 +31,13 @@ class Planner:
     def _scored(self) -> Scored:
         return score_channels(self._run, self._recipe)
 
-    def plan(self, sparsity: float) -> Planned:
+    def plan(self, sparsity: float, choice: Choice | None = None) -> Planned:
         """Run the recipe's search.
 
         Args:
             sparsity: of the model, factors counted.
+            choice: that trials led to at another sparsity, to be repeated at this one;
+                None: there are trials, where the recipe has any.
 
         Raises:
             PrepareError: the recipe does not fit the model or the sparsity.
@@ -43,4 +45,7 @@ class Planner:
         check_plans(self._recipe, self._run.linears, sparsity)
         if self._recipe.linears is not None:
             return self._scored.planned(self._recipe.linears)
-        return self._allocator.allocate(self._run.at(sparsity), self._scored, sparsity)
+        run = self._run.at(sparsity)
+        if choice is not None:
+            return self._allocator.repeat(run, self._scored, sparsity, choice)
+        return self._allocator.allocate(run, self._scored, sparsity)

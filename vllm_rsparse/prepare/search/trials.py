@@ -14,13 +14,13 @@ tokens, and the one whose predictions stay closest to the dense model's is chose
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from vllm_rsparse.prepare.calibration.layer import run_sparse
 from vllm_rsparse.prepare.calibration.loss import divergence
 from vllm_rsparse.prepare.recipe.plan import Allocation, LinearPlan, mean_of, uniform
-from vllm_rsparse.prepare.recipe.planned import Planned
+from vllm_rsparse.prepare.recipe.planned import Choice, Planned
 from vllm_rsparse.prepare.recipe.recipes import ALWAYS, NEVER, TRY
 from vllm_rsparse.prepare.run import Run
 from vllm_rsparse.prepare.search.allocator import Allocator
@@ -51,8 +51,18 @@ class Mixed(Allocator):
         Weights that are read in planes have even shares instead of measured errors,
         which are of dropped channels.
         """
+        return choose(self._candidates(run, scored, sparsity))
+
+    def repeat(
+        self, run: Run, scored: Scored, sparsity: float, choice: Choice
+    ) -> Planned:
+        """The same combination; only its ranks are found again."""
+        return self._candidates(run, scored, sparsity).planned(choice)
+
+    @staticmethod
+    def _candidates(run: Run, scored: Scored, sparsity: float) -> "Candidates":
         one_threshold = OneThreshold().allocation(run, scored)
-        name, first = "even", self._even(run)
+        name, first = "even", _even(run)
         if run.model.plane_count == 1:
             name, first = "greedy", Greedy().allocation(run, scored)
         mean = partial(mean_of, first, one_threshold)
@@ -61,136 +71,128 @@ class Mixed(Allocator):
             "sensitivity": one_threshold,
             "half of each": mean,
         }
-        return choose(run, scored, allocations, mean, sparsity)
-
-    @staticmethod
-    def _even(run: Run) -> Allocation:
-        return partial(uniform, run.linears, rho=1.0)
+        return Candidates(run, scored, allocations, mean, sparsity)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One combination to try.
-
-    Attributes:
-        origin: name of the allocation that it is derived from.
-        allocation: of the channels; with ``evened``, moved half way to even ones.
-        corrected: with the constant correction.
-        evened: see ``allocation``.
-        factors: with factors where they pay.
-    """
-
-    origin: str
-    allocation: Allocation
-    corrected: bool
-    evened: bool = False
-    factors: bool = True
-
-    @property
-    def name(self) -> str:
-        """Name of its divergence in the run's store."""
-        flags = {
-            "corrected": self.corrected,
-            "evened": self.evened,
-            "without factors": not self.factors,
-        }
-        words = [self.origin, *(word for word, given in flags.items() if given)]
-        return ", ".join(words)
-
-    @property
-    def label(self) -> str:
-        """For the log and the artifact's provenance."""
-        if not self.factors:
-            return "without factors"
-        if self.evened:
-            return "half evenly"
-        return f"{self.origin}, corrected" if self.corrected else self.origin
-
-
-def choose(
-    run: Run,
-    scored: Scored,
-    allocations: Mapping[str, Allocation],
-    typical: Allocation,
-    sparsity: float,
-) -> Planned:
-    """Choose plans, correction and factors by the KL divergence of calibrated models.
-
-    Args:
-        run: the model and its calibration text.
-        scored: the recipe, and the sensitivity pass with the dense model's states.
-        allocations: of the channels, by name; at least one.
-        typical: the allocation that ranks are chosen for; they hardly depend on it.
-        sparsity: of the model, factors counted.
-    """
-    corrections = _CORRECTIONS[scored.recipe.correction]
-    ranks: dict[bool, Mapping[str, int]] = {corrected: {} for corrected in corrections}
-    if scored.metrics:
-        plans = typical(sparsity)
-        for corrected in corrections:
-            ranks[corrected] = find_ranks(run, scored, plans, corrected)
-    trials = _Trials(run, scored, ranks, sparsity)
-    trials.add(
-        Candidate(name, allocation, corrected)
-        for name, allocation in allocations.items()
-        for corrected in corrections
-    )
-    best = trials.best
-    even = partial(uniform, run.linears, rho=1.0)
-    evened = partial(mean_of, best.allocation, even)
-    trials.add([replace(best, allocation=evened, evened=True)])
-    best = trials.best
-    if any(ranks[best.corrected].values()):
-        trials.add([replace(best, factors=False)])
-    trials.report()
-    return trials.planned(trials.best)
+def _even(run: Run) -> Allocation:
+    return partial(uniform, run.linears, rho=1.0)
 
 
 # The corrections that candidates may have, by the recipe's correction.
 _CORRECTIONS = {NEVER: [False], ALWAYS: [True], TRY: [False, True]}
 
 
-class _Trials:
-    """Divergences of candidates, in the order in which they were tried."""
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The plans of every choice that can be made at one sparsity.
 
-    def __init__(
-        self,
-        run: Run,
-        scored: Scored,
-        ranks: Mapping[bool, Mapping[str, int]],
-        sparsity: float,
-    ) -> None:
-        tried = math.ceil(TRIED_TOKENS / run.windows.shape[1])
-        self._run = run.with_windows(run.windows[:tried])
-        self._dense = scored.gradients.states.leaving()[:tried].to(run.model.device)
-        self._scored = scored
-        self._ranks = ranks
-        self._sparsity = sparsity
-        self._divergences: dict[Candidate, float] = {}
+    Attributes:
+        run: the model and its calibration text.
+        scored: the recipe, and the sensitivity pass with the dense model's states.
+        allocations: of the channels, by name; at least one.
+        typical: the allocation that ranks are chosen for; they hardly depend on it.
+        sparsity: of the model, factors counted.
+    """
 
-    def add(self, candidates: Iterable[Candidate]) -> None:
-        """Try them, except those that an interrupted run has already tried."""
-        store = self._run.store
-        for candidate in candidates:
-            key = self._run.key("divergence", candidate.name)
-            known = store.recall(key)
-            if known is None:
-                known = self._divergence(candidate)
-                store.record({key: known})
-            self._divergences[candidate] = known
+    run: Run
+    scored: Scored
+    allocations: Mapping[str, Allocation]
+    typical: Allocation
+    sparsity: float
+    _ranks: dict[bool, Mapping[str, int]] = field(default_factory=dict, init=False)
 
     @property
-    def best(self) -> Candidate:
-        """The candidate with the smallest divergence, the first of equal ones."""
-        return min(self._divergences, key=self._divergences.__getitem__)
+    def corrections(self) -> list[bool]:
+        """Whether there may be a correction: what the recipe allows."""
+        return _CORRECTIONS[self.scored.recipe.correction]
 
-    def planned(self, candidate: Candidate) -> Planned:
-        """The plans of a candidate, and all divergences."""
-        planned = self._scored.planned(
-            self._plans(candidate), ALWAYS if candidate.corrected else NEVER
-        )
-        trials = {c.label: divergence for c, divergence in self._divergences.items()}
-        return replace(planned, trials=trials)
+    @property
+    def plain(self) -> list[Choice]:
+        """Every allocation with every correction."""
+        return [
+            Choice(name, corrected)
+            for name in self.allocations
+            for corrected in self.corrections
+        ]
+
+    def ranks(self, corrected: bool) -> Mapping[str, int]:
+        """Ranks of the factors that pay; they depend on the correction."""
+        if not self.scored.metrics:
+            return {}
+        if corrected not in self._ranks:
+            plans = self.typical(self.sparsity)
+            found = find_ranks(self.run, self.scored, plans, corrected)
+            self._ranks[corrected] = found
+        return self._ranks[corrected]
+
+    def planned(self, choice: Choice) -> Planned:
+        """The plans of a choice."""
+        correction = ALWAYS if choice.corrected else NEVER
+        planned = self.scored.planned(self._plans(choice), correction)
+        return replace(planned, choice=choice)
+
+    def _plans(self, choice: Choice) -> Mapping[str, LinearPlan]:
+        allocation = self.allocations[choice.origin]
+        if choice.evened:
+            allocation = partial(mean_of, allocation, _even(self.run))
+        if not choice.factors:
+            return allocation(self.sparsity)
+        ranks = self.ranks(choice.corrected)
+        return with_factors(self.run.linears, ranks, allocation, self.sparsity)
+
+
+def choose(candidates: Candidates) -> Planned:
+    """Choose plans, correction and factors by the KL divergence of calibrated models.
+
+    Returns:
+        The plans of the choice, with the divergences of all that were tried.
+    """
+    for corrected in candidates.corrections:
+        candidates.ranks(corrected)  # before the trials, which take longer
+    trials = _Trials(candidates)
+    trials.add(candidates.plain)
+    trials.add([replace(trials.best, evened=True)])
+    best = trials.best
+    if any(candidates.ranks(best.corrected).values()):
+        trials.add([replace(best, factors=False)])
+    trials.report()
+    divergences = {c.label: kl for c, kl in trials.divergences.items()}
+    return replace(candidates.planned(trials.best), trials=divergences)
+
+
+class _Trials:
+    """Tries candidates on the first windows.
+
+    Attributes:
+        divergences: KL(dense || sparse), nats, in the order in which they were tried.
+    """
+
+    def __init__(self, candidates: Candidates) -> None:
+        run = candidates.run
+        tried = math.ceil(TRIED_TOKENS / run.windows.shape[1])
+        states = candidates.scored.gradients.states
+        self._candidates = candidates
+        self._run = run.with_windows(run.windows[:tried])
+        self._dense = states.leaving()[:tried].to(run.model.device)
+        self.divergences: dict[Choice, float] = {}
+
+    def add(self, choices: Iterable[Choice]) -> None:
+        """Try them, except those that an interrupted run has already tried."""
+        store = self._run.store
+        for choice in choices:
+            key = self._run.key("divergence", choice.name)
+            known = store.recall(key)
+            if known is None:
+                planned = self._candidates.planned(choice)
+                hidden = run_sparse(self._run, planned, choice.label)
+                known = divergence(self._run, hidden, self._dense)
+                store.record({key: known})
+            self.divergences[choice] = known
+
+    @property
+    def best(self) -> Choice:
+        """The one with the smallest divergence, the first of equal ones."""
+        return min(self.divergences, key=self.divergences.__getitem__)
 
     def report(self) -> None:
         """Log the divergences."""
@@ -198,20 +200,5 @@ class _Trials:
             "KL(dense || sparse) on %d windows of the calibration text, nats: %s;"
             " the smallest is chosen",
             len(self._run.windows),
-            ", ".join(f"{c.label} {kl:.4f}" for c, kl in self._divergences.items()),
-        )
-
-    def _divergence(self, candidate: Candidate) -> float:
-        run = self._run
-        hidden = run_sparse(run, self.planned(candidate), candidate.label)
-        return divergence(run, hidden, self._dense)
-
-    def _plans(self, candidate: Candidate) -> Mapping[str, LinearPlan]:
-        if not candidate.factors:
-            return candidate.allocation(self._sparsity)
-        return with_factors(
-            self._run.linears,
-            self._ranks[candidate.corrected],
-            candidate.allocation,
-            self._sparsity,
+            ", ".join(f"{c.label} {kl:.4f}" for c, kl in self.divergences.items()),
         )
