@@ -94,7 +94,6 @@ def dot_masked(
     BLOCK_N: tl.constexpr = TILING.block_n
     BLOCK_K: tl.constexpr = TILING.block_k
     STAGES: tl.constexpr = TILING.stages
-    DOT_DTYPE: tl.constexpr = TILING.dot_dtype
     mask_m = (tokens.offsets < tokens.end)[:, None]
     mask_n = (columns.offsets < columns.end)[None, :]
     x_row_ptr = x.ptr + tokens.offsets.to(tl.int64)[:, None] * x.stride_m
@@ -119,8 +118,8 @@ def dot_masked(
             TILING.wide,
         )
         value = tl.where(wanted, value, 0.0)
+        if TILING.widen:
+            value = value.to(tl.float32)
         # "ieee": float32 inputs would be rounded to tf32 otherwise.
-        acc = tl.dot(
-            value.to(DOT_DTYPE), tile.to(DOT_DTYPE), acc, input_precision="ieee"
-        )
+        acc = tl.dot(value, tile.to(value.dtype), acc, input_precision="ieee")
     return acc

@@ -226,7 +226,7 @@ def _packed(
             even_n=False,
             stages=1,
             use_dot=False,
-            dot_dtype=dot_dtype(x.dtype),
+            widen=False,
             wide=True,
             pdl=pdl,
         )

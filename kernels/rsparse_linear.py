@@ -7,7 +7,6 @@ it leaves float32 sums in a workspace, and a second launch adds them up and adds
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 
 import torch
@@ -92,7 +91,7 @@ def rsparse_linear(
         even_n=all(size % config.block_n == 0 for size in shard_sizes),
         stages=config.num_stages,
         use_dot=config.use_dot,
-        dot_dtype=dot_dtype(x.dtype),
+        widen=triton.knobs.runtime.interpret,
         wide=max(_extent(matrix), _extent(v)) >= 2**31,
         pdl=has_dependent_launch(x.device),
     )
@@ -102,7 +101,7 @@ def rsparse_linear(
         # A few ranks in a tile of the weight's width would leave most threads idle.
         block_n = min(config.block_n, triton.next_power_of_2(max(16, *ranks)))
         rows = rows_at_once(config, block_n, v.element_size())
-        factor_tiling = replace(tiling, block_n=block_n, rows=rows, even_n=False)
+        factor_tiling = tiling._replace(block_n=block_n, rows=rows, even_n=False)
         tiles += tiles_of(ranks, block_n)
     groups_m = triton.cdiv(tokens, tiling.block_m)
     lists = Lists(None, None)

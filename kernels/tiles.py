@@ -2,7 +2,6 @@
 # mypy: disable-error-code="no-untyped-def"
 """Device code of the kernels: the tuples that they pass, and tiles of matrices."""
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import triton
@@ -54,9 +53,12 @@ class Constants(NamedTuple):
     bias_ptr: Any
 
 
-@dataclass(frozen=True)
-class Tiling:
+class Tiling(NamedTuple):
     """Constants of a compiled program, for one of its two kinds of tile.
+
+    A tuple of numbers, which JSON can hold: where something watches compilations, as
+    vLLM does once it is warm, Triton writes a kernel's constants as JSON and fails on
+    other objects.
 
     Attributes:
         block_m: tokens.
@@ -67,7 +69,7 @@ class Tiling:
         even_n: no tile ends before its last column.
         stages: with ``use_dot``, loop iterations whose loads are in flight.
         use_dot: multiply on the matrix units.
-        dot_dtype: of their operands.
+        widen: in float32, not as stored; for the interpreter, see ``dot_dtype``.
         wide: an offset into a matrix may need 64 bits, which cost three more
             instructions per row.
         pdl: programmatic dependent launch.
@@ -81,7 +83,7 @@ class Tiling:
     even_n: bool
     stages: int
     use_dot: bool
-    dot_dtype: tl.dtype
+    widen: bool
     wide: bool
     pdl: bool
 

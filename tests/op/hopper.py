@@ -3,7 +3,9 @@
 
 The interpreter runs Python, which accepts what the compiler does not. A child process
 calls the launchers on tensors of the host with a driver that knows an H100 and runs
-nothing. This process may have Triton in interpreter mode, which is decided at import.
+nothing. Compilations are watched, as vLLM does once it is warm: Triton then writes the
+constants of a kernel as JSON, and fails if it cannot. This process may have Triton in
+interpreter mode, which is decided at import.
 """
 
 import json
@@ -16,6 +18,7 @@ from typing import Any
 BEFORE = """
 import json, sys
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -32,12 +35,14 @@ class Hopper:
         return 0
 
 run = JITFunction.run
+watched = set()
 
 def compile_only(kernel, *args, **options):
     options["warmup"] = True
     made[kernel.__name__] = run(kernel, *args, **options).asm["ptx"]
 
 driver.set_active(Hopper())
+knobs.runtime.jit_post_compile_hook = lambda **made: watched.add(made["fn"].name)
 JITFunction.run = compile_only
 for module in (quantized_linear, rsparse_linear):
     module.has_dependent_launch = lambda device: True
@@ -46,6 +51,7 @@ AFTER = """
 for case in json.loads(sys.argv[1]):
     made = {}
     call(case)
+    assert watched.issuperset(made), (watched, list(made))
     print(json.dumps(made), flush=True)
 """
 
