@@ -48,6 +48,16 @@ def test_warns_that_verification_is_dense(limit, config, warns, caplog):
     assert ("verifies 4 tokens" in caplog.text) is warns
 
 
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [("ngram", "cudagraph_mode is PIECEWISE"), ("mtp", "leave the drafter out")],
+)
+def test_the_warning_advises_by_method(method, advice, caplog):
+    with caplog.at_level(logging.WARNING, speculation.logger.name):
+        speculation.log_verification(route(2), engine(3, method=method))
+    assert advice in caplog.text
+
+
 def test_a_draft_model_is_known_while_its_engine_is_current(monkeypatch):
     def current(config):
         monkeypatch.setattr(

@@ -9,6 +9,9 @@ from vllm_rsparse.serving.route import Route
 
 logger = logging.getLogger(__name__)
 
+# They propose nothing where they find no repetition; all others draft at every step.
+_LOOKUPS = ("ngram", "ngram_gpu", "suffix")
+
 
 def draft_is_resolved(model: str) -> bool:
     """Whether vLLM resolves the config of a draft model now, not the served model's.
@@ -55,14 +58,22 @@ def log_verification(route: Route, engine: VllmConfig) -> None:
     if engine.model_config is getattr(speculative, "draft_model_config", None):
         return  # it drafts one token at a time
     limit = route.policy.max_sparse_tokens
-    if 0 < limit < tokens + 1:
-        logger.warning(
-            "rsparse: speculative decoding (%s) verifies %d tokens of a request per"
-            " step, more than max_sparse_tokens = %d: these steps are dense, and only"
-            " steps without drafts are sparse. For sparse decoding leave the drafter"
-            " out; for sparse verification set max_sparse_tokens to %d or more",
-            speculative.method,
-            tokens + 1,
-            limit,
-            tokens + 1,
+    if not 0 < limit < tokens + 1:
+        return
+    advice = "For sparse decoding leave the drafter out"
+    if speculative.method in _LOOKUPS:
+        advice = (
+            "If vLLM captures no CUDA graph of one token, it pads such steps, and they"
+            " are dense too unless cudagraph_mode is PIECEWISE"
         )
+    logger.warning(
+        "rsparse: speculative decoding (%s) verifies %d tokens of a request per step,"
+        " more than max_sparse_tokens = %d: these steps are dense, and only steps"
+        " without drafts are sparse. %s; for sparse verification set max_sparse_tokens"
+        " to %d or more",
+        speculative.method,
+        tokens + 1,
+        limit,
+        advice,
+        tokens + 1,
+    )
