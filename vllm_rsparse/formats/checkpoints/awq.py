@@ -7,21 +7,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import AliasChoices, Field
 from torch import Tensor
 
-from vllm_rsparse.formats.base import StoredWeight, WeightFormat
+from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.checkpoints.groups import group_count
 from vllm_rsparse.formats.checkpoints.layout import (
+    GroupLayout,
     Layout,
     matrix,
-    require_dtype,
-    require_scales,
     require_shape,
-    shapes_of,
 )
 from vllm_rsparse.formats.checkpoints.scheme import (
     Keys,
@@ -38,21 +36,13 @@ NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @dataclass(frozen=True)
-class AwqGemm(Layout):
-    """With zero points.
+class AwqGemm(GroupLayout):
+    """With zero points."""
 
-    Attributes:
-        group: input channels that share a scale; None for all of them.
-    """
-
-    group: int | None
-
+    format = INT4
     required = ("qweight", "qzeros", "scales")
-
-    @property
-    def format(self) -> WeightFormat:
-        """See the base class."""
-        return INT4
+    dtypes: ClassVar = {"qweight": torch.int32, "qzeros": torch.int32}
+    scales = "scales"
 
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
         """See the base class."""
@@ -63,14 +53,9 @@ class AwqGemm(Layout):
         require_shape(shapes, "scales", (count, n))
         return n, k
 
-    def store(
-        self, tensors: Mapping[str, Tensor], sizes: Sequence[int] | None = None
+    def _stored(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[int] | None
     ) -> StoredWeight:
-        """See the base class."""
-        self.shape(shapes_of(tensors))
-        require_dtype(tensors, "qweight", torch.int32)
-        require_dtype(tensors, "qzeros", torch.int32)
-        require_scales(tensors, "scales")
         return store_int4(
             _in_order(tensors["qweight"]),
             tensors["scales"],

@@ -9,18 +9,17 @@ not read, as in vLLM.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vllm_rsparse.formats.base import StoredWeight, WeightFormat, WeightFormatError
+from vllm_rsparse.formats.base import StoredWeight, WeightFormatError
 from vllm_rsparse.formats.checkpoints.groups import group_count
 from vllm_rsparse.formats.checkpoints.layout import (
+    GroupLayout,
     Layout,
     matrix,
-    require_dtype,
-    require_scales,
     require_shape,
     shapes_of,
 )
@@ -36,23 +35,15 @@ from vllm_rsparse.formats.nibbles import PER_WORD, unpack_nibbles
 
 
 @dataclass(frozen=True)
-class Gptq(Layout):
-    """Symmetric, input channels in their own order.
+class Gptq(GroupLayout):
+    """Symmetric, input channels in their own order."""
 
-    Attributes:
-        group: input channels that share a scale; None for all of them.
-    """
-
-    group: int | None
-
+    format = INT4
     required = ("qweight", "scales")
     checked = ("g_idx",)
     unread = ("qzeros",)
-
-    @property
-    def format(self) -> WeightFormat:
-        """See the base class."""
-        return INT4
+    dtypes: ClassVar = {"qweight": torch.int32}
+    scales = "scales"
 
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
         """See the base class."""
@@ -62,14 +53,11 @@ class Gptq(Layout):
         require_shape(shapes, "scales", (count, n))
         return n, k
 
-    def store(
-        self, tensors: Mapping[str, Tensor], sizes: Sequence[int] | None = None
+    def _stored(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[int] | None
     ) -> StoredWeight:
-        """See the base class."""
-        _, k = self.shape(shapes_of(tensors))
-        require_dtype(tensors, "qweight", torch.int32)
-        require_scales(tensors, "scales")
         if "g_idx" in tensors:
+            _, k = self.shape(shapes_of(tensors))
             self._require_order(tensors["g_idx"], k)
         codes = unpack_nibbles(tensors["qweight"].t()).t()
         return store_int4(codes, tensors["scales"], None)

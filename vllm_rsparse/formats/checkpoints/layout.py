@@ -4,6 +4,7 @@
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,18 +18,24 @@ class Layout(ABC):
     """How a checkpoint stores a quantized linear. Subclasses are frozen dataclasses.
 
     Attributes:
+        format: of what ``store`` returns.
         required: suffixes of the tensors that the linear must have; ``store`` reads
             them.
         checked: suffixes of tensors that it may have; where ``store`` is given one, it
             refuses values that it would otherwise have to take into account.
         unread: suffixes of tensors that it may have and that nobody needs.
+        dtypes: of the required tensors that hold codes, by suffix.
+        scales: suffix of the required tensor that holds the scales.
         quantised_inputs: whether the base model's own layer rounds x to the format of
             the weight.
     """
 
+    format: ClassVar[WeightFormat]
     required: ClassVar[tuple[str, ...]]
     checked: ClassVar[tuple[str, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ()
+    dtypes: ClassVar[Mapping[str, torch.dtype]]
+    scales: ClassVar[str]
     quantised_inputs: bool = False
 
     @property
@@ -41,11 +48,6 @@ class Layout(ABC):
         """Whether the checkpoint has zero points, and so what ``store`` returns."""
         return any("zero" in suffix for suffix in self.required)
 
-    @property
-    @abstractmethod
-    def format(self) -> WeightFormat:
-        """The format of what ``store`` returns."""
-
     @abstractmethod
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
         """(N, K) of the linear.
@@ -57,7 +59,6 @@ class Layout(ABC):
             WeightFormatError: names the tensor whose shape does not fit the others'.
         """
 
-    @abstractmethod
     def store(
         self, tensors: Mapping[str, Tensor], sizes: Sequence[int] | None = None
     ) -> StoredWeight:
@@ -72,6 +73,36 @@ class Layout(ABC):
         Raises:
             WeightFormatError: names the tensor and what is wrong with it.
         """
+        if sizes is not None:
+            self.format.check_shards(sizes)
+        self._check_shapes(shapes_of(tensors), sizes)
+        for suffix, dtype in self.dtypes.items():
+            require_dtype(tensors, suffix, dtype)
+        require_scales(tensors, self.scales)
+        return self._stored(tensors, sizes)
+
+    def _check_shapes(
+        self, shapes: Mapping[str, Sequence[int]], sizes: Sequence[int] | None
+    ) -> None:
+        """Refuse shapes that do not fit each other, of one linear or of fused ones."""
+        self.shape(shapes)
+
+    @abstractmethod
+    def _stored(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[int] | None
+    ) -> StoredWeight:
+        """``store`` of tensors whose shapes, dtypes and scales have been checked."""
+
+
+@dataclass(frozen=True)
+class GroupLayout(Layout):
+    """A layout whose scales may belong to groups of input channels.
+
+    Attributes:
+        group: input channels that share a scale; None for all of them.
+    """
+
+    group: int | None
 
 
 def format_of_layout(layout: Layout | None) -> tuple[str, int]:
@@ -84,7 +115,8 @@ def format_of_layout(layout: Layout | None) -> tuple[str, int]:
     """
     if layout is None:
         return FLOAT.name, 0
-    return layout.format.name, getattr(layout, "group", None) or 0
+    group = layout.group if isinstance(layout, GroupLayout) else None
+    return layout.format.name, group or 0
 
 
 def main_format(formats: Iterable[tuple[str, int]]) -> tuple[str, int]:
@@ -103,6 +135,13 @@ def matrix(shapes: Mapping[str, Sequence[int]], suffix: str) -> tuple[int, int]:
     if len(shape) != 2:
         raise WeightFormatError(f"{suffix} must have 2 dimensions, got {list(shape)}")
     return shape[0], shape[1]
+
+
+def channel_shape(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+    """(N, K) of ``weight`` [N, K] and ``weight_scale`` [N, 1]."""
+    n, k = matrix(shapes, "weight")
+    require_shape(shapes, "weight_scale", (n, 1))
+    return n, k
 
 
 def require_shape(

@@ -13,12 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vllm_rsparse.formats.base import StoredWeight, WeightFormat, WeightFormatError
+from vllm_rsparse.formats.base import StoredWeight, WeightFormatError
 from vllm_rsparse.formats.checkpoints.fp8 import Fp8Channel
 from vllm_rsparse.formats.checkpoints.layout import (
     Layout,
-    require_dtype,
-    require_scales,
     require_shape,
     shapes_of,
 )
@@ -61,12 +59,10 @@ class PlanesOnDisk(OnDisk):
     """
 
     name = INT8_PLANES.name
+    format = INT8_PLANES
     required = ("weight_planes", "weight_scale", "weight_zero_point")
-
-    @property
-    def format(self) -> WeightFormat:
-        """See the base class."""
-        return INT8_PLANES
+    dtypes: ClassVar = {"weight_planes": torch.int32, "weight_zero_point": torch.int32}
+    scales = "weight_scale"
 
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
         """See the base class."""
@@ -79,16 +75,11 @@ class PlanesOnDisk(OnDisk):
         require_shape(shapes, "weight_zero_point", (groups, words))
         return words * PER_WORD, k
 
-    def store(
-        self, tensors: Mapping[str, Tensor], sizes: Sequence[int] | None = None
+    def _stored(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[int] | None
     ) -> StoredWeight:
-        """See the base class. Nothing is copied unless it is a slice."""
+        """Nothing is copied unless it is a slice."""
         n, k = self.shape(shapes_of(tensors))
-        if sizes is not None:
-            INT8_PLANES.check_shards(sizes)
-        require_dtype(tensors, "weight_planes", torch.int32)
-        require_dtype(tensors, "weight_zero_point", torch.int32)
-        require_scales(tensors, "weight_scale")
         planes, scales, zeros = (tensors[suffix] for suffix in self.required)
         return StoredWeight(
             INT8_PLANES,

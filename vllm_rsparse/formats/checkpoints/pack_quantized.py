@@ -13,52 +13,37 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vllm_rsparse.formats.base import StoredWeight, WeightFormat
+from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.checkpoints.groups import (
     group_count,
     pack_quantized_shape,
 )
 from vllm_rsparse.formats.checkpoints.layout import (
-    Layout,
-    require_dtype,
-    require_scales,
+    GroupLayout,
     require_shape,
-    shapes_of,
 )
 from vllm_rsparse.formats.int4 import INT4, store_int4
 from vllm_rsparse.formats.nibbles import PER_WORD, unpack_nibbles
 
 
 @dataclass(frozen=True)
-class PackQuantized(Layout):
-    """Symmetric (zero point 8).
+class PackQuantized(GroupLayout):
+    """Symmetric (zero point 8)."""
 
-    Attributes:
-        group: input channels that share a scale; None for all of them.
-    """
-
-    group: int | None
-
+    format = INT4
     required: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
     # vLLM's fused layers have the shape of the last linear only.
     unread = ("weight_shape",)
-
-    @property
-    def format(self) -> WeightFormat:
-        """See the base class."""
-        return INT4
+    dtypes: ClassVar[Mapping[str, torch.dtype]] = {"weight_packed": torch.int32}
+    scales = "weight_scale"
 
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
         """See the base class."""
         return pack_quantized_shape(shapes, PER_WORD, self.group)
 
-    def store(
-        self, tensors: Mapping[str, Tensor], sizes: Sequence[int] | None = None
+    def _stored(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[int] | None
     ) -> StoredWeight:
-        """See the base class."""
-        self.shape(shapes_of(tensors))
-        require_dtype(tensors, "weight_packed", torch.int32)
-        require_scales(tensors, "weight_scale")
         codes = unpack_nibbles(tensors["weight_packed"]).t()
         return store_int4(codes, tensors["weight_scale"].t(), self._zeros(tensors))
 
@@ -72,6 +57,7 @@ class PackQuantizedAsymmetric(PackQuantized):
     """With zero points."""
 
     required = ("weight_packed", "weight_scale", "weight_zero_point")
+    dtypes: ClassVar = {"weight_packed": torch.int32, "weight_zero_point": torch.int32}
 
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
         """See the base class."""
@@ -81,5 +67,4 @@ class PackQuantizedAsymmetric(PackQuantized):
         return n, k
 
     def _zeros(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        require_dtype(tensors, "weight_zero_point", torch.int32)
         return unpack_nibbles(tensors["weight_zero_point"].t())

@@ -73,7 +73,7 @@ class Fp8BlockWeights(_Fp8Weights[Fp8Block]):
             output_dim=0,
             weight_loader=partition.weight_loader,
         )
-        return {"weight": self._weight(partition), self.layout.scale: scale}
+        return {"weight": self._weight(partition), self.layout.scales: scale}
 
     def _check(self, partition: Partition) -> None:
         *inner, last = partition.shard_sizes
