@@ -64,5 +64,16 @@ def test_what_is_said(
     assert message in caplog.text
 
 
+def test_the_speed_is_not_measured_for_what_takes_seconds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(estimate, "product_speed", None)  # not callable
+    with caplog.at_level(logging.INFO):
+        warn_if_long(RECIPES["wina"], LINEARS[:1], 200, torch.float32, 1, 1)
+    assert not caplog.records
+    with pytest.raises(TypeError):
+        warn_if_long(RECIPES["best"], LINEARS[:1], 200, torch.float32, 1, 1)
+
+
 def test_the_speed_of_products() -> None:
     assert estimate.product_speed(torch.float32) > 0

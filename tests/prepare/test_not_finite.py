@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that hold NaN or infinity, or whose activations do: one line, nothing left."""
 
-import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_rsparse.errors import NotFiniteError
-from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare
 
-TEXT = Path(json.decoder.__file__)
+from .runs import short
 
 
 def damaged(pyllama: Path, directory: Path, tensor: str, factor: float) -> Path:
@@ -27,19 +24,6 @@ def damaged(pyllama: Path, directory: Path, tensor: str, factor: float) -> Path:
     tensors[tensor][place] = factor
     save_file(tensors, path, {"format": "pt"})
     return directory
-
-
-def options(model: Path, output: Path, **changes: Any) -> PrepareOptions:
-    return PrepareOptions(
-        model=str(model),
-        output=output,
-        sparsity=0.5,
-        calibration_data=(TEXT,),
-        samples=2,
-        tokens=40,
-        device="cpu",
-        **changes,
-    )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +44,7 @@ def test_weights(
     with pytest.raises(
         NotFiniteError, match=rf"/model: {tensor} contains {value} at \["
     ):
-        prepare(options(model, tmp_path / "out", recipe=recipe))
+        prepare(short(model, tmp_path / "out", recipe=recipe))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -86,6 +70,6 @@ def test_activations_beyond_float16(
     with pytest.raises(
         NotFiniteError, match=rf"{message}.*--dtype bfloat16 or float32"
     ):
-        prepare(options(model, tmp_path / "out", recipe=recipe, dtype="float16"))
+        prepare(short(model, tmp_path / "out", recipe=recipe, dtype="float16"))
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     assert torch.isfinite(tensors["model.layers.1.mlp.up_proj.weight"].half()).all()

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interrupted runs: what is kept, and that they resume from it."""
 
-import json
 import logging
 import re
 import shutil
@@ -17,26 +16,9 @@ from vllm_rsparse.prepare.pipeline import prepare
 from vllm_rsparse.prepare.store import run_store
 from vllm_rsparse.prepare.store.run_store import Key, RunStore
 
-TEXT = Path(json.decoder.__file__)
+from .runs import contents, short
+
 LAYERS = 4  # of the reference model
-
-
-def options(model: Path, output: Path, recipe: str, seed: int = 0) -> PrepareOptions:
-    return PrepareOptions(
-        str(model),
-        output,
-        0.5,
-        (TEXT,),
-        samples=2,
-        tokens=40,
-        device="cpu",
-        recipe=recipe,
-        seed=seed,
-    )
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (output / "rsparse").iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +29,7 @@ def undisturbed(
     folder = tmp_path_factory.mktemp("whole")
     result = {}
     for recipe in ("best", "greedy"):
-        prepare(options(tiny_llama, folder / recipe, recipe))
+        prepare(short(tiny_llama, folder / recipe, recipe=recipe))
         result[recipe] = contents(folder / recipe)
     assert sorted(path.name for path in folder.iterdir()) == ["best", "greedy"]
     return result
@@ -128,12 +110,12 @@ def test_a_killed_run_resumes(
     monkeypatch.setattr(RunStore, "record", counted_record)
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        prepare(options(tiny_llama, output, recipe))
+        prepare(short(tiny_llama, output, recipe=recipe))
     assert kept[-1] == killed_after
     assert [path.name for path in tmp_path.iterdir()] == ["out.search"]
 
     first_run = len(kept)
-    prepare(options(tiny_llama, output, recipe))
+    prepare(short(tiny_llama, output, recipe=recipe))
     assert contents(output) == undisturbed[recipe]
     again = [key for key in kept[first_run:] if key in FOUND]
     assert again == found_again + FOUND[FOUND.index(killed_after) + 1 :]
@@ -165,13 +147,13 @@ def test_what_another_run_left_is_not_used(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     output = tmp_path / "out"
-    interrupt(options(tiny_llama, output, "best", seed=1))
+    interrupt(short(tiny_llama, output, recipe="best", seed=1))
     # A recipe that keeps nothing does not touch it.
-    prepare(options(tiny_llama, output, "wina"))
+    prepare(short(tiny_llama, output, recipe="wina"))
     assert (tmp_path / "out.search").exists()
     shutil.rmtree(output)
     with caplog.at_level(logging.WARNING):
-        prepare(options(tiny_llama, output, "best"))
+        prepare(short(tiny_llama, output, recipe="best"))
     assert "out.search is from a run that differs in --seed, calib" in caplog.text
     assert contents(output) == undisturbed["best"]
     assert not (tmp_path / "out.search").exists()
@@ -186,7 +168,7 @@ def test_a_config_that_was_edited_meanwhile(
     """The results so far belong to the model as it was."""
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
-    settings = options(model, tmp_path / "out", "best")
+    settings = short(model, tmp_path / "out", recipe="best")
     interrupt(settings)
     config = model / "config.json"
     before = config.read_text()
@@ -195,5 +177,5 @@ def test_a_config_that_was_edited_meanwhile(
     with caplog.at_level(logging.WARNING):
         prepare(settings)
     assert "from a run that differs in config.json: starting again" in caplog.text
-    prepare(options(model, tmp_path / "fresh", "best"))
+    prepare(short(model, tmp_path / "fresh", recipe="best"))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run that writes several sparsities: the same artifacts as a run for each."""
 
-import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,13 @@ from torch import Tensor
 
 from vllm_rsparse.cli import main
 from vllm_rsparse.errors import PrepareError
-from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.pipeline import prepare, prepare_all
 from vllm_rsparse.prepare.store.run_store import Key, RunStore
 
-TEXT = Path(json.decoder.__file__)
+from .runs import short
+
 SPARSITIES = (0.3, 0.55)
-
-
-def options(model: Path, output: Path, **changes: Any) -> PrepareOptions:
-    settings: dict[str, Any] = {
-        "sparsity": SPARSITIES,
-        "calibration_data": (TEXT,),
-        "samples": 2,
-        "tokens": 40,
-        "device": "cpu",
-        "recipe": "best",
-    }
-    return PrepareOptions(str(model), output, **(settings | changes))
+options = partial(short, sparsity=SPARSITIES, recipe="best")
 
 
 def contents(output: Path) -> dict[str, bytes]:

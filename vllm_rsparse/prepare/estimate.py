@@ -39,6 +39,10 @@ _PRODUCT = 2048
 _ROWS = 512
 # Seconds of one row from which more rows tell nothing new: 0.8 GFLOP/s.
 _SLOW = 0.01
+# Of any machine, operations per second.
+_SLOWEST = 5e8
+# Seconds that are not worth a message.
+_SHORT = 60.0
 
 
 def warn_if_long(
@@ -60,11 +64,16 @@ def warn_if_long(
         searches: those of them at which the recipe's trials run.
     """
     elements = sum(linear.shape[0] * linear.shape[1] for linear in linears)
+
+    def operations(other: Recipe) -> float:
+        return 2.0 * elements * tokens * passes(other, tokens, targets, searches)
+
+    if operations(recipe) / _SLOWEST < _SHORT:
+        return  # small enough to be done before the speed is measured
     speed = product_speed(dtype)
 
     def seconds(other: Recipe) -> float:
-        operations = 2.0 * elements * tokens
-        return operations * passes(other, tokens, targets, searches) / speed
+        return operations(other) / speed
 
     mine = seconds(recipe)
     cheap = RECIPES["wina"]
@@ -78,7 +87,7 @@ def warn_if_long(
             cheap.name,
             _words(seconds(cheap)),
         )
-    elif mine > 60:
+    elif mine > _SHORT:
         logger.info("about %s on this CPU", _words(mine))
 
 
