@@ -9,6 +9,7 @@ import torch
 from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.errors import RSparseError
 from vllm_rsparse.formats.int4 import store_int4
+from vllm_rsparse.formats.int8_planes import encode_planes
 from vllm_rsparse.formats.plain import store_float
 from vllm_rsparse.op import ops
 from vllm_rsparse.op.backends import Backend, routes_of
@@ -80,6 +81,8 @@ MISFITS = [
     ("u", torch.zeros(66, 3), r"u must be \[66, 32\]"),
     ("u", torch.zeros(66, 32).half(), "must be float16, got float32"),
     ("correction", torch.zeros(65), r"correction must be \[66\]"),
+    ("thresholds", torch.zeros(3, 77, device="meta"), "thresholds must be on cpu, got"),
+    ("x", torch.zeros(5, 77, device="meta"), "weight must be on meta, got cpu"),
     ("shard_sizes", [40, 17, 8], r"\[40, 17, 8\] must add up to N = 66"),
     ("ranks", [16, 32], "with one rank each"),
 ]
@@ -148,6 +151,22 @@ class TestBytes:
         everything = weight.nbytes + 4 * k + 2 * k  # thresholds and x
         assert made.bytes_read([k], 1) == everything
         assert made.bytes_read([k // 2], 1) == everything - weight.nbytes / 2
+
+    @pytest.mark.parametrize("tokens", [1, 2])
+    def test_of_planes(self, tokens):
+        """Each plane by what it keeps; scales, factors and x once, with the first."""
+        k, sizes, group = 64, (16, 8), 32
+        weight = encode_planes(torch.randn(sum(sizes), k), group, torch.bfloat16)
+        tensors = [LinearTensors(torch.rand(2, k)) for _ in sizes]
+        made = SparseOperands.from_shards(weight, tensors, sizes, torch.bfloat16)
+        # The first plane of both shards, then the second of both.
+        kept = (40, 20, 10, 4)
+        bits = sum(4 * n * c for n, c in zip((*sizes, *sizes), kept, strict=True))
+        shared = sum(
+            n * c / group * (16 + 4) for n, c in zip(sizes, kept[:2], strict=True)
+        )
+        small = 4 * 2 * 2 * k + 2 * tokens * k  # thresholds and x
+        assert made.bytes_read(kept, tokens) == (bits + shared) / 8 + small
 
     def test_at_rest(self):
         operands = make_case(1, 40, (24, 8), (16, 0), torch.bfloat16).operands

@@ -128,6 +128,35 @@ def test_keeping_everything_keeps_zeros_too() -> None:
     assert count_dropped(x, limits).kept_fraction == 1.0
 
 
+def test_the_sample_spreads_over_tokens_and_channels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the shape; a sample of few channels would make the search slow."""
+    monkeypatch.setattr(thresholds, "SAMPLE", 64)
+    for tokens, channels in ((64, 8), (48, 12), (100, 7), (5, 4)):
+        x = torch.arange(1.0, 1 + tokens * channels).view(tokens, channels)
+        norms = torch.rand(channels) + 0.5
+        found = thresholds._sample(x, norms)
+        scores = (x * norms).flatten()
+        where = torch.isin(scores, found).nonzero()[:, 0]
+        # Each once, and about as many as are wanted.
+        assert len(where) == len(found)
+        assert min(x.numel(), 32) <= len(found) <= 128
+        assert set((where % channels).tolist()) == set(range(channels))
+        assert int(where[-1]) // channels >= tokens * 3 // 4
+
+
+def test_chunks_are_whole_rows_of_bounded_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(thresholds, "CHUNK_ELEMENTS", 100)
+    for tokens, channels, rows in ((7, 30, [3, 3, 1]), (3, 300, [1, 1, 1])):
+        x = torch.randn(tokens, channels)
+        chunks = list(thresholds.row_chunks(x))
+        assert [len(chunk) for chunk in chunks] == rows
+        assert torch.equal(torch.cat(chunks), x)
+
+
 def test_half_precision_inputs_are_scored_in_float32() -> None:
     x = torch.randn(200, 33).bfloat16()
     norms = torch.rand(33) + 0.1
