@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_model import SHAPES, WEIGHTS, write_config, write_sparse_model
+from random_model import PLANES, SHAPES, WEIGHTS, write_config, write_sparse_model
 from serve_jobs import EngineJob, run_jobs
 
 from vllm_rsparse.bench.provenance import commit, device_name
@@ -53,7 +53,16 @@ def parse_arguments() -> argparse.Namespace:
         choices=WEIGHTS,
         default=["bf16"],
         help="formats of the base model: fp8 has a scale per output channel, fp8-block"
-        " per 128x128 block, int4 per group of 128 input channels",
+        " per 128x128 block, int4 per group of 128 input channels; int8-planes has no"
+        " dense engine",
+    )
+    parser.add_argument(
+        "--planes",
+        nargs="+",
+        default=["0.85:0.15", "0.7:0.05"],
+        metavar="A:B",
+        help="for int8-planes instead of --sparsity: shares of the channels that are"
+        " read with at least 4 bits and with 8",
     )
     parser.add_argument("--rho", type=float, nargs="+", default=[1.0])
     parser.add_argument(
@@ -139,20 +148,30 @@ class Benchmark:
         for weights in self._args.weights:
             for engine in self._args.engines:
                 if engine != "rsparse":
+                    if weights == PLANES:
+                        continue
                     first.append(self._dense(weights, engine == "fp8"))
                     continue
                 for rho in self._args.rho:
-                    for sparsities in self._groups(rho):
-                        first.append(self._calibration(weights, sparsities, rho))
-                        sparse += self._sparse(weights, sparsities, rho)
+                    for targets in self._groups(weights, rho):
+                        first.append(self._calibration(weights, targets, rho))
+                        sparse += self._sparse(weights, targets, rho)
         for job, result in run_jobs(first + sparse, self._args.together):
             self._record(job.label, result)
         return self._rows
 
-    def _groups(self, rho: float) -> list[list[float]]:
-        """Sparsities that one engine serves: all of them if there are no factors."""
-        sparsities = self._args.sparsity
-        return [sparsities] if rho == 1 else [[s] for s in sparsities]
+    def _groups(self, weights: str, rho: float) -> list[dict[str, list[float]]]:
+        """Targets that one engine serves: all of them if there are no factors.
+
+        A target has a name and the shares of channels to keep, for each plane.
+        """
+        if weights == PLANES:
+            pairs = [[float(x) for x in pair.split(":")] for pair in self._args.planes]
+            return [{f"-{a:g}:{b:g}": [a, b] for a, b in pairs}]
+        targets = {f"-s{s:g}": [rho * (1 - s)] for s in self._args.sparsity}
+        if rho == 1:
+            return [targets]
+        return [{name: shares} for name, shares in targets.items()]
 
     def _dense(self, weights: str, online: bool) -> EngineJob:
         model = self._args.out / weights
@@ -166,19 +185,21 @@ class Benchmark:
         return EngineJob(label + "{s}", job, self._args.out / f"{label}.log")
 
     def _calibration(
-        self, weights: str, sparsities: list[float], rho: float
+        self, weights: str, targets: dict[str, list[float]], rho: float
     ) -> EngineJob:
-        name, job = self._sparse_job(weights, sparsities, rho)
-        write_sparse_model(Path(job["model"]), self._shape, sparsities[0], rho, weights)
-        job |= {"task": "calibrate", "sparsities": sparsities}
+        name, job = self._sparse_job(weights, targets, rho)
+        # Only ranks depend on it.
+        sparsity = 1 - next(iter(targets.values()))[0] / rho
+        write_sparse_model(Path(job["model"]), self._shape, sparsity, rho, weights)
+        job |= {"task": "calibrate", "targets": targets}
         log = self._args.out / f"{name}-calibrate.log"
         # Calibration decodes four prompts at a time, all of them sparse.
         return EngineJob("", job, log, {"max_sparse_tokens": 4})
 
     def _sparse(
-        self, weights: str, sparsities: list[float], rho: float
+        self, weights: str, targets: dict[str, list[float]], rho: float
     ) -> list[EngineJob]:
-        name, job = self._sparse_job(weights, sparsities, rho)
+        name, job = self._sparse_job(weights, targets, rho)
         end = f"-rho{rho:g}" if rho < 1 else ""
         return [
             EngineJob(
@@ -194,21 +215,21 @@ class Benchmark:
         ]
 
     def _sparse_job(
-        self, weights: str, sparsities: list[float], rho: float
+        self, weights: str, targets: dict[str, list[float]], rho: float
     ) -> tuple[str, dict[str, Any]]:
-        name = f"{weights}-s{sparsities[0]:g}" + (f"-rho{rho:g}" if rho < 1 else "")
+        name = weights + next(iter(targets)) + (f"-rho{rho:g}" if rho < 1 else "")
+        name = name.replace(":", "-")
         model = self._args.out / name
         found = self._args.out / f"{name}-thresholds.json"
         return name, {
             **self._job,
             "model": str(model),
-            "rho": rho,
             "found": str(found),
         }
 
     def _record(self, label: str, result: dict[str, Any]) -> None:
-        for sparsity, values in result.pop("runs", {}).items():
-            name = label.format(s="" if sparsity == "dense" else f"-s{sparsity}")
+        for target, values in result.pop("runs", {}).items():
+            name = label.format(s="" if target == "dense" else target)
             self._rows.append({**self._facts, "engine": name, **result, **values})
             print(f"{name}: {json.dumps({**result, **values})}", flush=True)
         # Written after every engine, so that an interrupted run keeps its rows.
@@ -223,7 +244,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print(f"{'engine':24}" + "".join(f"{'batch ' + b:>18}" for b in batches))
     bases = {row["engine"]: row for row in rows}
     for row in rows:
-        dense = bases.get(row["engine"].partition("-s0")[0], rows[0])
+        base = row["engine"].partition("-s0")[0].partition(f"{PLANES}-")[0]
+        dense = bases.get(base, rows[0])
         cells = ""
         for batch, value in row["decode_ms"].items():
             ratio = dense["decode_ms"][batch]["median"] / value["median"]

@@ -93,9 +93,12 @@ def _compressed(weights: dict[str, Any], activations: dict[str, Any] | None) -> 
 
 
 _INT4_GROUP = 128
+# Quantized while it loads; no base model has it.
+PLANES = "int8-planes"
 # Weight format -> quantization_config of the base model.
 WEIGHTS: dict[str, dict | None] = {
     "bf16": None,
+    PLANES: None,
     "fp8": _compressed(
         {"num_bits": 8, "type": "float", "strategy": "channel"},
         {
@@ -162,6 +165,7 @@ def write_sparse_model(
         rho: share of the budget for exact channels.
         weights: format of the base model's weights, a key of ``WEIGHTS``.
     """
+    planes = 2 if weights == PLANES else 1
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, LinearEntry] = {}
     generator = torch.Generator().manual_seed(0)
@@ -169,20 +173,25 @@ def write_sparse_model(
         for kind, (n, k) in shape.linears.items():
             name = f"model.layers.{layer}.{kind}"
             rank = factor_rank(n, k, sparsity, rho)
-            tensors[f"{name}.thresholds"] = torch.full((k,), -1.0)
+            rows = (planes, k) if planes > 1 else (k,)
+            tensors[f"{name}.thresholds"] = torch.full(rows, -1.0)
             if rank > 0:
                 # Small: the model's activations stay as they would be without.
                 for field, size in (("u", (n, rank)), ("v", (rank, k))):
                     factor = torch.randn(*size, generator=generator) * 1e-3
                     tensors[f"{name}.{field}"] = factor.bfloat16()
-            entries[name] = LinearEntry((n, k), sparsity, rho, rank, 1.0)
+            full = 1.0 if planes > 1 else None
+            entries[name] = LinearEntry(
+                (n, k), sparsity, rho, rank, 1.0, full_fraction=full
+            )
     artifact = directory / ARTIFACT_DIR
     artifact.mkdir(parents=True, exist_ok=True)
     save_file(tensors, artifact / TENSORS_NAME)
     digest = file_sha256(artifact / TENSORS_NAME)
-    name = "float" if weights == "bf16" else weights
+    name = "float" if WEIGHTS[weights] is None else weights
     stored = BaseWeights(name, "bfloat16", _INT4_GROUP if weights == "int4" else 0)
-    info = ArtifactInfo(sparsity, entries, "bfloat16", digest, stored)
+    load_time = {"weights": PLANES} if planes > 1 else {}
+    info = ArtifactInfo(sparsity, entries, "bfloat16", digest, stored, **load_time)
     (artifact / JSON_NAME).write_text(write_info(info))
     quantization = QuantizationSettings(
         quant_method=QUANT_METHOD,
@@ -190,5 +199,6 @@ def write_sparse_model(
         artifact_sha256=digest,
         sparsity=sparsity,
         base=WEIGHTS[weights],
+        **load_time,
     )
     write_config(directory, shape, quantization.to_dict())

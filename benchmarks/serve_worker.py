@@ -29,6 +29,11 @@ from vllm import LLM, SamplingParams
 
 VOCABULARY_MARGIN = 16  # keep clear of special tokens
 
+# Shares of the channels that are kept, one for each plane of the weight.
+Shares = list[float]
+# By a linear's name in the checkpoint, a value for each plane.
+ByName = dict[str, list[float]]
+
 
 def make_engine(job: dict[str, Any], **options: Any) -> LLM:
     """The engine that the job describes."""
@@ -69,13 +74,13 @@ def seconds(llm: LLM, inputs: list[Any], new_tokens: int) -> float:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Time a dense engine, or a sparse one with each of its sparsities.
+    """Time a dense engine, or a sparse one with each of its targets.
 
     Thresholds are tensors that the captured graphs read, so one engine serves every
-    sparsity that has the same ranks.
+    target that has the same ranks.
 
     Returns:
-        Start-up seconds, memory, and by sparsity (``dense`` for an engine without)
+        Start-up seconds, memory, and by target (``dense`` for an engine without)
         the times and the kept fraction.
     """
     started = time.perf_counter()
@@ -154,7 +159,7 @@ def watch(tokens: int, model: torch.nn.Module) -> None:
     """Before every call of at most ``tokens`` tokens, look at its input."""
     for layer in sparse_layers(model):
         layer.bench_seen = []
-        layer.bench_share = None
+        layer.bench_shares = None
         layer.register_forward_pre_hook(partial(_see, tokens))
 
 
@@ -163,10 +168,11 @@ def _see(tokens: int, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) 
     if values.shape[0] > tokens:
         return
     layer.bench_seen.append(values)
-    if layer.bench_share is not None:
-        # This call keeps exactly the share, so that the next layer's input is that of
+    if layer.bench_shares is not None:
+        # This call keeps exactly the shares, so that the next layer's input is that of
         # the sparse model from the first step on.
-        layer.rsparse_thresholds.fill_(threshold(values, layer.bench_share))
+        found = [threshold(values, share) for share in layer.bench_shares]
+        _set_rows(layer, [found] * len(layer.quant_method.names))
 
 
 def threshold(values: torch.Tensor, kept_share: float) -> float:
@@ -176,37 +182,42 @@ def threshold(values: torch.Tensor, kept_share: float) -> float:
     return flat.kthvalue(rank).values.item()
 
 
-def aim(kept_share: float | None, model: torch.nn.Module) -> None:
-    """From now on keep this share at every call; None: leave the thresholds alone."""
+def aim(shares: Shares | None, model: torch.nn.Module) -> None:
+    """From now on keep these shares at every call; None: leave the thresholds alone."""
     for layer in sparse_layers(model):
-        layer.bench_share = kept_share
+        layer.bench_shares = shares
         layer.bench_seen.clear()
 
 
-def quantiles(kept_share: float, model: torch.nn.Module) -> dict[str, float]:
-    """By checkpoint name, the threshold that would have kept this share."""
+def quantiles(shares: Shares, model: torch.nn.Module) -> ByName:
+    """By checkpoint name, the thresholds that would have kept these shares."""
     thresholds = {}
     for layer in sparse_layers(model):
-        value = threshold(torch.cat(layer.bench_seen), kept_share)
-        thresholds |= dict.fromkeys(layer.quant_method.names, value)
+        seen = torch.cat(layer.bench_seen)
+        values = [threshold(seen, share) for share in shares]
+        thresholds |= dict.fromkeys(layer.quant_method.names, values)
     return thresholds
 
 
-def set_thresholds(thresholds: dict[str, float], model: torch.nn.Module) -> None:
+def set_thresholds(thresholds: ByName, model: torch.nn.Module) -> None:
     for layer in sparse_layers(model):
-        for index, name in enumerate(layer.quant_method.names):
-            layer.rsparse_thresholds[index] = thresholds[name]
+        _set_rows(layer, [thresholds[name] for name in layer.quant_method.names])
 
 
-def kept_fractions(
-    thresholds: dict[str, float], model: torch.nn.Module
-) -> dict[str, float]:
-    """By checkpoint name, the share of what was seen that is over the threshold."""
+def _set_rows(layer: torch.nn.Module, thresholds: list[list[float]]) -> None:
+    """A layer's thresholds, by fused linear and plane; rows are planes of linears."""
+    rows = torch.tensor(thresholds).t().reshape(-1, 1)
+    layer.rsparse_thresholds.copy_(rows.expand_as(layer.rsparse_thresholds))
+
+
+def kept_fractions(thresholds: ByName, model: torch.nn.Module) -> ByName:
+    """By checkpoint name, the shares of what was seen that are over the thresholds."""
     kept = {}
     for layer in sparse_layers(model):
-        values = torch.cat(layer.bench_seen)
+        seen = torch.cat(layer.bench_seen)
         for name in layer.quant_method.names:
-            kept[name] = (values > thresholds[name]).float().mean().item()
+            over = [seen > threshold for threshold in thresholds[name]]
+            kept[name] = [part.float().mean().item() for part in over]
     return kept
 
 
@@ -214,8 +225,12 @@ def allocated(model: torch.nn.Module) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def mean_over_ranks(values: list[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.mean(v[name] for v in values) for name in values[0]}
+def mean_over_ranks(values: list[ByName]) -> ByName:
+    means = {}
+    for name in values[0]:
+        planes = zip(*(rank[name] for rank in values), strict=True)
+        means[name] = [statistics.mean(plane) for plane in planes]
+    return means
 
 
 def calibrate(job: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +241,8 @@ def calibrate(job: dict[str, Any]) -> dict[str, Any]:
     fixed, twice, and the last round is counted.
 
     Returns:
-        By sparsity, ``thresholds`` by checkpoint name and ``kept_fraction``.
+        By target, ``thresholds`` by checkpoint name and ``kept_fraction`` (of the
+        channels, or for weights in planes of the weights' bits).
     """
     with held(job, fcntl.LOCK_SH):
         return _calibrate(job, make_engine(job, enforce_eager=True))
@@ -236,20 +252,19 @@ def _calibrate(job: dict[str, Any], llm: LLM) -> dict[str, Any]:
     batch = prompts(job, 4, 32)
     llm.apply_model(partial(watch, len(batch)))
     found = {}
-    for sparsity in job["sparsities"]:
-        share = job["rho"] * (1 - sparsity)
-        llm.apply_model(partial(aim, share))
+    for target, shares in job["targets"].items():
+        llm.apply_model(partial(aim, shares))
         seconds(llm, batch, 24)
         for _ in range(2):
-            thresholds = mean_over_ranks(llm.apply_model(partial(quantiles, share)))
+            thresholds = mean_over_ranks(llm.apply_model(partial(quantiles, shares)))
             llm.apply_model(partial(set_thresholds, thresholds))
             llm.apply_model(partial(aim, None))
             seconds(llm, batch, 24)
         kept = mean_over_ranks(llm.apply_model(partial(kept_fractions, thresholds)))
         shapes = SHAPES[job["shape"]].linears
         sizes = {name: math.prod(shapes[name.split(".", 3)[3]]) for name in kept}
-        read = sum(kept[name] * size for name, size in sizes.items())
-        found[f"{sparsity:g}"] = {
+        read = sum(statistics.mean(kept[name]) * size for name, size in sizes.items())
+        found[target] = {
             "thresholds": thresholds,
             "kept_fraction": read / sum(sizes.values()),
         }
