@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_rsparse.errors import CheckpointError
-from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
+from vllm_rsparse.model.checkpoint import Checkpoint
+from vllm_rsparse.model.checkpoint_files import resolve_model
 from vllm_rsparse.model.families import DENSE
 from vllm_rsparse.model.linears import find_linears
 

@@ -15,7 +15,8 @@ from vllm_rsparse.doctor.layer import FusedLayer, compare
 from vllm_rsparse.errors import ArtifactError, CheckpointError
 from vllm_rsparse.formats.base import INPUT_DTYPES
 from vllm_rsparse.formats.registry import format_of_name, load_time_format
-from vllm_rsparse.model.checkpoint import INDEX_NAME, Checkpoint, read_json
+from vllm_rsparse.model.checkpoint import Checkpoint
+from vllm_rsparse.model.checkpoint_files import INDEX_NAME, read_json
 from vllm_rsparse.model.families import by_engine_layer
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.names import LinearName

@@ -19,7 +19,7 @@ from vllm_rsparse.arguments import writing
 from vllm_rsparse.errors import SettingError
 from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.measure import Passage
-from vllm_rsparse.model.checkpoint import read_json
+from vllm_rsparse.model.checkpoint_files import read_json
 from vllm_rsparse.texts.prompts import Prompt
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,8 @@ from vllm_rsparse.evaluate.measure import (
 )
 from vllm_rsparse.evaluate.plot import draw
 from vllm_rsparse.evaluate.report import chat_table, table
-from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
+from vllm_rsparse.model.checkpoint import Checkpoint
+from vllm_rsparse.model.checkpoint_files import resolve_model
 from vllm_rsparse.model.device import choose_device
 from vllm_rsparse.texts.documents import read_sources
 from vllm_rsparse.texts.prompts import read_prompts

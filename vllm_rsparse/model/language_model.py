@@ -20,7 +20,8 @@ from vllm_rsparse.formats.checkpoints.on_disk import on_disk_layout
 from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.model.checkpoint import FLOAT_DTYPES, Checkpoint
-from vllm_rsparse.model.families import FusedTensor, LayerSpec, family_of
+from vllm_rsparse.model.families import family_of
+from vllm_rsparse.model.layer_spec import FusedTensor, LayerSpec
 from vllm_rsparse.model.names import LinearName
 
 _BODY, _HEAD = "model.", "lm_head."

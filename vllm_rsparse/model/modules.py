@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_rsparse.model.families import FusedTensor, LayerSpec
 from vllm_rsparse.model.kinds import SHARED_EXPERT
 from vllm_rsparse.model.language_model import LanguageModel
+from vllm_rsparse.model.layer_spec import FusedTensor, LayerSpec
 from vllm_rsparse.model.names import LinearName, label_of
 
 

@@ -14,7 +14,8 @@ from vllm_rsparse.formats.checkpoints.layout import main_format
 from vllm_rsparse.formats.names import ONLY_AS
 from vllm_rsparse.formats.plane_bits import GROUPS, group_of, plane_bits
 from vllm_rsparse.formats.registry import load_time_format
-from vllm_rsparse.model.checkpoint import Checkpoint, resolve_model
+from vllm_rsparse.model.checkpoint import Checkpoint
+from vllm_rsparse.model.checkpoint_files import resolve_model
 from vllm_rsparse.model.device import choose_device
 from vllm_rsparse.model.linears import Linear, find_linears
 from vllm_rsparse.model.streaming import StreamedModel

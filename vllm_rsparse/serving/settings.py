@@ -22,7 +22,7 @@ from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.errors import ArtifactError, SettingError
 from vllm_rsparse.formats.names import AS_STORED
 from vllm_rsparse.formats.registry import format_of_name, load_time_format
-from vllm_rsparse.model.checkpoint import read_json
+from vllm_rsparse.model.checkpoint_files import read_json
 from vllm_rsparse.serving.route import RouteRequest
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_rsparse import __version__
 from vllm_rsparse.artifact.tensors import file_sha256
-from vllm_rsparse.model.checkpoint import COMPANIONS
+from vllm_rsparse.model.checkpoint_files import COMPANIONS
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.prepare.options import PrepareOptions
 from vllm_rsparse.prepare.recipe.files import recipe_json

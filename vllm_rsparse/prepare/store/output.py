@@ -16,7 +16,8 @@ from typing import Any, Self
 from vllm_rsparse.arguments import output_problem
 from vllm_rsparse.artifact.tensors import ARTIFACT_DIR, JSON_NAME, TENSORS_NAME
 from vllm_rsparse.errors import PrepareError
-from vllm_rsparse.model.checkpoint import COMPANIONS, INDEX_NAME, Checkpoint
+from vllm_rsparse.model.checkpoint import Checkpoint
+from vllm_rsparse.model.checkpoint_files import COMPANIONS, INDEX_NAME
 from vllm_rsparse.prepare.store.files import write_text, writing
 
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from vllm_rsparse.formats.checkpoints.on_disk import OnDisk, on_disk_layout
 from vllm_rsparse.formats.load_time import LoadTimeFormat
-from vllm_rsparse.model.checkpoint import FLOAT_DTYPES, INDEX_NAME, Checkpoint
+from vllm_rsparse.model.checkpoint import FLOAT_DTYPES, Checkpoint
+from vllm_rsparse.model.checkpoint_files import INDEX_NAME
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.prepare.store.files import write_text
