@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+# Of vLLM's model executor: those that ask for the rank.
+MODULES = ("parameter", "layers.linear", "layers.vocab_parallel_embedding")
+
 
 @pytest.fixture
 def engine(monkeypatch):
@@ -12,7 +15,7 @@ def engine(monkeypatch):
     from vllm.config import VllmConfig, set_current_vllm_config
 
     def become(rank, size):
-        for module in ("parameter", "layers.linear"):
+        for module in MODULES:
             for name, value in (("rank", rank), ("world_size", size)):
                 attribute = (
                     f"vllm.model_executor.{module}.get_tensor_model_parallel_{name}"
@@ -21,6 +24,14 @@ def engine(monkeypatch):
 
     with set_current_vllm_config(VllmConfig()):
         yield become
+
+
+@pytest.fixture
+def layers_without_a_model(monkeypatch):
+    """Not every linear of the artifact has a layer, which serving would refuse."""
+    from vllm_rsparse.serving.served import ServedModel
+
+    monkeypatch.setattr(ServedModel, "check_coverage", lambda self: None)
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ from torch import nn
 
 pytest.importorskip("vllm")
 
-from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
 from vllm.model_executor.model_loader.reload import layerwise
 
 from vllm_rsparse.errors import ArtifactError, SettingError
 from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING
 from vllm_rsparse.serving import head as head_module
-from vllm_rsparse.serving.config import RSparseConfig
+
+from .mlp import make_config
 
 HIDDEN, WORDS = 48, 75  # padded to 128
 SPARSITY = 0.4
@@ -24,19 +24,10 @@ THRESHOLDS = torch.linspace(0, 2, HIDDEN)
 SHAPES = {"model.layers.0.mlp.down_proj": (HIDDEN, 40, 0, False)}
 
 
-@pytest.fixture
-def engine(monkeypatch):
-    """Call with (rank, size): vLLM's layers then believe to be that rank."""
-
-    def become(rank, size):
-        for name, value in (("rank", rank), ("world_size", size)):
-            attribute = f"get_tensor_model_parallel_{name}"
-            monkeypatch.setattr(vocabulary, attribute, lambda v=value: v)
-
+@pytest.fixture(autouse=True)
+def _last_stage(monkeypatch):
     last = SimpleNamespace(is_last_rank=True)
     monkeypatch.setattr(head_module, "get_pp_group", lambda: last)
-    with set_current_vllm_config(VllmConfig()):
-        yield become
 
 
 @pytest.fixture
@@ -54,12 +45,7 @@ def config(tmp_path, write_artifact):
             write_artifact(
                 tmp_path / "rsparse", SHAPES, head="fp8", sparse_head=entry, more=more
             )
-        options = {"head_sparsity": 0} | options
-        made = RSparseConfig.from_config(
-            {"artifact": "rsparse", "backend": "reference", **options}
-        )
-        made.maybe_update_config(str(tmp_path))
-        return made
+        return make_config(tmp_path, **({"head_sparsity": 0} | options))
 
     return make
 

@@ -11,15 +11,16 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.op import layers
-from vllm_rsparse.serving.config import RSparseConfig
 from vllm_rsparse.serving.linear import RSparseLinearMethod
-from vllm_rsparse.serving.served import ServedModel
 from vllm_rsparse.testing.cases import one_linear
+
+from .mlp import make_config
+
+pytestmark = pytest.mark.usefixtures("layers_without_a_model")
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 HIDDEN, HEAD, HEADS, KV_HEADS, INNER = 48, 8, 8, 2, 40
@@ -40,33 +41,6 @@ def model(request, tmp_path, write_artifact):
     tensors = write_artifact(tmp_path / "rsparse", SHAPES, version=request.param)
     weights = {n: torch.randn(s[0], s[1]) / s[1] ** 0.5 for n, s in SHAPES.items()}
     return tmp_path, tensors, weights
-
-
-@pytest.fixture
-def engine(monkeypatch):
-    """Call with (rank, size): vLLM's layers then believe to be that rank."""
-
-    def become(rank, size):
-        for module in (vllm_linear, "vllm.model_executor.parameter"):
-            for name, value in (("rank", rank), ("world_size", size)):
-                attribute = f"get_tensor_model_parallel_{name}"
-                if isinstance(module, str):
-                    monkeypatch.setattr(f"{module}.{attribute}", lambda v=value: v)
-                else:
-                    monkeypatch.setattr(module, attribute, lambda v=value: v)
-
-    # One layer is built, not a model.
-    monkeypatch.setattr(ServedModel, "check_coverage", lambda self: None)
-    with set_current_vllm_config(VllmConfig()):
-        yield become
-
-
-def make_config(directory, **options):
-    config = RSparseConfig.from_config(
-        {"artifact": "rsparse", "backend": "reference", **options}
-    )
-    config.maybe_update_config(str(directory))
-    return config
 
 
 def build(kind, config, bias=False):

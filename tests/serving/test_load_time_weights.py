@@ -18,11 +18,12 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm_rsparse.artifact.tensors import scales_name
 from vllm_rsparse.errors import SettingError
 from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING, channel_scales
-from vllm_rsparse.serving.served import ServedModel
 from vllm_rsparse.testing.cases import one_linear
 
 from .mlp import PREFIX as MLP
 from .mlp import Mlp, load, make_config
+
+pytestmark = pytest.mark.usefixtures("layers_without_a_model")
 
 HIDDEN, INNER = 48, 64
 build = Mlp(HIDDEN, INNER).build
@@ -31,11 +32,6 @@ SHAPES = {
     f"{MLP}.up_proj": (INNER, HIDDEN, 5, False),
     f"{MLP}.down_proj": (HIDDEN, INNER, 2, True),
 }
-
-
-@pytest.fixture(autouse=True)
-def _layers_are_not_a_model(monkeypatch):
-    monkeypatch.setattr(ServedModel, "check_coverage", lambda self: None)
 
 
 @pytest.fixture

@@ -19,7 +19,10 @@ from vllm_rsparse.formats.checkpoints.on_disk import on_disk_layout
 from vllm_rsparse.formats.fp8 import channel_scales
 from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.serving.config import RSparseConfig
-from vllm_rsparse.serving.served import ServedModel
+
+from . import mlp
+
+pytestmark = pytest.mark.usefixtures("layers_without_a_model")
 
 HIDDEN, INNER = 192, 256
 HEADS, KV_HEADS, HEAD = 4, 2, 48
@@ -33,11 +36,6 @@ SHAPES = {
     f"{LAYER}.mlp.down_proj": (HIDDEN, INNER, 0, False),
 }
 FORMATS = ("int8-planes", "fp8")
-
-
-@pytest.fixture(autouse=True)
-def _layers_are_not_a_model(monkeypatch):
-    monkeypatch.setattr(ServedModel, "check_coverage", lambda self: None)
 
 
 @pytest.fixture
@@ -59,10 +57,8 @@ def make_config(tmp_path, write_artifact, weights):
                 more={} if form == "int8-planes" else scales,
                 weights=form,
             )
-        keys = {"artifact": "rsparse", "backend": "cpu", "max_sparse_tokens": 4}
-        config = RSparseConfig.from_config(keys | settings)
-        config.maybe_update_config(str(tmp_path))
-        return config
+        keys = {"backend": "cpu", "max_sparse_tokens": 4}
+        return mlp.make_config(tmp_path, **(keys | settings))
 
     return make
 

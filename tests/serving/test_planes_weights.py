@@ -19,12 +19,13 @@ from vllm_rsparse.errors import RSparseError
 from vllm_rsparse.formats.checkpoints.parse import parse_scheme
 from vllm_rsparse.formats.int8_planes import INT8_PLANES, PLANES_WHILE_LOADING
 from vllm_rsparse.op import layers
-from vllm_rsparse.serving.served import ServedModel
 from vllm_rsparse.testing.quantized import INT8_LAYOUTS, LAYOUTS
 
 from . import mlp
 from .mlp import PREFIX as MLP
 from .mlp import Mlp, load
+
+pytestmark = pytest.mark.usefixtures("layers_without_a_model")
 
 HIDDEN, INNER = 192, 256
 build = Mlp(HIDDEN, INNER).build
@@ -35,11 +36,6 @@ SHAPES = {
     f"{MLP}.up_proj": (INNER, HIDDEN, 0, True),
     f"{MLP}.down_proj": (HIDDEN, INNER, 0, False),
 }
-
-
-@pytest.fixture(autouse=True)
-def _layers_are_not_a_model(monkeypatch):
-    monkeypatch.setattr(ServedModel, "check_coverage", lambda self: None)
 
 
 @pytest.fixture
