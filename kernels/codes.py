@@ -111,6 +111,12 @@ def unpack_int4(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def scale_second_plane(x):
+    """x for rows of the second plane, whose codes count in sixteenths."""
+    return (x.to(tl.float32) * (1.0 / PLANE_STEPS)).to(x.dtype)
+
+
+@triton.jit
 def scale_fp8_input(x, DTYPE: tl.constexpr):
     """x times a power of two that keeps products with ``unpack_fp8`` normal numbers."""
     return (x.to(tl.float32) * 2.0**64).to(DTYPE) if tl.bfloat16 == DTYPE else x

@@ -9,32 +9,19 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from .channels import wanted_channels
-from .codes import PLANE_STEPS
-
-# Channels of one step: what one instruction of the matrix units multiplies.
-STEP = tl.constexpr(16)
+from .codes import scale_second_plane
+from .packing import STEP
 
 
 @triton.jit
 def list_groups(
-    x_ptr,
+    x,
     threshold_ptr,
-    row_ptr,
-    value_ptr,
-    head_ptr,
-    second_ptr,
-    stride_xm,
-    first_token,
-    tokens,
-    k,
     plane_thresholds,
+    lists,
+    mine,
     split,
-    splits,
-    PLANES: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    PDL: tl.constexpr,
+    PACKING: tl.constexpr,
 ):
     """List the rows that any token wants of this split's blocks of SPAN channels.
 
@@ -44,40 +31,47 @@ def list_groups(
     block and zeros for its x, so that a step never reads two blocks and needs no mask.
     Returns the number of steps.
 
-    Writes, in the program's own part of the workspace, L = BLOCKS * PLANES * SPAN:
-        row_ptr: int32 [L], the rows.
-        value_ptr: x's dtype [TOKENS, L], each token's x of these rows, in steps of the
-            first plane; zero where the token does not want it.
-        head_ptr: int32 [L / 16], for each step twice its block, plus one if it is the
-            block's last.
-        second_ptr: None, or float32 [L / 16, TOKENS], for the last step of each block
-            the sums of the second plane's values.
+    Args of note:
+        threshold_ptr: of the shard and the first plane.
+        plane_thresholds: from there to those of the second plane.
+        mine: the ``Bounds`` of the tokens.
+
+    Writes, in the program's own lists of at most L = BLOCKS * PLANES * SPAN rows:
+        lists.row_ptr: int32 [L], the rows.
+        lists.value_ptr: x's dtype [TOKENS, L], each token's x of these rows, in steps
+            of the first plane; zero where the token does not want it.
+        lists.head_ptr: int32 [L / 16], for each step twice its block, plus one if it is
+            the block's last.
+        lists.second_ptr: None, or float32 [L / 16, TOKENS], for the last step of each
+            block the sums of the second plane's values.
 
     A value of the second plane is x / 16, which float16 rounds to a multiple of 2^-24
     where x is below 2^-10. Such an x is a multiple of 2^-24 itself, and its product
     with the second plane is off by no more than half of that times the group's largest
     weight.
     """
-    length: tl.constexpr = BLOCKS * PLANES * SPAN
-    block = tl.arange(0, BLOCKS)[:, None] * splits + split
+    BLOCKS: tl.constexpr = PACKING.blocks
+    PLANES: tl.constexpr = PACKING.planes
+    SPAN: tl.constexpr = PACKING.span
+    TOKENS: tl.constexpr = PACKING.tokens
+    LENGTH: tl.constexpr = PACKING.length
+    block = tl.arange(0, BLOCKS)[:, None] * split.count + split.index
     channel = block * SPAN + tl.arange(0, SPAN)[None, :]
-    inside = channel < k
+    inside = channel < x.k
     # Before the wait: no kernel writes thresholds.
     thresholds = ()
     for plane in tl.static_range(PLANES):
         plane_ptr = threshold_ptr + plane * plane_thresholds
         threshold = tl.load(plane_ptr + channel, mask=inside, other=0.0)
         thresholds = thresholds + (threshold,)
-    if PDL:
+    if PACKING.pdl:
         gdc_wait()
     # Sixteen bits a plane: one scan counts both.
     read = tl.zeros([BLOCKS, SPAN], dtype=tl.int32)
     for index in tl.static_range(TOKENS):
-        x, mask = _load_x(
-            x_ptr, first_token + index, tokens, stride_xm, channel, inside
-        )
+        values, mask = _load_x(x, mine, index, channel, inside)
         for plane in tl.static_range(PLANES):
-            wanted = wanted_channels(x, thresholds[plane], False) & mask
+            wanted = wanted_channels(values, thresholds[plane], False) & mask
             read = read | wanted.to(tl.int32) << 16 * plane
     ends = tl.cumsum(read, axis=1)
     counts = tl.sum(read, axis=1, keep_dims=True)
@@ -92,47 +86,46 @@ def list_groups(
     padded = padding < steps * STEP
     padding += first * STEP
     filler = tl.broadcast_to(block * SPAN, (BLOCKS, STEP))
-    tl.store(row_ptr + padding, filler, mask=padded)
+    tl.store(lists.row_ptr + padding, filler, mask=padded)
     for index in tl.static_range(TOKENS):
-        zeros = tl.zeros([BLOCKS, STEP], dtype=x.dtype)
-        tl.store(value_ptr + index * length + padding, zeros, mask=padded)
+        zeros = tl.zeros([BLOCKS, STEP], dtype=values.dtype)
+        tl.store(lists.value_ptr + index * LENGTH + padding, zeros, mask=padded)
     for plane in tl.static_range(PLANES):
         some = _of_plane(read, plane, PLANES) > 0
         place = first * STEP + _of_plane(ends, plane, PLANES) - 1
         if plane > 0:
             place += _of_plane(counts, 0, PLANES)
-        tl.store(row_ptr + place, channel + plane * k, mask=some)
+        tl.store(lists.row_ptr + place, channel + plane * x.k, mask=some)
         for index in tl.static_range(TOKENS):
             if TOKENS > 1:
-                x, mask = _load_x(
-                    x_ptr, first_token + index, tokens, stride_xm, channel, inside
-                )
-            wanted = wanted_channels(x, thresholds[plane], False) & mask
+                values, mask = _load_x(x, mine, index, channel, inside)
+            wanted = wanted_channels(values, thresholds[plane], False) & mask
             # An unwanted x may be infinite, and infinity times a weight of zero is NaN.
-            values = tl.where(wanted, x, 0.0)
+            listed = tl.where(wanted, values, 0.0)
             if plane > 0:
-                values = (values.to(tl.float32) * (1.0 / PLANE_STEPS)).to(x.dtype)
-                if second_ptr is not None:
+                listed = scale_second_plane(listed)
+                if lists.second_ptr is not None:
                     # Of the values as stored: the codes' offset is taken out with it.
-                    total = tl.sum(values.to(tl.float32), axis=1, keep_dims=True)
+                    total = tl.sum(listed.to(tl.float32), axis=1, keep_dims=True)
                     last = (first + steps - 1) * TOKENS + index
-                    tl.store(second_ptr + last, total, mask=steps > 0)
-            tl.store(value_ptr + index * length + place, values, mask=some)
+                    tl.store(lists.second_ptr + last, total, mask=steps > 0)
+            tl.store(lists.value_ptr + index * LENGTH + place, listed, mask=some)
     step = tl.arange(0, PLANES * SPAN // STEP)[None, :]
     head = block * 2 + (step == steps - 1).to(tl.int32)
-    tl.store(head_ptr + first + step, head, mask=step < steps)
+    tl.store(lists.head_ptr + first + step, head, mask=step < steps)
     # Other threads of the program read what this one wrote.
     tl.debug_barrier()
     return tl.sum(each, axis=0)
 
 
 @triton.jit
-def _load_x(x_ptr, token, tokens, stride_xm, channel, inside):
+def _load_x(x, mine, index, channel, inside):
     """A token's x of these channels, and a mask of what there is."""
+    token = mine.begin + index
     # Of the channels' shape: Triton 3.9's interpreter takes no scalar in a mask.
-    mask = inside & (channel * 0 + token < tokens)
-    x = tl.load(x_ptr + token.to(tl.int64) * stride_xm + channel, mask=mask, other=0.0)
-    return x, mask
+    mask = inside & (channel * 0 + token < mine.end)
+    row = x.ptr + token.to(tl.int64) * x.stride_m
+    return tl.load(row + channel, mask=mask, other=0.0), mask
 
 
 @triton.jit

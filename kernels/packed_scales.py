@@ -13,22 +13,22 @@ from .codes import (
     int4_offset,
     scale_fp8_input,
 )
-from .group_list import STEP
+from .packing import STEP
 
 # Output and input channels that share a scale of the format fp8-block.
 SCALE_BLOCK = tl.constexpr(128)
 
 
 @triton.jit
-def multiply_step(
-    words, x, acc, CODE: tl.constexpr, W: tl.constexpr, DTYPE: tl.constexpr
-):
+def multiply_step(words, x, acc, PACKING: tl.constexpr, DTYPE: tl.constexpr):
     """Add the products of 16 channels: their words by their x."""
+    CODE: tl.constexpr = PACKING.code
+    WORDS: tl.constexpr = PACKING.words
     slots: tl.constexpr = acc.shape[1]
     second = tl.reshape(tl.permute(x, (0, 3, 2, 1)), (STEP, slots))
     if CODE != INT4:
         second = scale_fp8_input(second, DTYPE)
-    first = dot_operand(words, CODE, W, DTYPE)
+    first = dot_operand(words, CODE, WORDS, DTYPE)
     # "ieee": float32 inputs would be rounded to tf32 otherwise.
     return tl.dot(first, second.to(DTYPE), acc, input_precision="ieee")
 
@@ -39,21 +39,10 @@ def scaled_block(
     x_sum,
     step,
     head,
-    scale_ptr,
-    zero_ptr,
-    second_ptr,
-    begin_n,
-    end_n,
-    n,
-    CODE: tl.constexpr,
-    PLANES: tl.constexpr,
-    SPARSE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SPREAD: tl.constexpr,
-    W: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
-    EVEN_N: tl.constexpr,
+    scales,
+    lists,
+    columns,
+    PACKING: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """A finished block's sums times the scales of its group, zero points taken out.
@@ -64,91 +53,75 @@ def scaled_block(
     A second plane has the first one's scales and the zero point 8. Where the first
     plane has zero points of its own, the two sums of x are told apart.
 
-    Args:
+    Args of note:
         acc: float32 [columns, slots], sums over the block.
         x_sum: float32 [4, 8, slots / 8], sums of the x that went into them.
         step: the block's last.
         head: of this step.
-        scale_ptr: of the weight; columns begin at ``begin_n``.
-        zero_ptr: of the weight, or None.
-        second_ptr: as ``list_groups`` writes it.
-        begin_n: first column of the tile.
-        end_n: end of the shard.
-        n: columns of the weight.
-        CODE: the format.
-        PLANES: planes of the weight.
-        SPARSE: the channels of the block were listed.
-        TOKENS: of the program.
-        SPREAD: keep the even slots only.
-        W: words of a thread.
-        GROUP: channels of a group.
-        SPAN: channels of a block.
-        EVEN_N: no tile is cut off by ``end_n``.
-        DTYPE: of the operands.
+        columns: the ``Bounds`` of the tile.
     """
-    columns: tl.constexpr = acc.shape[0]
+    SPREAD: tl.constexpr = PACKING.spread
+    TOKENS: tl.constexpr = PACKING.tokens
+    tile: tl.constexpr = acc.shape[0]
     slots: tl.constexpr = acc.shape[1]
-    group = head // 2 * SPAN // GROUP
+    group = _group(head, PACKING)
     if SPREAD:
-        sums, _odd = tl.split(tl.reshape(acc, (columns, 4, 2)))
+        sums, _odd = tl.split(tl.reshape(acc, (tile, 4, 2)))
     else:
         sums = acc
-    if CODE == FP8_BLOCK:
-        blocks_n = (n + SCALE_BLOCK - 1) // SCALE_BLOCK
-        sums *= tl.load(scale_ptr + group * blocks_n + begin_n // SCALE_BLOCK)
+    if PACKING.code == FP8_BLOCK:
+        blocks_n = (scales.n + SCALE_BLOCK - 1) // SCALE_BLOCK
+        sums *= tl.load(scales.ptr + group * blocks_n + columns.begin // SCALE_BLOCK)
     else:
-        scale, zero = _scales(scale_ptr, zero_ptr, group, begin_n, end_n, n, W, EVEN_N)
+        offset = int4_offset(DTYPE)
+        scale, zero = _scales(scales, group, columns, PACKING)
         # [8, slots / 8] -> [slots]
         x_token = tl.permute(tl.sum(x_sum, axis=0), (1, 0))
         if SPREAD:
             x_token, _odd = tl.split(tl.reshape(x_token, (4, 2)))
         else:
             x_token = tl.reshape(x_token, (slots,))
-            scale = _for_slots(scale, columns, slots)
-            zero = _for_slots(zero, columns, slots)
-        if PLANES > 1 and zero_ptr is not None:
-            if SPARSE:
+            scale = _for_slots(scale, tile, slots)
+            zero = _for_slots(zero, tile, slots)
+        if PACKING.planes > 1 and scales.zero_ptr is not None:
+            if PACKING.sparse:
                 token = tl.arange(0, 4 if SPREAD else slots)
-                second = second_ptr + step * TOKENS + token
+                second = lists.second_ptr + step * TOKENS + token
                 second = tl.load(second, mask=token < TOKENS, other=0.0)
             else:
                 # Of all channels: a sixteenth of the first plane's.
                 second = x_token * (1.0 / (PLANE_STEPS + 1))
-            sums -= (int4_offset(DTYPE) * x_token + 8.0 * second)[None, :]
+            sums -= (offset * x_token + 8.0 * second)[None, :]
             sums -= zero * (x_token - second)[None, :]
         else:
-            sums -= (int4_offset(DTYPE) + zero) * x_token[None, :]
+            sums -= (offset + zero) * x_token[None, :]
         sums *= scale
     return sums
 
 
 @triton.jit
-def fetch_scales(
-    scale_ptr,
-    head,
-    head_before,
-    begin_n,
-    end_n,
-    n,
-    W: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
-):
+def fetch_scales(scales, head, head_before, columns, PACKING: tl.constexpr):
     """Ask for the scales of a block that begins here, while its words are on the way.
 
     Into L2 only, volatile to be issued at all: the compiler would move a plain load to
     the end of the block, and the program would wait there for memory.
     """
-    group = head // 2 * SPAN // GROUP
+    WORDS: tl.constexpr = PACKING.words
     quad = tl.arange(0, 4)[:, None, None]
     lane = tl.arange(0, 8)[None, :, None]
-    part = lane * (8 * W) + quad % W * 8 + tl.arange(0, 8)[None, None, :]
+    part = lane * (8 * WORDS) + quad % WORDS * 8 + tl.arange(0, 8)[None, None, :]
     begins = tl.broadcast_to(head_before & 1, (1, 1, 1)) != 0
-    tl.load(
-        scale_ptr + group.to(tl.int64) * n + begin_n + part,
-        mask=(part < end_n - begin_n) & begins,
-        volatile=True,
-    )
+    row = scales.ptr + _group(head, PACKING).to(tl.int64) * scales.n + columns.begin
+    mask = (part < columns.end - columns.begin) & begins
+    tl.load(row + part, mask=mask, volatile=True)
+
+
+@triton.jit
+def _group(head, PACKING: tl.constexpr):
+    """The row of scales of a step's block."""
+    SPAN: tl.constexpr = PACKING.span
+    GROUP: tl.constexpr = PACKING.group
+    return head // 2 * SPAN // GROUP
 
 
 @triton.jit
@@ -160,56 +133,48 @@ def _for_slots(per_column, COLUMNS: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _scales(
-    scale_ptr,
-    zero_ptr,
-    group,
-    begin_n,
-    end_n,
-    n,
-    W: tl.constexpr,
-    EVEN_N: tl.constexpr,
-):
+def _scales(scales, group, columns, PACKING: tl.constexpr):
     """A group's scales and zero points in the order of ``dot_operand``.
 
     float32 [64 W, 4]: every one of the four threads that share a column has its own.
     """
+    W: tl.constexpr = PACKING.words
+    EVEN_N: tl.constexpr = PACKING.even_n
+    width = columns.end - columns.begin
     quad = tl.arange(0, 4)[:, None, None]
     lane = tl.arange(0, 8)[None, :, None]
     code = tl.arange(0, 8)[None, None, :]
     inner = quad * 0 + lane * (8 * W) + code
-    row = scale_ptr + group.to(tl.int64) * n + begin_n
-    parts = _load_scales(row, inner, end_n - begin_n, EVEN_N)
+    row = scales.ptr + group.to(tl.int64) * scales.n + columns.begin
+    parts = _load_scales(row, inner, width, EVEN_N)
     if W >= 2:
-        more = _load_scales(row, inner + 8, end_n - begin_n, EVEN_N)
+        more = _load_scales(row, inner + 8, width, EVEN_N)
         parts = tl.join(parts, more)
     if W == 4:
-        more = _load_scales(row, inner + 16, end_n - begin_n, EVEN_N)
-        last = _load_scales(row, inner + 24, end_n - begin_n, EVEN_N)
+        more = _load_scales(row, inner + 16, width, EVEN_N)
+        last = _load_scales(row, inner + 24, width, EVEN_N)
         parts = tl.join(parts, tl.join(more, last))
     # [4, 8, code, low, high] -> [high, low, code, 8, 4]
     if W == 1:
-        scales = tl.reshape(tl.permute(parts, (2, 1, 0)), (64, 4))
+        parts = tl.reshape(tl.permute(parts, (2, 1, 0)), (64, 4))
     elif W == 2:
-        scales = tl.reshape(tl.permute(parts, (3, 2, 1, 0)), (128, 4))
+        parts = tl.reshape(tl.permute(parts, (3, 2, 1, 0)), (128, 4))
     else:
-        scales = tl.reshape(tl.permute(parts, (4, 3, 2, 1, 0)), (256, 4))
-    if zero_ptr is None:
+        parts = tl.reshape(tl.permute(parts, (4, 3, 2, 1, 0)), (256, 4))
+    if scales.zero_ptr is None:
         zeros = tl.full((64 * W, 4), 8.0, dtype=tl.float32)
     else:
         words = lane * W + tl.arange(0, W)[None, None, :]
         words = tl.broadcast_to(words, (4, 8, W))
-        mask = words < (end_n - begin_n) // 8
-        packed = tl.load(
-            zero_ptr + group.to(tl.int64) * (n // 8) + begin_n // 8 + words,
-            mask=mask,
-            other=0,
+        row = (
+            scales.zero_ptr + group.to(tl.int64) * (scales.n // 8) + columns.begin // 8
         )
+        packed = tl.load(row + words, mask=words < width // 8, other=0)
         shifts = 4 * tl.arange(0, 8)[None, None, None, :]
         codes = (packed[:, :, :, None] >> shifts) & 15
         codes = tl.permute(codes, (2, 3, 1, 0)).to(tl.float32)
         zeros = tl.reshape(codes, (64 * W, 4))
-    return scales.to(tl.float32), zeros
+    return parts.to(tl.float32), zeros
 
 
 @triton.jit

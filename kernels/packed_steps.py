@@ -8,151 +8,87 @@
 import triton
 import triton.language as tl
 
-from .codes import FP8, INT4, PLANE_STEPS, fp8_factor
-from .group_list import STEP
+from .codes import FP8, INT4, fp8_factor, scale_second_plane
 from .packed_scales import fetch_scales, multiply_step, scaled_block
+from .packing import STEP
 
 
 @triton.jit
 def sum_steps(
-    x_ptr,
-    word_ptr,
-    scale_ptr,
-    zero_ptr,
-    row_ptr,
-    value_ptr,
-    head_ptr,
-    second_ptr,
+    x,
+    words,
+    scales,
+    lists,
     steps,
-    begin_n,
-    end_n,
-    n,
-    k,
-    pitch,
-    stride_xm,
-    first_token,
-    tokens,
+    columns,
+    mine,
     split,
-    splits,
-    CODE: tl.constexpr,
-    PLANES: tl.constexpr,
-    SPARSE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SPREAD: tl.constexpr,
-    W: tl.constexpr,
-    ROUND: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
-    LENGTH: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    PACKING: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Column sums over a program's steps of 16 channels.
 
-    Up to four tokens take the even ones of the eight slots that the matrix units have
-    (SPREAD): a thread's sums of the odd ones are then never scaled or kept.
-
-    An iteration loads the words of ROUND steps and then multiplies them. Loading the
+    An iteration loads the words of AT_ONCE steps and then multiplies them. Loading the
     next iteration's words before multiplying these gains nothing: the registers are
     copied at the end of the iteration, and the copy waits for the load.
+
+    Args of note:
+        words: the ``Words`` of the tile's columns.
+        columns: the ``Bounds`` of the tile.
+        mine: the ``Bounds`` of the tokens.
     """
-    codes_per_word: tl.constexpr = 8 if CODE == INT4 else 4
-    columns: tl.constexpr = 8 * W * codes_per_word
-    slots: tl.constexpr = 8 if SPREAD else TOKENS
-    kept_slots: tl.constexpr = 4 if SPREAD else TOKENS
+    CODE: tl.constexpr = PACKING.code
+    TOKENS: tl.constexpr = PACKING.tokens
+    WORDS: tl.constexpr = PACKING.words
+    AT_ONCE: tl.constexpr = PACKING.at_once
+    COLUMNS: tl.constexpr = PACKING.columns
+    SLOTS: tl.constexpr = 8 if PACKING.spread else PACKING.tokens
+    KEPT_SLOTS: tl.constexpr = 4 if PACKING.spread else PACKING.tokens
+    LENGTH: tl.constexpr = PACKING.length
     lane = tl.arange(0, 8)[None, :]
     quad = tl.arange(0, 4)[:, None]
     # [4, 8, 4]: where in a step the channels of a thread lie.
     inner = tl.broadcast_to(
         quad[:, :, None] * 4 + tl.arange(0, 4)[None, None, :], (4, 8, 4)
     )
-    columns_w = (lane * W)[:, :, None] + tl.arange(0, W)[None, None, :]
-    columns_w = tl.broadcast_to(columns_w, (4, 8, W))
-    mask_w = columns_w < (end_n - begin_n) // codes_per_word
+    columns_w = (lane * WORDS)[:, :, None] + tl.arange(0, WORDS)[None, None, :]
+    columns_w = tl.broadcast_to(columns_w, (4, 8, WORDS))
+    mask_w = columns_w < (columns.end - columns.begin) // (COLUMNS // 8 // WORDS)
     # [4, 8, slots / 8, 4]: where x of a step lies for each slot.
-    slot = tl.arange(0, slots // 8)[None, None, :, None] * 8 + lane[:, :, None, None]
-    token = slot // 2 if SPREAD else slot
-    live = (token < TOKENS) & (first_token + token < tokens)
-    if SPREAD:
+    slot = tl.arange(0, SLOTS // 8)[None, None, :, None] * 8 + lane[:, :, None, None]
+    token = slot // 2 if PACKING.spread else slot
+    live = (token < TOKENS) & (mine.begin + token < mine.end)
+    if PACKING.spread:
         live &= slot % 2 == 0
-    live = tl.broadcast_to(live, (4, 8, slots // 8, 4))
+    live = tl.broadcast_to(live, (4, 8, SLOTS // 8, 4))
     inner_x = (quad * 4)[:, :, None, None] + tl.arange(0, 4)[None, None, None, :]
-    if SPARSE:
+    if PACKING.sparse:
         x_offset = token * LENGTH + inner_x
     else:
-        x_offset = (first_token + token).to(tl.int64) * stride_xm + inner_x
-    acc = tl.zeros([columns, slots], dtype=tl.float32)
-    total = tl.zeros([columns, kept_slots], dtype=tl.float32)
-    x_sum = tl.zeros([4, 8, slots // 8], dtype=tl.float32)
+        x_offset = (mine.begin + token).to(tl.int64) * x.stride_m + inner_x
+    acc = tl.zeros([COLUMNS, SLOTS], dtype=tl.float32)
+    total = tl.zeros([COLUMNS, KEPT_SLOTS], dtype=tl.float32)
+    x_sum = tl.zeros([4, 8, SLOTS // 8], dtype=tl.float32)
     if steps > 0:
         final = steps - 1
         # Tensors, also where the interpreter counts with Python's own integers.
         zero = final * 0
-        rows, heads = _plan(
-            row_ptr,
-            head_ptr,
-            zero,
-            final,
-            inner,
-            k,
-            split,
-            splits,
-            PLANES,
-            SPARSE,
-            SPAN,
-            EVEN_K,
-            ROUND,
-        )
+        rows, heads = _plan(lists, zero, final, inner, x.k, split, PACKING)
         last_head = zero + 1
-        for begin in range(0, steps, ROUND):
+        for begin in range(0, steps, AT_ONCE):
             step = zero + begin
-            words = _load_words(
-                word_ptr,
-                rows,
-                step,
-                final,
-                columns_w,
-                mask_w,
-                pitch,
-                EVEN_N,
-                ROUND,
+            loaded = _load_words(words, rows, step, final, columns_w, mask_w, PACKING)
+            values = _load_x(
+                x, lists, step, final, x_offset, inner_x, live, split, PACKING
             )
-            x = _load_x(
-                x_ptr,
-                value_ptr,
-                step,
-                final,
-                x_offset,
-                inner_x,
-                live,
-                k,
-                split,
-                splits,
-                PLANES,
-                SPARSE,
-                SPAN,
-                EVEN_K,
-                ROUND,
-            )
-            for index in tl.static_range(ROUND):
+            for index in tl.static_range(AT_ONCE):
                 if CODE == INT4:
-                    fetch_scales(
-                        scale_ptr,
-                        heads[index],
-                        last_head,
-                        begin_n,
-                        end_n,
-                        n,
-                        W,
-                        GROUP,
-                        SPAN,
-                    )
+                    fetch_scales(scales, heads[index], last_head, columns, PACKING)
                 last_head = heads[index]
-            for index in tl.static_range(ROUND):
-                acc = multiply_step(words[index], x[index], acc, CODE, W, DTYPE)
+            for index in tl.static_range(AT_ONCE):
+                acc = multiply_step(loaded[index], values[index], acc, PACKING, DTYPE)
                 if CODE == INT4:
-                    x_sum += tl.sum(x[index].to(tl.float32), axis=3)
+                    x_sum += tl.sum(values[index].to(tl.float32), axis=3)
                 if CODE != FP8:
                     if heads[index] & 1:
                         total += scaled_block(
@@ -160,43 +96,20 @@ def sum_steps(
                             x_sum,
                             step + index,
                             heads[index],
-                            scale_ptr,
-                            zero_ptr,
-                            second_ptr,
-                            begin_n,
-                            end_n,
-                            n,
-                            CODE,
-                            PLANES,
-                            SPARSE,
-                            TOKENS,
-                            SPREAD,
-                            W,
-                            GROUP,
-                            SPAN,
-                            EVEN_N,
+                            scales,
+                            lists,
+                            columns,
+                            PACKING,
                             DTYPE,
                         )
-                        acc = tl.zeros([columns, slots], dtype=tl.float32)
-                        x_sum = tl.zeros([4, 8, slots // 8], dtype=tl.float32)
+                        acc = tl.zeros([COLUMNS, SLOTS], dtype=tl.float32)
+                        x_sum = tl.zeros([4, 8, SLOTS // 8], dtype=tl.float32)
             rows, heads = _plan(
-                row_ptr,
-                head_ptr,
-                step + ROUND,
-                final,
-                inner,
-                k,
-                split,
-                splits,
-                PLANES,
-                SPARSE,
-                SPAN,
-                EVEN_K,
-                ROUND,
+                lists, step + AT_ONCE, final, inner, x.k, split, PACKING
             )
     if CODE == FP8:
-        if SPREAD:
-            total, _odd = tl.split(tl.reshape(acc, (columns, 4, 2)))
+        if PACKING.spread:
+            total, _odd = tl.split(tl.reshape(acc, (COLUMNS, 4, 2)))
         else:
             total = acc
     if CODE != INT4:
@@ -205,45 +118,32 @@ def sum_steps(
 
 
 @triton.jit
-def _plan(
-    row_ptr,
-    head_ptr,
-    step,
-    final,
-    inner,
-    k,
-    split,
-    splits,
-    PLANES: tl.constexpr,
-    SPARSE: tl.constexpr,
-    SPAN: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    ROUND: tl.constexpr,
-):
-    """What the next ROUND steps read: their rows and their heads.
+def _plan(lists, step, final, inner, k, split, PACKING: tl.constexpr):
+    """What the next steps read: their rows and their heads.
 
     Rows are int32 [4, 8, 4], anything past the last step. A head is twice the step's
     block, plus one if it is the block's last; 0 past the last step. Rows past the end
     of the weight are its last one again; their x is zero.
     """
+    AT_ONCE: tl.constexpr = PACKING.at_once
+    PER_BLOCK: tl.constexpr = PACKING.planes * PACKING.span // STEP
     rows = ()
     heads = ()
-    per_block: tl.constexpr = PLANES * SPAN // STEP
-    for index in tl.static_range(ROUND):
+    for index in tl.static_range(AT_ONCE):
         here = step + index
-        if SPARSE:
+        if PACKING.sparse:
             listed = tl.minimum(here, final)
-            row = tl.load(row_ptr + listed * STEP + inner)
-            head = tl.load(head_ptr + listed)
+            row = tl.load(lists.row_ptr + listed * STEP + inner)
+            head = tl.load(lists.head_ptr + listed)
         else:
-            plane, channel = _whole_step(here, split, splits, PLANES, SPAN)
+            plane, channel = _whole_step(here, split, PACKING)
             row = channel + inner
-            if not EVEN_K:
+            if not PACKING.even_k:
                 row = tl.minimum(row, k - 1)
-            if PLANES > 1:
+            if PACKING.planes > 1:
                 row += plane * k
-            head = (here // per_block * splits + split) * 2
-            head += tl.where(here % per_block == per_block - 1, 1, 0)
+            head = (here // PER_BLOCK * split.count + split.index) * 2
+            head += tl.where(here % PER_BLOCK == PER_BLOCK - 1, 1, 0)
         head = tl.where(here <= final, head, 0)
         rows = rows + (row,)
         heads = heads + (head,)
@@ -251,73 +151,53 @@ def _plan(
 
 
 @triton.jit
-def _whole_step(step, split, splits, PLANES: tl.constexpr, SPAN: tl.constexpr):
+def _whole_step(step, split, PACKING: tl.constexpr):
     """Plane and first channel of a step, where all of a block's channels are read."""
-    per_plane: tl.constexpr = SPAN // STEP
-    per_block: tl.constexpr = PLANES * per_plane
-    block = step // per_block * splits + split
-    inner = step % per_block
-    return inner // per_plane, block * SPAN + inner % per_plane * STEP
+    SPAN: tl.constexpr = PACKING.span
+    PER_PLANE: tl.constexpr = PACKING.span // STEP
+    PER_BLOCK: tl.constexpr = PACKING.planes * PACKING.span // STEP
+    block = step // PER_BLOCK * split.count + split.index
+    inner = step % PER_BLOCK
+    return inner // PER_PLANE, block * SPAN + inner % PER_PLANE * STEP
 
 
 @triton.jit
-def _load_words(
-    word_ptr,
-    rows,
-    step,
-    final,
-    columns_w,
-    mask_w,
-    pitch,
-    EVEN_N: tl.constexpr,
-    ROUND: tl.constexpr,
-):
-    """The words of ROUND steps, int32 [4, 8, 4, W]; not read past the last step."""
+def _load_words(words, rows, step, final, columns_w, mask_w, PACKING: tl.constexpr):
+    """The words of the steps, int32 [4, 8, 4, W]; not read past the last step."""
+    AT_ONCE: tl.constexpr = PACKING.at_once
     loaded = ()
-    for index in tl.static_range(ROUND):
-        offset = (rows[index] * pitch)[:, :, :, None]
-        pointers = word_ptr + offset + columns_w[:, :, None, :]
+    for index in tl.static_range(AT_ONCE):
+        offset = (rows[index] * words.pitch)[:, :, :, None]
+        pointers = words.ptr + offset + columns_w[:, :, None, :]
         # A tensor: Triton 3.9's interpreter takes no scalar for a mask.
         mask = tl.broadcast_to(step + index, (1, 1, 1, 1)) <= final
-        if not EVEN_N:
+        if not PACKING.even_n:
             mask = mask & mask_w[:, :, None, :]
-        words = tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first")
-        loaded = loaded + (words,)
+        part = tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first")
+        loaded = loaded + (part,)
     return loaded
 
 
 @triton.jit
 def _load_x(
-    x_ptr,
-    value_ptr,
-    step,
-    final,
-    x_offset,
-    inner_x,
-    live,
-    k,
-    split,
-    splits,
-    PLANES: tl.constexpr,
-    SPARSE: tl.constexpr,
-    SPAN: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    ROUND: tl.constexpr,
+    x, lists, step, final, x_offset, inner_x, live, split, PACKING: tl.constexpr
 ):
-    """x of ROUND steps for every slot, [4, 8, slots / 8, 4]; zero past the last."""
+    """x of the steps for every slot, [4, 8, slots / 8, 4]; zero past the last."""
+    AT_ONCE: tl.constexpr = PACKING.at_once
     loaded = ()
-    for index in tl.static_range(ROUND):
+    for index in tl.static_range(AT_ONCE):
         here = step + index
         mask = live & (tl.broadcast_to(here, (1, 1, 1, 1)) <= final)
-        if SPARSE:
-            x = tl.load(value_ptr + here * STEP + x_offset, mask=mask, other=0.0)
+        if PACKING.sparse:
+            part = tl.load(
+                lists.value_ptr + here * STEP + x_offset, mask=mask, other=0.0
+            )
         else:
-            plane, channel = _whole_step(here, split, splits, PLANES, SPAN)
-            if not EVEN_K:
-                mask &= channel + inner_x < k
-            x = tl.load(x_ptr + channel + x_offset, mask=mask, other=0.0)
-            if PLANES > 1:
-                factor = tl.where(plane > 0, 1.0 / PLANE_STEPS, 1.0)
-                x = (x.to(tl.float32) * factor).to(x.dtype)
-        loaded = loaded + (x,)
+            plane, channel = _whole_step(here, split, PACKING)
+            if not PACKING.even_k:
+                mask &= channel + inner_x < x.k
+            part = tl.load(x.ptr + channel + x_offset, mask=mask, other=0.0)
+            if PACKING.planes > 1:
+                part = tl.where(plane > 0, scale_second_plane(part), part)
+        loaded = loaded + (part,)
     return loaded

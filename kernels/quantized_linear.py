@@ -15,10 +15,10 @@ from vllm_rsparse.formats.base import StoredWeight
 
 from .codes import FP8, INT4, INT8_PLANES
 from .dense_tiles import dense_kernel, dequantise_kernel
-from .group_list import STEP
 from .launch_config import LaunchConfig
 from .packed import packed_kernel
 from .packed_scales import SCALE_BLOCK
+from .packing import STEP, GroupLists, Packing, Scales, Words
 from .rsparse_linear import (
     dot_dtype,
     finish,
@@ -26,7 +26,7 @@ from .rsparse_linear import (
     rows_at_once,
     tiles_of,
 )
-from .tiles import Matrix, Tiling
+from .tiles import Input, Matrix, Tiling
 
 # Most rows of words that a program lists, for its registers: more splits are made
 # where needed.
@@ -199,18 +199,37 @@ def _packed(
     if k > 0 and x.stride(1) != 1:
         x = x.contiguous()
     sparse = thresholds is not None
-    per_word = codes_per_word(weight)
-    width = config.block_n // (8 * per_word)
     span = min(SCALE_BLOCK.value, _span(weight), config.block_k)
     blocks = triton.cdiv(k, span)
     split_k = max(1, min(config.split_k, blocks))
     planes = weight.format.planes
     if sparse:
         split_k = max(split_k, triton.cdiv(planes * k, MOST_LISTED))
-    most_blocks = triton.next_power_of_2(max(1, triton.cdiv(blocks, split_k)))
+    pdl = has_dependent_launch(x.device)
+    # Columns of a thread.
+    width = config.block_n // 8
+    blocks_each = triton.next_power_of_2(max(1, triton.cdiv(blocks, split_k)))
+    starts = [sum(shard_sizes[:index]) for index in range(len(shard_sizes))]
+    packing = Packing(
+        code=INT4.value if planes > 1 else weight.format.code,
+        planes=planes,
+        sparse=sparse,
+        tokens=block_m,
+        spread=block_m <= 4,
+        columns=config.block_n,
+        words=width // codes_per_word(weight),
+        at_once=config.num_stages,
+        group=weight.group,
+        span=span,
+        blocks=blocks_each,
+        length=blocks_each * planes * span,
+        aligned=all(start % width == 0 for start in [*starts, n]),
+        even_n=all(size % config.block_n == 0 for size in shard_sizes),
+        even_k=k % span == 0,
+        pdl=pdl,
+    )
     groups_m = triton.cdiv(tokens, block_m)
     rank_columns = sum(ranks)
-    pdl = has_dependent_launch(x.device)
     tiles = tiles_of(shard_sizes, config.block_n)
     matrix_v, factor_tiling = Matrix(None, 0, 0), None
     if v is not None and rank_columns > 0:
@@ -233,54 +252,28 @@ def _packed(
     partial = torch.empty(
         split_k, tokens, rank_columns + n, dtype=torch.float32, device=x.device
     )
-    rows = values = heads = second = None
+    lists = GroupLists(None, None, None, None)
     if sparse:
-        length = tiles * split_k * groups_m * most_blocks * planes * span
-        rows = torch.empty(length, dtype=torch.int32, device=x.device)
-        values = torch.empty(length * block_m, dtype=x.dtype, device=x.device)
-        steps = length // STEP.value
-        heads = torch.empty(steps, dtype=torch.int32, device=x.device)
-        if planes > 1 and weight.zeros is not None:
-            second = torch.empty(steps * block_m, dtype=torch.float32, device=x.device)
-    starts = [sum(shard_sizes[:index]) for index in range(len(shard_sizes))]
-    piece = width * per_word
+        programs = tiles * split_k * groups_m
+        lists = _workspace(programs * packing.length, x, block_m, weight)
     data, pitch = _rows_of(weight, words=True)
+    per_column = weight.format.code == FP8.value
     options = {"launch_pdl": True} if pdl else {}
     packed_kernel[(groups_m, tiles, split_k)](
-        x,
-        data,
-        None if weight.format.code == FP8.value else weight.scales,
-        weight.zeros,
+        Input(x, x.stride(0), k),
+        Words(data, pitch),
+        Scales(None if per_column else weight.scales, weight.zeros, n),
         thresholds,
         matrix_v,
         partial,
-        rows,
-        values,
-        heads,
-        second,
+        lists,
         tokens,
-        n,
-        k,
-        pitch,
         rank_columns,
-        x.stride(0),
         shard_sizes,
         ranks,
-        CODE=INT4.value if planes > 1 else weight.format.code,
-        PLANES=planes,
-        SPARSE=sparse,
-        TOKENS=block_m,
-        W=width,
-        ROUND=config.num_stages,
-        GROUP=weight.group,
-        SPAN=span,
-        BLOCKS=most_blocks,
+        PACKING=packing,
         FACTOR_TILING=factor_tiling,
-        ALIGNED=all(start % piece == 0 for start in [*starts, n]),
-        EVEN_N=all(size % config.block_n == 0 for size in shard_sizes),
-        EVEN_K=k % span == 0,
         DTYPE=dot_dtype(x.dtype),
-        PDL=pdl,
         num_warps=1,
         num_stages=1,
         **options,
@@ -288,6 +281,20 @@ def _packed(
     scales = _column_scales(weight)
     finish(partial, u, scales, correction, bias, out, shard_sizes, ranks)
     return out
+
+
+def _workspace(rows: int, x: Tensor, tokens: int, weight: StoredWeight) -> GroupLists:
+    """Lists of this many rows in all."""
+    steps = rows // STEP.value
+    second = None
+    if weight.format.planes > 1 and weight.zeros is not None:
+        second = x.new_empty(steps * tokens, dtype=torch.float32)
+    return GroupLists(
+        x.new_empty(rows, dtype=torch.int32),
+        x.new_empty(rows * tokens),
+        x.new_empty(steps, dtype=torch.int32),
+        second,
+    )
 
 
 def _is_four_bit(weight: StoredWeight) -> bool:

@@ -18,6 +18,8 @@ from vllm_rsparse.formats.int8_planes import encode_planes
 from vllm_rsparse.kernels import quantized_linear
 from vllm_rsparse.kernels.group_list import list_groups
 from vllm_rsparse.kernels.launch_config import LaunchConfig
+from vllm_rsparse.kernels.packing import Bounds, GroupLists, Packing
+from vllm_rsparse.kernels.tiles import Input, Split
 from vllm_rsparse.op.reference import dense_linear as dense_reference
 from vllm_rsparse.op.triton_backend import dense_linear, rsparse_linear
 from vllm_rsparse.testing.cases import Case, make_case, relative_error, same_bits
@@ -171,39 +173,15 @@ def test_dense(tokens, block_k, dtype, symmetric):
 
 
 @triton.jit
-def _list_kernel(
-    x_ptr,
-    threshold_ptr,
-    row_ptr,
-    value_ptr,
-    head_ptr,
-    second_ptr,
-    steps_ptr,
-    tokens,
-    k,
-    SPAN: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+def _list_kernel(x, threshold_ptr, lists, steps_ptr, tokens, PACKING: tl.constexpr):
     steps = list_groups(
-        x_ptr,
+        x,
         threshold_ptr,
-        row_ptr,
-        value_ptr,
-        head_ptr,
-        second_ptr,
-        k,
-        tl.program_id(1) * TOKENS,
-        tokens,
-        k,
-        k,
-        tl.program_id(0),
-        tl.num_programs(0),
-        PLANES=2,
-        SPAN=SPAN,
-        BLOCKS=BLOCKS,
-        TOKENS=TOKENS,
-        PDL=False,
+        x.k,
+        lists,
+        Bounds(tl.program_id(1) * PACKING.tokens, tokens),
+        Split(tl.program_id(0), tl.num_programs(0)),
+        PACKING,
     )
     tl.store(steps_ptr, steps)
 
@@ -225,10 +203,30 @@ def test_lists(tokens):
     heads = torch.full((length // 16,), -1, dtype=torch.int32)
     second = torch.full((length // 16, slots), 9.0)
     steps = torch.zeros(1, dtype=torch.int32)
-    made = [one.to(DEVICE) for one in (x, thresholds, rows, values, heads, second)]
+    lists = GroupLists(*(one.to(DEVICE) for one in (rows, values, heads, second)))
     steps = steps.to(DEVICE)
-    _list_kernel[(1,)](*made, steps, tokens, k, SPAN=span, BLOCKS=4, TOKENS=slots)
-    rows, values, heads, second = (one.cpu() for one in made[2:])
+    packing = Packing(
+        code=3,
+        planes=2,
+        sparse=True,
+        tokens=slots,
+        spread=True,
+        columns=64,
+        words=1,
+        at_once=1,
+        group=span,
+        span=span,
+        blocks=4,
+        length=length,
+        aligned=True,
+        even_n=True,
+        even_k=True,
+        pdl=False,
+    )
+    _list_kernel[(1,)](
+        Input(x.to(DEVICE), k, k), thresholds.to(DEVICE), lists, steps, tokens, packing
+    )
+    rows, values, heads, second = (one.cpu() for one in lists)
 
     wanted = x.float().abs() > thresholds[:, None]
     read = wanted.any(1)

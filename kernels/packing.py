@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the functions of the packed kernel pass: tuples of pointers, and constants."""
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+# Channels of one step: what one instruction of the matrix units multiplies.
+STEP = tl.constexpr(16)
+
+
+class Words(NamedTuple):
+    """int32 rows of a weight's codes, ``pitch`` words apart; an input channel a row.
+
+    Of two planes, row K + j is channel j of the second.
+    """
+
+    ptr: Any
+    pitch: Any
+
+
+class Scales(NamedTuple):
+    """Scales [groups, n], and zero points packed like words; each a pointer or None."""
+
+    ptr: Any
+    zero_ptr: Any
+    n: Any
+
+
+class GroupLists(NamedTuple):
+    """Workspace of a listing program; see ``group_list.list_groups``."""
+
+    row_ptr: Any
+    value_ptr: Any
+    head_ptr: Any
+    second_ptr: Any
+
+
+class Bounds(NamedTuple):
+    """Columns or tokens: the program's first, and the first one beyond them all."""
+
+    begin: Any
+    end: Any
+
+
+class Packing(NamedTuple):
+    """Constants of a compiled packed program; numbers, for the reason of ``Tiling``.
+
+    Attributes:
+        code: the format; that of a plane, where there are several.
+        planes: planes of the weight, one after the other like their thresholds: 1, or
+            2 of int4.
+        sparse: read the channels that thresholds keep; otherwise all of them.
+        tokens: of the program.
+        spread: up to four tokens take the even ones of the eight slots that the matrix
+            units have. A thread's sums of the odd ones are never scaled or kept.
+        columns: of a tile.
+        words: words of a row that a thread loads at once, 1, 2 or 4; eight threads
+            share a row.
+        at_once: steps of 16 channels whose words are in flight together, 1, 2 or 4.
+        group: channels that share a row of scales, 0 for scales per column, which
+            ``finish_kernel`` applies.
+        span: channels of one block; a program takes blocks in turns with the splits.
+        blocks: most blocks of a program, a power of two.
+        length: most rows of a program's list.
+        aligned: every tile begins at a multiple of ``words`` words.
+        even_n: no tile ends before its last column.
+        even_k: no block ends before its last channel.
+        pdl: programmatic dependent launch.
+    """
+
+    code: int
+    planes: int
+    sparse: bool
+    tokens: int
+    spread: bool
+    columns: int
+    words: int
+    at_once: int
+    group: int
+    span: int
+    blocks: int
+    length: int
+    aligned: bool
+    even_n: bool
+    even_k: bool
+    pdl: bool
