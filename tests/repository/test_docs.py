@@ -15,6 +15,7 @@ import pytest
 
 from vllm_rsparse import envs
 from vllm_rsparse.cli import COMMANDS
+from vllm_rsparse.model.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -201,3 +202,9 @@ def test_environment_variables_are_documented() -> None:
     assert named == set(envs.VLLM_ENVIRONMENT)
     page = (ROOT / "docs/configuration.md").read_text()
     assert all(name in page for name in named)
+
+
+def test_every_family_is_in_the_table_of_models() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    architectures = {name for family in FAMILIES for name in family.architectures}
+    assert not {name for name in architectures if f"`{name}`" not in page}

@@ -159,7 +159,11 @@ _GEMMA_ACCEPTS = (
 )
 FAMILIES = (
     Family(
-        ("Mistral3ForConditionalGeneration", "Gemma3ForConditionalGeneration"),
+        (
+            "Mistral3ForConditionalGeneration",
+            "Gemma3ForConditionalGeneration",
+            "InternVLForConditionalGeneration",
+        ),
         text_config="text_config",
         # The second is what transformers 4.52 and later may write.
         paths=("language_model.model", "model.language_model"),

@@ -17,9 +17,9 @@ FLOAT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _SUPPORTED = (
     "supported are dense decoders whose layers have q, k, v, o, gate, up and down"
     " projections (Llama, Mistral, Qwen2, Qwen3 and the like), also fused in Phi-3 and"
-    " GLM-4, and in the language model of Mistral 3 and Gemma 3 with vision; Qwen3.5"
-    " with its Gated DeltaNet layers; Gemma 4; and what is not a routed expert in"
-    " Qwen3, Qwen3.5 and Gemma 4 mixtures of experts"
+    " GLM-4, and in the language model of Mistral 3, InternVL and Gemma 3 with vision;"
+    " Qwen3.5 with its Gated DeltaNet layers; Gemma 4; and what is not a routed expert"
+    " in Qwen3, Qwen3.5 and Gemma 4 mixtures of experts"
 )
 _EXPERTS = "a mixture of experts"
 # Tensor names (within a layer) that mark an architecture which is out of scope.

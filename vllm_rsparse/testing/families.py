@@ -199,12 +199,14 @@ FAMILIES = {
     "Gemma3": RandomFamily("Gemma3", "Gemma3Text", {**_TIED, **_GEMMA}),
     # A language model among others.
     "Mistral3": RandomFamily("Mistral3", options=_UNTIED, wraps="mistral"),
+    "Ministral3": RandomFamily("Mistral3", options=_UNTIED, wraps="ministral3"),
     "Gemma3 vision": RandomFamily(
         "Gemma3",
         options={**_TIED, **_GEMMA},
         wraps="gemma3_text",
         vision_tower="vision_tower.vision_model",
     ),
+    "InternVL": RandomFamily("InternVL", options=_UNTIED, wraps="qwen3"),
     # Several linears in one tensor.
     "Phi3": RandomFamily(
         "Phi3", options={**_UNTIED, "head_dim": None, "pad_token_id": 0}
