@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vllm_rsparse.formats import int8_planes
 from vllm_rsparse.formats.base import StoredWeight, WeightFormatError
 from vllm_rsparse.formats.int4 import INT4
 from vllm_rsparse.formats.int8 import store_int8
@@ -75,14 +76,36 @@ def test_slices_are_encoded_as_in_the_whole() -> None:
     assert torch.equal(part, whole[16:32, 64:192])
 
 
-def test_what_rounding_loses_on_normal_weights() -> None:
-    """Next to plain round-to-nearest over the whole range (0.1006 and 0.0068)."""
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_chunks_are_encoded_as_the_whole(
+    symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups of five at a time, and one is left."""
+    torch.manual_seed(0)
+    weight = torch.randn(16, 320)
+    whole = encode_planes(weight, 64, torch.float32, symmetric=symmetric)
+    monkeypatch.setattr(int8_planes, "_CHUNK_ELEMENTS", 2 * 64 * 16 + 1)
+    parts = encode_planes(weight, 64, torch.float32, symmetric=symmetric)
+    for one, other in zip(parts.tensors, whole.tensors, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "four", "eight"), [(False, 0.098, 0.0085), (True, 0.107, 0.009)]
+)
+def test_what_rounding_loses_on_normal_weights(
+    symmetric: bool, four: float, eight: float
+) -> None:
+    """Next to plain round-to-nearest over the whole range.
+
+    That loses 0.1006 and 0.0068, with the zero point 8 everywhere 0.1112 and 0.0077.
+    """
     torch.manual_seed(0)
     weight = torch.randn(256, 1024)
-    stored = encode_planes(weight, 128, torch.bfloat16)
+    stored = encode_planes(weight, 128, torch.bfloat16, symmetric=symmetric)
     first, second = INT8_PLANES.dequantise_planes(stored)
-    assert relative_error(first, weight) < 0.098
-    assert relative_error(first + second, weight) < 0.0085
+    assert relative_error(first, weight) < four
+    assert relative_error(first + second, weight) < eight
 
 
 def test_zero_and_constant_groups_are_exact() -> None:
@@ -174,6 +197,32 @@ def test_int8_is_split_exactly(k: int, group: int) -> None:
     assert set(unpack_nibbles(stored.zeros).flatten().tolist()) == {7, 8}
     assert stored.scales is not None
     assert stored.scales.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "zero"),
+    [(-128, 119, 8), (-121, 119, 8), (-120, 119, 8), (-120, 120, 7), (-120, 127, 7)],
+)
+def test_int8_up_to_the_ends_of_a_zero_point(least: int, most: int, zero: int) -> None:
+    codes = torch.randint(-50, 50, (8, 64), dtype=torch.int8)
+    codes[2, 5], codes[2, 60] = least, most
+    weight = store_int8(codes, torch.ones(8, 1) / 64)
+    stored = PLANES_WHILE_LOADING.requantise(weight, torch.bfloat16)
+    assert torch.equal(stored.dequantise(), weight.dequantise())
+    assert stored.zeros is not None
+    assert unpack_nibbles(stored.zeros)[0, 2] == zero
+
+
+def test_int8_is_split_in_chunks_as_in_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    codes = torch.randint(-128, 128, (16, 640)).to(torch.int8)
+    weight = store_int8(codes, (torch.rand(16, 5) / 100).bfloat16())
+    whole = PLANES_WHILE_LOADING.requantise(weight, torch.bfloat16)
+    monkeypatch.setattr(int8_planes, "_CHUNK_ELEMENTS", 2 * 128 * 16 + 1)
+    parts = PLANES_WHILE_LOADING.requantise(weight, torch.bfloat16)
+    for one, other in zip(parts.tensors, whole.tensors, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_int8_that_cannot_be_split_is_rounded_like_floats() -> None:

@@ -24,6 +24,10 @@ def _codes(*shape: int) -> Tensor:
     return torch.randint(0, 16, shape, dtype=torch.uint8)
 
 
+def _sixteens(*shape: int) -> torch.Tensor:
+    return torch.full(shape, 16, dtype=torch.uint8)
+
+
 def _int4(n: int, k: int, group: int, zeros: bool = True) -> StoredWeight:
     scales = torch.rand(k // group, n).bfloat16()
     return store_int4(_codes(k, n), scales, _codes(k // group, n) if zeros else None)
@@ -140,11 +144,11 @@ def test_malformed_tensors_are_refused_by_name(case: str) -> None:
     [
         (_codes(32, 12), torch.ones(1, 12), None, "N must be a multiple of 8"),
         (_codes(32, 8).int(), torch.ones(1, 8), None, "codes must be uint8"),
-        (_codes(32, 8) + 16, torch.ones(1, 8), None, "codes must lie between 0 and 15"),
+        (_sixteens(32, 8), torch.ones(1, 8), None, "codes must lie between 0 and 15"),
         (_codes(33, 8), torch.ones(2, 8), None, "a group G that divides K"),
         (_codes(32, 8), torch.ones(0, 8), None, "a group G that divides K"),
         (_codes(32, 8), torch.ones(1, 8), _codes(2, 8), "zeros must be .1, 8. like"),
-        (_codes(32, 8), torch.ones(1, 8), _codes(1, 8) + 16, "zeros must lie between"),
+        (_codes(32, 8), torch.ones(1, 8), _sixteens(1, 8), "zeros must lie between"),
     ],
 )
 def test_logical_values_that_int4_cannot_store(
