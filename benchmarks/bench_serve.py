@@ -188,9 +188,9 @@ class Benchmark:
         self, weights: str, targets: dict[str, list[float]], rho: float
     ) -> EngineJob:
         name, job = self._sparse_job(weights, targets, rho)
-        # Only ranks depend on it.
-        sparsity = 1 - next(iter(targets.values()))[0] / rho
-        write_sparse_model(Path(job["model"]), self._shape, sparsity, rho, weights)
+        # The sparsest: the route must be sparse for it.
+        shares = min(targets.values(), key=sum)
+        write_sparse_model(Path(job["model"]), self._shape, shares, rho, weights)
         job |= {"task": "calibrate", "targets": targets}
         log = self._args.out / f"{name}-calibrate.log"
         # Calibration decodes four prompts at a time, all of them sparse.

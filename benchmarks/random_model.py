@@ -7,6 +7,7 @@ requested kept fraction and sets them in the running engine.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def write_config(directory: Path, shape: Shape, quantization: dict | None) -> No
 def write_sparse_model(
     directory: Path,
     shape: Shape,
-    sparsity: float,
+    shares: Sequence[float],
     rho: float,
     weights: str = "bf16",
 ) -> None:
@@ -161,11 +162,13 @@ def write_sparse_model(
     Args:
         directory: where to write.
         shape: the decoder's shape.
-        sparsity: target; with ``rho`` it sets the ranks.
+        shares: of the channels that the thresholds will keep once they are found, for
+            each plane of the weights. The plug-in's default route depends on what is
+            said here; with ``rho`` they set the ranks.
         rho: share of the budget for exact channels.
         weights: format of the base model's weights, a key of ``WEIGHTS``.
     """
-    planes = 2 if weights == PLANES else 1
+    planes, sparsity = len(shares), round(1 - shares[0] / rho, 9)
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, LinearEntry] = {}
     generator = torch.Generator().manual_seed(0)
@@ -180,9 +183,13 @@ def write_sparse_model(
                 for field, size in (("u", (n, rank)), ("v", (rank, k))):
                     factor = torch.randn(*size, generator=generator) * 1e-3
                     tensors[f"{name}.{field}"] = factor.bfloat16()
-            full = 1.0 if planes > 1 else None
             entries[name] = LinearEntry(
-                (n, k), sparsity, rho, rank, 1.0, full_fraction=full
+                (n, k),
+                sparsity,
+                rho,
+                rank,
+                shares[0],
+                full_fraction=shares[1] if planes > 1 else None,
             )
     artifact = directory / ARTIFACT_DIR
     artifact.mkdir(parents=True, exist_ok=True)

@@ -61,11 +61,27 @@ class EngineJob:
 def run_jobs(
     jobs: Sequence[EngineJob], together: bool
 ) -> Iterator[tuple[EngineJob, dict[str, Any]]]:
-    """Run engines in the given order, or all at once; yields job and result."""
+    """Run engines in the given order, or all at once; yields job and result.
+
+    Raises:
+        RuntimeError: some failed. Where they run all at once, it comes after the
+            results of the others.
+    """
     if not jobs:
         return
     with ThreadPoolExecutor(len(jobs) if together else 1) as pool:
-        yield from zip(jobs, pool.map(EngineJob.run, jobs), strict=True)
+        running = [(job, pool.submit(job.run)) for job in jobs]
+        failed = []
+        for job, result in running:
+            if error := result.exception():
+                failed.append(error)
+                if not together:
+                    pool.shutdown(cancel_futures=True)
+                    break
+                continue
+            yield job, result.result()
+    if failed:
+        raise failed[0]
 
 
 def _logged(text: str) -> dict[str, Any]:

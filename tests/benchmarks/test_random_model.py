@@ -29,10 +29,22 @@ def test_the_artifact_names_the_format_of_its_base(
     random_model: ModuleType, tmp_path: Path, weights: str
 ) -> None:
     shape = random_model.SHAPES["tiny"]
-    random_model.write_sparse_model(tmp_path, shape, 0.5, 1.0, weights)
+    random_model.write_sparse_model(tmp_path, shape, [0.5], 1.0, weights)
     info = open_artifact(tmp_path).info
     dictionary = random_model.WEIGHTS[weights]
     layout = None
     if dictionary is not None:
         layout = parse_scheme(dictionary, "config").layout(next(iter(info.linears)))
     assert format_of_layout(layout) == (info.base.format, info.base.group)
+
+
+def test_planes_are_made_while_loading(
+    random_model: ModuleType, tmp_path: Path
+) -> None:
+    shape = random_model.SHAPES["tiny"]
+    planes = random_model.PLANES
+    random_model.write_sparse_model(tmp_path, shape, [0.85, 0.15], 1.0, planes)
+    info = open_artifact(tmp_path).info
+    assert (info.base.format, info.weights) == ("float", planes)
+    entry = next(iter(info.linears.values()))
+    assert (entry.kept_fraction, entry.full_fraction) == (0.85, 0.15)

@@ -52,3 +52,15 @@ def test_results_keep_the_order_of_the_jobs(jobs, tmp_path: Path, together) -> N
     ]
     found = [(job.label, row["limit"]) for job, row in jobs.run_jobs(many, together)]
     assert found == [("a", "a"), ("b", "b"), ("c", "c")]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_failure_ends_a_sequence_and_not_the_others(jobs, tmp_path, together) -> None:
+    many = [
+        jobs.EngineJob(name, {"status": name == "b"}, tmp_path / name) for name in "abc"
+    ]
+    results = jobs.run_jobs(many, together)
+    found = [next(results)[0].label for _ in range(2 if together else 1)]
+    assert found == (["a", "c"] if together else ["a"])
+    with pytest.raises(RuntimeError, match="the end of"):
+        next(results)
