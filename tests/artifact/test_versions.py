@@ -90,6 +90,14 @@ def test_version_1_artifact(tmp_path):
     assert artifact.info.provenance["vllm_rsparse"] == "0.1.0"
 
 
+def test_version_1_without_bias_has_no_correction():
+    raw = json.loads(VERSION_1)
+    for entry in raw["linears"].values():
+        del entry["bias"]
+    info = read_info(json.dumps(raw), "x")
+    assert not any(entry.correction for entry in info.linears.values())
+
+
 def test_version_1_is_written_as_the_newest():
     raw = json.loads(write_info(read_info(VERSION_1, "here")))
     assert raw["format_version"] == 2
