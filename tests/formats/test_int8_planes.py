@@ -80,11 +80,11 @@ def test_slices_are_encoded_as_in_the_whole() -> None:
 def test_chunks_are_encoded_as_the_whole(
     symmetric: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two groups of five at a time, and one is left."""
+    """Three output channels at a time, and one is left."""
     torch.manual_seed(0)
     weight = torch.randn(16, 320)
     whole = encode_planes(weight, 64, torch.float32, symmetric=symmetric)
-    monkeypatch.setattr(int8_planes, "_CHUNK_ELEMENTS", 2 * 64 * 16 + 1)
+    monkeypatch.setitem(int8_planes._CHUNK_ELEMENTS, "cpu", 3 * 320 + 1)
     parts = encode_planes(weight, 64, torch.float32, symmetric=symmetric)
     for one, other in zip(parts.tensors, whole.tensors, strict=True):
         assert torch.equal(one, other)
@@ -219,7 +219,7 @@ def test_int8_is_split_in_chunks_as_in_the_whole(
     codes = torch.randint(-128, 128, (16, 640)).to(torch.int8)
     weight = store_int8(codes, (torch.rand(16, 5) / 100).bfloat16())
     whole = PLANES_WHILE_LOADING.requantise(weight, torch.bfloat16)
-    monkeypatch.setattr(int8_planes, "_CHUNK_ELEMENTS", 2 * 128 * 16 + 1)
+    monkeypatch.setitem(int8_planes._CHUNK_ELEMENTS, "cpu", 2 * 128 * 16 + 1)
     parts = PLANES_WHILE_LOADING.requantise(weight, torch.bfloat16)
     for one, other in zip(parts.tensors, whole.tensors, strict=True):
         assert torch.equal(one, other)
