@@ -119,6 +119,9 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(
 def test_a_file_that_turns_out_unwritable_is_named_with_its_option(tmp_path):
     path = tmp_path / "out.json"
     message = rf"^--json {path}: cannot be written \(\[Errno 28\] No space.*free space"
-    with pytest.raises(SettingError, match=message) as caught, writing("--json", path):
+    with (
+        pytest.raises(SettingError, match=message) as caught,
+        writing(f"--json {path}"),
+    ):
         raise FULL
     assert caught.value.__cause__ is FULL

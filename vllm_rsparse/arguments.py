@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vllm_rsparse.errors import SettingError
+from vllm_rsparse.errors import RSparseError, SettingError
 
 
 def output_file(text: str) -> Path:
@@ -36,26 +36,37 @@ def output_problem(path: Path) -> str | None:
 
 
 @contextmanager
-def writing(option: str, path: Path) -> Iterator[None]:
-    """Name the option where the operating system refuses to write.
+def writing(
+    what: Path | str,
+    kind: type[RSparseError] = SettingError,
+    elsewhere: str = "another path",
+) -> Iterator[None]:
+    """Turn the operating system's refusal to write into an error for the user.
 
     Not everything shows before any work is done: a disk fills up, and some file systems
     (/proc) hold no files although their folders are writable.
 
     Args:
-        option: that gives the path.
-        path: what is written.
+        what: is written: a path, after the option that gives it.
+        kind: class of the error.
+        elsewhere: what to choose instead.
 
     Raises:
-        SettingError: it cannot be.
+        RSparseError: of this kind; it cannot be written.
     """
     try:
         yield
     except OSError as error:
-        raise SettingError(
-            f"{option} {path}: cannot be written ({error}); free space there, or choose"
-            " another path"
-        ) from error
+        raise unwritable(what, error, kind, elsewhere) from error
+
+
+def unwritable(
+    what: Path | str, cause: Exception, kind: type[RSparseError], elsewhere: str
+) -> RSparseError:
+    """The error that ``writing`` raises, for exceptions other than ``OSError``."""
+    return kind(
+        f"{what}: cannot be written ({cause}); free space there, or choose {elsewhere}"
+    )
 
 
 def check_picture(path: Path) -> None:

@@ -70,7 +70,7 @@ def draw(info: ArtifactInfo, path: Path) -> None:
     axes.set_yticks(range(len(values)), list(grid.layers))
     axes.set_title(f"share of bytes skipped, {info.achieved_sparsity:.3f} in all")
     figure.colorbar(image)
-    with writing("--plot", path):
+    with writing(f"--plot {path}"):
         figure.savefig(path, dpi=150)
 
 

@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
         rows += of_format
     if output is not None:
         document = {**provenance(), "read_gbps": round(bandwidth / 1e9), "rows": rows}
-        with writing("--output", output):
+        with writing(f"--output {output}"):
             output.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
@@ -154,7 +154,7 @@ def _output(args: argparse.Namespace) -> Path | None:
     if args.tune:
         if file.exists() and not file.is_dir():
             raise SettingError(f"--output {file}: is a file; --tune writes a folder")
-        with writing("--output", file):
+        with writing(f"--output {file}"):
             file.mkdir(parents=True, exist_ok=True)
         file = file / "bench.json"
     problem = output_problem(file)
@@ -174,10 +174,10 @@ def _tune(
     refusal = BACKENDS[Backend.TRITON].refusal(device)
     if refusal is not None:
         raise SettingError(f"--tune needs a CUDA device: {refusal}")
-    from vllm_rsparse.bench.tuner import tune
+    from vllm_rsparse.bench.tuner import OTHER_FOLDER, tune
 
     folder = args.output or tables.user_directory()
-    with writing("--tune", folder):
+    with writing(folder, elsewhere=OTHER_FOLDER):
         folder.mkdir(parents=True, exist_ok=True)
     path = tables.table_path(folder, device_of(torch.device(device)).name)
     problem = output_problem(path)

@@ -31,6 +31,8 @@ from vllm_rsparse.op.tables import DENSE, SPARSE, TunedEntry
 from vllm_rsparse.op.triton_backend import dense_linear, rsparse_linear
 from vllm_rsparse.op.tuning import device_of
 
+# What to choose where the table cannot be written.
+OTHER_FOLDER = "another folder with --output"
 # How many of the coarse ranking are timed again more accurately, and how many inputs
 # the coarse one rotates over: 100 MB of the smallest layer.
 _FINALISTS = 4
@@ -115,7 +117,7 @@ def tune(
         entry = _tune_layer(job, dtype, device, time.monotonic() + share)
         table[entry.problem, job.tokens, job.route] = entry
         # Written after every shape, so that an interrupted search keeps its results.
-        with writing("--tune", path):
+        with writing(path, elsewhere=OTHER_FOLDER):
             tables.write_table(path, list(table.values()), facts)
 
 

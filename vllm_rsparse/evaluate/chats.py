@@ -72,7 +72,7 @@ def answers_of(
         answers = _generate(model, prompts, tokens)
         if file is not None:
             document = {"asked": asked, "answers": [asdict(one) for one in answers]}
-            with writing("--answers", file):
+            with writing(f"--answers {file}"):
                 file.write_text(json.dumps(document) + "\n", encoding="utf-8")
     long = [one for one in answers if len(one.answer) >= SHORTEST]
     if len(long) < len(answers):

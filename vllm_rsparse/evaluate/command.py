@@ -167,6 +167,6 @@ def run(args: argparse.Namespace) -> int:
     document = (run_text if args.chat is None else run_chat)(args, prepared)
     if args.json is not None:
         text = json.dumps(document, indent=1) + "\n"
-        with writing("--json", args.json):
+        with writing(f"--json {args.json}"):
             args.json.write_text(text, encoding="utf-8")
     return 0

@@ -43,5 +43,5 @@ def draw(losses: Sequence["Loss"], recipes: Sequence[str], path: Path) -> None:
     axes.set_title(f"held-out text, {losses[0].tokens} predictions")
     axes.legend()
     axes.grid(alpha=0.3, which="both")
-    with writing("--plot", path):
+    with writing(f"--plot {path}"):
         figure.savefig(path, dpi=150)

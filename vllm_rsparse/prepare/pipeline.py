@@ -160,7 +160,7 @@ def prepare_all(options: PrepareOptions) -> list[ArtifactInfo]:
             one.commit()
     if options.save_recipe is not None:
         text_of_recipe = recipe_json(jobs[0].planned.recipe)
-        with writing("--save-recipe", options.save_recipe):
+        with writing(f"--save-recipe {options.save_recipe}"):
             options.save_recipe.write_text(text_of_recipe, encoding="utf-8")
     return infos
 

@@ -2,35 +2,27 @@
 """Writing files so that they are on disk, and errors that say what to do if not."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.arguments import unwritable, writing
+from vllm_rsparse.errors import PrepareError, RSparseError
+
+_ELSEWHERE = "an OUTPUT on another disk"
 
 
-@contextmanager
-def writing(what: Path | str) -> Iterator[None]:
-    """Turn the operating system's refusal to write into an error for the user.
-
-    Args:
-        what: the file, or the parameter with its value.
+def writing_output(what: Path | str) -> AbstractContextManager[None]:
+    """``writing`` for OUTPUT and the files that a run keeps next to it.
 
     Raises:
         PrepareError: the disk is full, or the file system does not allow it.
     """
-    try:
-        yield
-    except OSError as error:
-        raise unwritable(what, error) from error
+    return writing(what, PrepareError, _ELSEWHERE)
 
 
-def unwritable(what: Path | str, error: Exception) -> PrepareError:
-    """The error of a file, or of a parameter with its value, and its cause."""
-    return PrepareError(
-        f"{what}: cannot be written ({error}); free space there, or choose an OUTPUT on"
-        " another disk"
-    )
+def unwritable_output(what: Path | str, cause: Exception) -> RSparseError:
+    """The error of ``writing_output``, for exceptions other than ``OSError``."""
+    return unwritable(what, cause, PrepareError, _ELSEWHERE)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,12 +51,12 @@ def replace_text(path: Path, text: str) -> None:
     """
     partial = path.with_suffix(".partial")
     _write(partial, "w", text)
-    with writing(path):
+    with writing_output(path):
         partial.replace(path)
 
 
 def _write(path: Path, mode: str, text: str) -> None:
-    with writing(path), path.open(mode, encoding="utf-8") as stream:
+    with writing_output(path), path.open(mode, encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -18,7 +18,7 @@ from vllm_rsparse.artifact.tensors import ARTIFACT_DIR, JSON_NAME, TENSORS_NAME
 from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.checkpoint_files import COMPANIONS, INDEX_NAME
-from vllm_rsparse.prepare.store.files import write_text, writing
+from vllm_rsparse.prepare.store.files import write_text, writing_output
 
 
 class StagedOutput:
@@ -73,7 +73,7 @@ class StagedOutput:
         self._remove()
 
     def _writing(self) -> AbstractContextManager[None]:
-        return writing(f"OUTPUT {self.output}")
+        return writing_output(f"OUTPUT {self.output}")
 
     def _require_links(self) -> None:
         """A disk without links (FAT, some network shares) shows now, not at the end."""

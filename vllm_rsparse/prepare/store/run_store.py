@@ -34,8 +34,8 @@ from vllm_rsparse.errors import DamagedCheckpointError, NotFiniteError, PrepareE
 from vllm_rsparse.prepare.store.files import (
     append_text,
     replace_text,
-    unwritable,
-    writing,
+    unwritable_output,
+    writing_output,
 )
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class RunStore:
                 os.fsync(stream.fileno())
             partial.replace(path)
         except (OSError, SafetensorError) as error:
-            raise unwritable(path, error) from error
+            raise unwritable_output(path, error) from error
 
     def get(self, key: Key) -> tuple[dict[str, Tensor], Any]:
         """Tensors on the CPU, which may be changed in place, and the note.
@@ -242,7 +242,7 @@ class RunStore:
                 )
                 self.clear()
         if make and not self._opened:
-            with writing(self.directory):
+            with writing_output(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
             self._acquire()
             replace_text(identity, self._identity)

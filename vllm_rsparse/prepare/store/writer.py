@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.errors import PrepareError
-from vllm_rsparse.prepare.store.files import writing
+from vllm_rsparse.prepare.store.files import writing_output
 
 _DTYPES = {
     torch.float64: "F64",
@@ -109,7 +109,7 @@ class SafetensorsWriter:
         start = 8 + len(encoded)
         self._offsets = {name: start + offset for name, offset in offsets.items()}
         self._missing = dict.fromkeys(order)
-        with writing(path):
+        with writing_output(path):
             self._file = path.open("xb")
             try:
                 _allocate(path, self._file.fileno(), start + offset)
@@ -136,7 +136,7 @@ class SafetensorsWriter:
             )
         # The dtype is reinterpreted as bytes, because NumPy has no bfloat16.
         raw = tensor.contiguous().cpu().flatten().view(torch.uint8).numpy()
-        with writing(self.path):
+        with writing_output(self.path):
             self._file.seek(self._offsets[name])
             self._file.write(raw.data)
         del self._missing[name]
@@ -150,7 +150,7 @@ class SafetensorsWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with writing(self.path), closing(self._file):
+        with writing_output(self.path), closing(self._file):
             if error is None:
                 if self._missing:
                     raise ValueError(
