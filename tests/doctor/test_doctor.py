@@ -155,8 +155,8 @@ def test_weights_of_another_model(doctor: Any, prepared: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (torch.randn(16, 64), r"down_proj [32, 64] is [16, 64] there"),
-        (None, "down_proj [32, 64] is missing"),
+        (torch.randn(16, 64), "down_proj [32, 64] is [16, 64] in the"),
+        (None, "down_proj [32, 64] is missing in the"),
     ],
 )
 def test_a_linear_of_the_last_layer(
@@ -208,7 +208,7 @@ def test_a_file_of_the_base(doctor: Any, prepared: Path, fault: str) -> None:
     words = {
         "gone": "lists b.safetensors, which is missing",
         "short": "b.safetensors: cannot be read",
-        "another": "lists 1 tensors that no file has, such as model.norm.weight",
+        "another": "lists model.norm.weight, which no file has (1 missing",
     }
     assert words[fault] in lines["base model"]
 

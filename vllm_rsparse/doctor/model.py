@@ -40,17 +40,17 @@ def artifact(directory: Path) -> Iterator[Finding]:
 
 
 def base(directory: Path) -> Iterator[Finding]:
-    """The base model's files: by their headers, whether every linear is there.
+    """Whether the base model's files hold every linear of the artifact in its shape.
 
     Only headers are read, so that a model of any size takes seconds. A file that was
     cut short is found too, as a header names the size of what follows.
 
     Raises:
-        RSparseError: a file is missing or damaged, or the artifact was prepared from
-            another model.
+        CheckpointError: a file is missing or damaged.
+        ArtifactError: the artifact was prepared from another model.
     """
     if holds_artifact(directory):
-        return  # on its own, as on the Hub next to nobody's weights
+        return  # an artifact alone names no base model
     prepared = PreparedDirectory.open(directory)
     checkpoint = prepared.checkpoint
     _refuse_missing_tensors(checkpoint)
@@ -62,10 +62,11 @@ def base(directory: Path) -> Iterator[Finding]:
         if parsed.path == model.layer_path and parsed.layer is not None:
             shape = model.linear_shape(parsed.layer, parsed.kind)
         if shape != entry.shape:
-            state = "missing" if shape is None else f"{list(shape)} there"
+            found = "is missing" if shape is None else f"is {list(shape)}"
             raise ArtifactError(
-                f"{directory}: the artifact's linear {name} {list(entry.shape)} is"
-                f" {state}; it was prepared from another model: prepare this one"
+                f"{directory}: the artifact's linear {name} {list(entry.shape)} {found}"
+                " in the base model; the artifact was prepared from another model:"
+                " prepare this one"
             )
     count = len(checkpoint.weight_files)
     files = "1 file" if count == 1 else f"{count} files"
@@ -85,8 +86,8 @@ def _refuse_missing_tensors(checkpoint: Checkpoint) -> None:
     missing = read_json(index)["weight_map"].keys() - checkpoint.tensors.keys()
     if missing:
         raise CheckpointError(
-            f"{index}: lists {len(missing)} tensors that no file has, such as"
-            f" {min(missing)}; download the base model again"
+            f"{index}: lists {min(missing)}, which no file has ({len(missing)} missing"
+            " in all); download the base model again"
         )
 
 

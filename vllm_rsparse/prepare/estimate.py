@@ -39,9 +39,9 @@ _PRODUCT = 2048
 _ROWS = 512
 # Seconds of one row from which more rows tell nothing new: 0.8 GFLOP/s.
 _SLOW = 0.01
-# Of any machine, operations per second.
+# Operations per second that every machine reaches.
 _SLOWEST = 5e8
-# Seconds that are not worth a message.
+# Seconds up to which a run is not worth a message.
 _SHORT = 60.0
 
 
@@ -69,7 +69,7 @@ def warn_if_long(
         return 2.0 * elements * tokens * passes(other, tokens, targets, searches)
 
     if operations(recipe) / _SLOWEST < _SHORT:
-        return  # small enough to be done before the speed is measured
+        return  # on any machine; measuring its speed may take longer
     speed = product_speed(dtype)
 
     def seconds(other: Recipe) -> float:

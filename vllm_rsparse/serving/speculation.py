@@ -9,7 +9,8 @@ from vllm_rsparse.serving.route import Route
 
 logger = logging.getLogger(__name__)
 
-# They propose nothing where they find no repetition; all others draft at every step.
+# Methods that propose nothing where they find no repetition; all others draft at every
+# step.
 _LOOKUPS = ("ngram", "ngram_gpu", "suffix")
 
 
