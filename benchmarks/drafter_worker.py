@@ -73,7 +73,8 @@ class Engine:
         found: Counter[str] = Counter()
         for metric in self._llm.get_metrics():
             if name := COUNTS.get(metric.name):
-                found[name] = getattr(metric, "count", None) or metric.value
+                # A histogram has a count, a counter a value.
+                found[name] = metric.count if hasattr(metric, "count") else metric.value
         return found
 
 

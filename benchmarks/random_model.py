@@ -163,8 +163,8 @@ def write_sparse_model(
         directory: where to write.
         shape: the decoder's shape.
         shares: of the channels that the thresholds will keep once they are found, for
-            each plane of the weights. The plug-in's default route depends on what is
-            said here; with ``rho`` they set the ranks.
+            each plane of the weights. The plug-in's default switch point depends on
+            them, and with ``rho`` they set the ranks.
         rho: share of the budget for exact channels.
         weights: format of the base model's weights, a key of ``WEIGHTS``.
     """

@@ -22,8 +22,9 @@ class Base:
     Attributes:
         bits: read per weight where no channel is skipped, scales included.
         layout: of ``testing.quantized``, for a checkpoint on disk.
-        integer_bits: rounded to integers of so many bits, written as bfloat16 because
-            no engine has the format: measured dense only.
+        integer_bits: width of the integers that weights are rounded to. They are
+            written as bfloat16, because no engine has the format, and measured
+            dense only.
         weights: ``prepare --weights``.
     """
 
