@@ -19,6 +19,7 @@ from vllm_rsparse.op.tuning import Device
 
 GPU = Device("GPU", 132)
 CONFIG = LaunchConfig(128, 32, 4, 2, 1, use_dot=False)
+DOT = replace(CONFIG, use_dot=True)
 
 
 @pytest.fixture
@@ -171,6 +172,14 @@ def test_default_fills_the_multiprocessors_that_there_are(tokens: int) -> None:
             r"entries\[0\].config: block_n must be a power of two, got 48; write",
         ),
         (entry_with(route="dense"), "config: the dense route has kernels for int4"),
+        (
+            entry_with(route="dense", config=asdict(DOT)),
+            "config: the dense route has kernels for int4.*; got bfloat16",
+        ),
+        (
+            entry_with(route="dense", dtype="int4"),
+            "config: the dense route has .* with either packed or use_dot; got int4",
+        ),
         (entry_with(dtype="int4"), "config: packed must be true for int4; write"),
         (
             entry_with(config=asdict(CONFIG) | {"num_warps": 1, "packed": True}),
@@ -184,6 +193,13 @@ def test_broken_tables_are_named(config_dir: Path, text: str, message: str) -> N
     with pytest.raises(ValueError, match=message) as error:
         tables.read_table(path)
     assert str(path) in str(error.value)
+
+
+def test_a_table_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "GPU.json").write_bytes(b"\xff")
+    for path in (tmp_path, tmp_path / "GPU.json"):
+        with pytest.raises(tables.TableError, match=f"{path}: cannot be read"):
+            tables.read_table(path)
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_thresholds_fit_the_sparse_model_itself(
 def test_searched_recipes_lose_less_than_uniform_thresholds(
     make: Prepare, pyllama: Path, tmp_path: Path
 ) -> None:
-    more = {"samples": 3, "tokens": 128}
+    more = {"samples": 2, "tokens": 80}
     prepared = []
     for recipe in ("best", "greedy", "wina"):
         directory, _ = make(recipe, recipe, **more)

@@ -223,16 +223,26 @@ def test_a_folder_that_cannot_be_written(
         check_output(tmp_path / "a" / "b" / "out", overwrite=False)
 
 
+@pytest.mark.parametrize(("copies", "weights"), [(1, None), (3, None), (2, 12345)])
 def test_copies_that_do_not_fit_are_refused(
-    tmp_path: Path, pyllama: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    pyllama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    copies: int,
+    weights: int | None,
 ) -> None:
-    check_space(tmp_path / "a" / "out", Checkpoint(pyllama))
-    free = (1, 1, (pyllama / "model.safetensors").stat().st_size)
-    usage = output_module.shutil._ntuple_diskusage(*free)
-    monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: usage)
-    # The weights alone would fit.
+    """Weights that are not copied as they are count by their own size."""
+    names = BASE_FILES if weights is None else BASE_FILES[1:]
+    size = sum((pyllama / name).stat().st_size for name in names) + (weights or 0)
+
+    def check(free: int) -> None:
+        usage = output_module.shutil._ntuple_diskusage(1, 1, free)
+        monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: usage)
+        check_space(tmp_path / "a" / "out", Checkpoint(pyllama), copies, weights)
+
+    check(copies * size)
     with pytest.raises(PrepareError, match=r"--copy-weights needs 0.0.*are free"):
-        check_space(tmp_path / "a" / "out", Checkpoint(pyllama))
+        check(copies * size - 1)
 
 
 def test_an_output_below_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
