@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The largest sparsity whose loss on held-out answers stays within a price.
 
-The KL divergence grows about exponentially with the sparsity (sevenfold from 30 to 50%,
-docs/accuracy.md). Its logarithm is therefore interpolated first; should that not end
-the search, the interval is halved.
+The KL divergence grows about exponentially with the sparsity (nearly eightfold from
+30 to 50%, docs/accuracy.md). Its logarithm is therefore interpolated first; should that
+not end the search, the interval is halved.
 
 A recipe's trials ("mixed") take most of the time of a sparsity. They run at the first
 one that is tried, whose choice the others repeat, and again at the one that is found,
