@@ -87,12 +87,12 @@ def test_flips_and_their_interval(load: Callable[[str], ModuleType]) -> None:
 def test_tensors_of_gemma_have_the_names_and_norms_of_transformers(
     load: Callable[[str], ModuleType],
 ) -> None:
-    fetch = load("fetch")
+    gguf = load("from_gguf")
     config = {"num_attention_heads": 2, "num_key_value_heads": 1}
 
     def renamed(name: str) -> tuple[str, list[float]]:
-        found, tensor = fetch.renamed(
-            name, torch.tensor([1.0, 3.0]), fetch.KINDS["gemma3"], config
+        found, tensor = gguf.renamed(
+            name, torch.tensor([1.0, 3.0]), gguf.KINDS["gemma3"], config
         )
         return found, tensor.tolist()
 
@@ -113,11 +113,11 @@ def test_tensors_of_gemma_have_the_names_and_norms_of_transformers(
 def test_only_llama_rotates_neighbouring_channels(
     load: Callable[[str], ModuleType],
 ) -> None:
-    fetch = load("fetch")
+    gguf = load("from_gguf")
     config = {"num_attention_heads": 1, "num_key_value_heads": 1}
     rows = torch.arange(4.0)[:, None]
     name = "blk.0.attn_q.weight"
-    _, turned = fetch.renamed(name, rows, fetch.KINDS["llama"], config)
+    _, turned = gguf.renamed(name, rows, gguf.KINDS["llama"], config)
     assert turned.flatten().tolist() == [0, 2, 1, 3]
-    _, same = fetch.renamed(name, rows, fetch.KINDS["qwen2"], config)
+    _, same = gguf.renamed(name, rows, gguf.KINDS["qwen2"], config)
     assert torch.equal(same, rows)
