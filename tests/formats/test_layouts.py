@@ -15,7 +15,7 @@ from vllm_rsparse.formats.checkpoints.fp8 import (
 )
 from vllm_rsparse.formats.checkpoints.gptq import Gptq
 from vllm_rsparse.formats.checkpoints.int8 import Int8Channel, PackedInt8
-from vllm_rsparse.formats.checkpoints.layout import Layout, shapes_of
+from vllm_rsparse.formats.checkpoints.layout import Layout, format_of_layout, shapes_of
 from vllm_rsparse.formats.checkpoints.pack_quantized import (
     PackQuantized,
     PackQuantizedAsymmetric,
@@ -40,6 +40,14 @@ def test_a_linear_is_read_as_it_was_written(name: str) -> None:
     assert stored.format is layout.format
     assert stored.shape == (N, K)
     assert torch.equal(stored.dequantise(), expected)
+    assert layout.zeros == (stored.zeros is not None)
+    grouped = "fp8" not in name and stored.group < K
+    group = stored.group if grouped else 0
+    assert format_of_layout(layout) == (stored.format.name, group)
+
+
+def test_a_linear_that_is_not_quantized_is_a_float() -> None:
+    assert format_of_layout(None) == ("float", 0)
 
 
 @pytest.mark.parametrize("form", ["pack-quantized", "int-quantized"])
