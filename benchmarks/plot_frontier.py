@@ -49,6 +49,17 @@ def milliseconds() -> dict[str, tuple[float, list[tuple[float, float]]]]:
     return found
 
 
+def annotate(axes: plt.Axes, row: Row, x: float) -> None:
+    """Write a row's sparsity next to its point."""
+    axes.annotate(
+        f"{row['target']:.0%}" if row["target"] else "dense",
+        (x, row["kl_mean"]),
+        xytext=(5, 3),
+        textcoords="offset points",
+        fontsize=7,
+    )
+
+
 def draw_bits(axes: plt.Axes, rows: list[Row]) -> None:
     """Loss against the bytes of a token."""
     for base, colour in COLOURS.items():
@@ -61,11 +72,7 @@ def draw_bits(axes: plt.Axes, rows: list[Row]) -> None:
             label=NAMES[base],
         )
         for row in mine:
-            label = f"{row['target']:.0%}" if row["target"] else "dense"
-            at = (row["bits"], row["kl_mean"])
-            axes.annotate(
-                label, at, xytext=(5, 3), textcoords="offset points", fontsize=7
-            )
+            annotate(axes, row, row["bits"])
     three = next(r for r in rows if r["base"] == "int3")
     axes.plot(three["bits"], three["kl_mean"], "x", color="tab:red", label="INT3")
     axes.set_xlabel("bits read per weight and token")
@@ -91,14 +98,7 @@ def draw_times(axes: plt.Axes, rows: list[Row]) -> None:
                 color=COLOURS[base],
                 markerfacecolor=COLOURS[base] if between else "white",
             )
-            label = f"{row['target']:.0%}" if row["target"] else "dense"
-            axes.annotate(
-                label,
-                (time, row["kl_mean"]),
-                xytext=(5, 3),
-                textcoords="offset points",
-                fontsize=7,
-            )
+            annotate(axes, row, time)
         axes.plot(times, losses, color=COLOURS[base], label=NAMES[base], zorder=0)
     axes.set_xlabel("milliseconds a token, batch 1 (bf16: 4.8)")
     axes.set_title("time: Llama-3-8B shapes, vLLM 0.26, one H200", fontsize=10)

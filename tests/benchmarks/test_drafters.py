@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``drafters.py`` says of answers that differ, and its rows."""
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 
 
 @pytest.fixture
-def drafters(repository: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(repository / "benchmarks")
-    import drafters
-
-    yield drafters
-    sys.modules.pop("drafters")
-    sys.modules.pop("serve_jobs")
+def drafters(import_script: Callable[[str], ModuleType]) -> ModuleType:
+    return import_script("drafters")
 
 
 # Two answers of three tokens; at every position 7 follows the chosen token by 0.1 nats.
@@ -27,7 +22,7 @@ REFERENCE = {"tokens": TOKENS, "likely": LIKELY, "rates": [50.0, 60.0, 10.0]}
     ("tokens", "equal", "prefix", "unexplained"),
     [
         (TOKENS, 2, 6, 0),
-        ([[1, 2, 3], [4, 7, 8]], 1, 4, 0),  # a near tie; what follows is of no account
+        ([[1, 2, 3], [4, 7, 8]], 1, 4, 0),  # a near tie; what follows does not count
         ([[1, 2, 3], [9, 5, 6]], 1, 3, 1),  # 9 was not among the likely tokens
         ([[1, 2], [4, 5, 6]], 1, 5, 1),  # ends early
     ],

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of random weights for ``bench_serve.py``: artifact and base agree."""
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,14 +13,8 @@ from vllm_rsparse.formats.checkpoints.parse import parse_scheme
 
 
 @pytest.fixture
-def random_model(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(repository / "benchmarks")
-    import random_model
-
-    yield random_model
-    sys.modules.pop("random_model")
+def random_model(import_script: Callable[[str], ModuleType]) -> ModuleType:
+    return import_script("random_model")
 
 
 @pytest.mark.parametrize("weights", ["bf16", "fp8", "fp8-block", "int4"])

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines of ``bench_serve.py`` as processes, with a worker that only prints."""
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -17,14 +18,15 @@ sys.exit(job["status"])
 
 
 @pytest.fixture
-def jobs(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(repository / "benchmarks")
-    import serve_jobs
-
+def jobs(
+    import_script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> ModuleType:
+    serve_jobs = import_script("serve_jobs")
     (tmp_path / "serve_worker.py").write_text(WORKER)
     monkeypatch.setattr(serve_jobs, "HERE", tmp_path)
-    yield serve_jobs
-    sys.modules.pop("serve_jobs")
+    return serve_jobs
 
 
 def test_a_row_has_what_vllm_logged(jobs, tmp_path: Path) -> None:

@@ -14,15 +14,14 @@ from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.prepare.pipeline import prepare, prepare_all
 from vllm_rsparse.prepare.store.run_store import Key, RunStore
 
-from .runs import short
+from .runs import contents, short
 
 SPARSITIES = (0.3, 0.55)
 options = partial(short, sparsity=SPARSITIES, recipe="best")
 
 
-def contents(output: Path) -> dict[str, bytes]:
-    files = [output / "config.json", *(output / "rsparse").iterdir()]
-    return {path.name: path.read_bytes() for path in files}
+def with_config(output: Path) -> dict[str, bytes]:
+    return contents(output) | {"config.json": (output / "config.json").read_bytes()}
 
 
 def names(folder: Path) -> list[str]:
@@ -36,7 +35,7 @@ def singles(tiny_llama: Path, tmp_path: Path) -> list[dict[str, bytes]]:
     for number, sparsity in enumerate(SPARSITIES):
         output = tmp_path / f"single{number}"
         prepare(options(tiny_llama, output, sparsity=sparsity))
-        result.append(contents(output))
+        result.append(with_config(output))
     return result
 
 
@@ -50,7 +49,7 @@ def test_each_is_what_a_run_of_its_own_writes(
     for sparsity in SPARSITIES:
         output = tmp_path / f"single-{sparsity}"
         prepare(options(tiny_llama, output, recipe=recipe, sparsity=sparsity))
-        assert contents(tmp_path / f"all-{sparsity}") == contents(output)
+        assert with_config(tmp_path / f"all-{sparsity}") == with_config(output)
 
 
 def test_a_killed_run_leaves_nothing_half_written_and_resumes(
@@ -82,7 +81,7 @@ def test_a_killed_run_leaves_nothing_half_written_and_resumes(
     # The shared stages, and the trials, are not run again.
     assert {key.split(".")[0] for key in kept[first_run:]} == {"calibrated"}
     for sparsity, single in zip(SPARSITIES, singles, strict=True):
-        assert contents(folder / f"out-{sparsity}") == single
+        assert with_config(folder / f"out-{sparsity}") == single
 
 
 def test_an_output_that_exists_is_refused_before_any_work(

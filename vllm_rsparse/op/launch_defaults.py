@@ -102,7 +102,11 @@ def packed_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
 
 
 def _planes_config(n: int, k: int, processors: int) -> LaunchConfig:
-    """The same for planes: a program lists the channels of both."""
+    """The same for planes: a program lists the channels of both.
+
+    Not searched on a GPU: they fit a kernel with programs for each plane
+    (docs/notes/kernels-quantized.md).
+    """
     large = n * k >= _LISTED_ELEMENTS
     block_n = _PACKED_COLUMNS[INT8_PLANES] // (1 if large else 2)
     enough = 1000 * processors // PROCESSORS
