@@ -278,7 +278,7 @@ class SwitchableModel:
         self, name: str, load_time: LoadTimeFormat, artifact: Artifact
     ) -> StoredWeight:
         if self._checkpoint.quantized:
-            model = LanguageModel(self._checkpoint, load_time)
+            model = LanguageModel(self._checkpoint, load_time, self.device)
             return model.read_stored(name).to(self.device)
         scales = artifact.read_scales(name)
         return load_time.encode(

@@ -65,7 +65,7 @@ class StreamedModel:
         self.device = device
         self.dtype = dtype
         self.head_load_time = head_load_time
-        self._tensors = LanguageModel(checkpoint, load_time)
+        self._tensors = LanguageModel(checkpoint, load_time, device)
         self._model = _skeleton(self._tensors, dtype)
         self._base: nn.Module = self._model.base_model
         layers = getattr(self._base, "layers", None)
@@ -162,7 +162,8 @@ class StreamedModel:
     def weight(self, linear: Linear) -> Tensor:
         """A linear's weight [N, K] in the checkpoint's dtype.
 
-        It is on the device if its layer is materialised in that dtype, else on the CPU.
+        It is on the device if it is quantized while it loads, or if its layer is
+        materialised in that dtype; else on the CPU.
         """
         name, _ = self._tensors.stored_linear(linear.layer, linear.kind)
         stored = FLOAT_DTYPES[self.checkpoint.linear_dtype(name)]
@@ -182,9 +183,9 @@ class StreamedModel:
         return 1 if self.load_time is None else self.load_time.format.planes
 
     def planes(self, linear: Linear) -> tuple[Tensor, ...]:
-        """What each plane of a linear's weight stands for, [N, K], on the CPU.
+        """What each plane of a linear's weight stands for: float32 [N, K].
 
-        Float32; a weight that is read whole is that of ``weight``.
+        A weight that is read whole is that of ``weight``.
         """
         if self.plane_count == 1:
             return (self.weight(linear),)
