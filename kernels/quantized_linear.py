@@ -284,7 +284,14 @@ def _packed(
 
 
 def _workspace(rows: int, x: Tensor, tokens: int, weight: StoredWeight) -> GroupLists:
-    """Lists of this many rows in all."""
+    """Lists for all programs of a launch, uninitialised; see ``list_groups``.
+
+    Args:
+        rows: of all lists together.
+        x: gives dtype and device of the values.
+        tokens: of a program.
+        weight: of two planes with zero points, the sums of the second are listed too.
+    """
     steps = rows // STEP.value
     second = None
     if weight.format.planes > 1 and weight.zeros is not None:

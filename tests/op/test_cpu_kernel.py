@@ -96,7 +96,7 @@ def test_sums_are_rounded_to_nearest_even(dtype):
     weight = (torch.randn(2, n) * 2.0**exponents).to(dtype)
     expected = (weight[0].float() + weight[1].float()).to(dtype)
     out = all_kept(weight.t())
-    # Infinities of float16 may cancel; which NaN comes out is nobody's business.
+    # Infinities of float16 may cancel; the NaN that results is not defined.
     number = ~expected.isnan()
     assert torch.equal(out.isnan(), ~number)
     # The sum starts at +0: it is never -0.

@@ -183,7 +183,7 @@ with demo.ServerProcess(argv, Path({str(log)!r}), env=demo.SERVE_ENV):
 
 
 def _wait_for_group(parent: int, processes: int) -> int:
-    """The process group of the parent's child, once it has so many processes."""
+    """The process group of the parent's child, once it has this many processes."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
