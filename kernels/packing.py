@@ -37,7 +37,7 @@ class GroupLists(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Columns or tokens: the program's first, and the first one beyond them all."""
+    """Columns or tokens: the program's first, and the end of the shard or the batch."""
 
     begin: Any
     end: Any

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from vllm_rsparse.formats.int8_planes import encode_planes
 from vllm_rsparse.kernels import quantized_linear
+from vllm_rsparse.kernels.codes import INT4
 from vllm_rsparse.kernels.group_list import list_groups
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.packing import Bounds, GroupLists, Packing
@@ -192,7 +193,7 @@ def test_lists(tokens):
     span, k, slots = 64, 192, 4
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, k, generator=generator).half()
-    # Sixteenths of these are no normal numbers of float16.
+    # Sixteenths of these are subnormal in float16.
     x[:, 3] = 2.0**-12 + 2.0**-20
     thresholds = torch.rand(2, k, generator=generator) * 1.5
     thresholds[:, 3] = -1.0
@@ -206,7 +207,7 @@ def test_lists(tokens):
     lists = GroupLists(*(one.to(DEVICE) for one in (rows, values, heads, second)))
     steps = steps.to(DEVICE)
     packing = Packing(
-        code=3,
+        code=INT4.value,
         planes=2,
         sparse=True,
         tokens=slots,
