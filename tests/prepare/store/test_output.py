@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,25 @@ def test_a_failed_rename_restores_the_old_output(
         staged.commit()
     assert _listing(tmp_path) == ["out"]
     assert (output / "rsparse" / "rsparse.json").read_text() == "old"
+
+
+def test_an_old_output_that_cannot_be_deleted_is_named(
+    tmp_path: Path,
+    pyllama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    output = _earlier_output(tmp_path / "out")
+
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with StagedOutput(output, pyllama, overwrite=True) as staged:
+        monkeypatch.setattr(shutil, "rmtree", refused)
+        staged.commit()
+    assert not (output / "rsparse" / "rsparse.json").exists()  # the new one
+    (old,) = (name for name in _listing(tmp_path) if name.endswith(".old"))
+    assert f"{old}: what OUTPUT was before cannot be deleted" in caplog.text
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a Linux file system")

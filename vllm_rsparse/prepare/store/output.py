@@ -5,6 +5,7 @@ Whatever happens before the rename, OUTPUT does not exist or is unchanged.
 """
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -19,6 +20,8 @@ from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.checkpoint_files import COMPANIONS, INDEX_NAME
 from vllm_rsparse.prepare.store.files import write_text, writing_output
+
+logger = logging.getLogger(__name__)
 
 
 class StagedOutput:
@@ -148,7 +151,14 @@ class StagedOutput:
             except BaseException:
                 os.rename(self._old, self.output)
                 raise
+        try:
             shutil.rmtree(self._old)
+        except OSError as error:  # OUTPUT is complete
+            logger.warning(
+                "%s: what OUTPUT was before cannot be deleted (%s); delete it by hand",
+                self._old,
+                error,
+            )
 
 
 def _base_files(checkpoint: Checkpoint, weights: bool = True) -> list[Path]:
