@@ -141,7 +141,7 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     load_time = load_time_format("int8-planes")
     assert load_time is not None
     copied.mkdir()
-    copy = QuantizedCopy(checkpoint, linears, load_time)
+    copy = QuantizedCopy(checkpoint, linears, load_time, torch.device("cpu"))
     copy.write(copied)
     config = json.loads((base / "config.json").read_text())
     ours = {"quant_method": "rsparse", "weights_on_disk": "int8-planes"}

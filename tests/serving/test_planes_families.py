@@ -53,7 +53,9 @@ def directories(request, tmp_path, write_artifact):
     settings = {"quant_method": "rsparse", "artifact": "rsparse", "backend": "cpu"}
     config = json.loads((base / "config.json").read_text())
     written.mkdir()
-    QuantizedCopy(checkpoint, linears, PLANES_WHILE_LOADING).write(written)
+    QuantizedCopy(checkpoint, linears, PLANES_WHILE_LOADING, torch.device("cpu")).write(
+        written
+    )
     for directory, more in (
         (base, {}),
         (written, {"weights_on_disk": INT8_PLANES.name}),

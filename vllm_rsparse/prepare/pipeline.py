@@ -99,7 +99,7 @@ def prepare_all(options: PrepareOptions) -> list[ArtifactInfo]:
     quantized_copy = None
     if options.copy_weights:
         if load_time is not None:
-            quantized_copy = QuantizedCopy(checkpoint, linears, load_time)
+            quantized_copy = QuantizedCopy(checkpoint, linears, load_time, device)
         size = None if quantized_copy is None else quantized_copy.nbytes
         check_space(options.output, checkpoint, len(staged), size)
     head_load_time = load_time_format(options.head, "--head")

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -46,6 +47,8 @@ class QuantizedCopy:
         checkpoint: the base model.
         linears: those that take part.
         load_time: the format of their weights.
+        device: where they are quantized: that of the calibration, for the scale that a
+            group gets can depend on the order of a sum.
 
     Attributes:
         nbytes: of all tensors to write.
@@ -59,8 +62,10 @@ class QuantizedCopy:
         checkpoint: Checkpoint,
         linears: Iterable[Linear],
         load_time: LoadTimeFormat,
+        device: torch.device,
     ) -> None:
         self._checkpoint = checkpoint
+        self._device = device
         self._load_time = load_time
         self._layout: OnDisk = on_disk_layout(load_time.name)
         model = LanguageModel(checkpoint)
@@ -109,10 +114,12 @@ class QuantizedCopy:
         name = f"{module}.weight"
         if self._checkpoint.linear_layout(module) is None:
             weight = self._checkpoint.read_stored([name])[name]
-            return self._layout.tensors(self._load_time.encode(weight))
-        dtype = FLOAT_DTYPES[self._checkpoint.linear_dtype(module)]
-        stored = self._checkpoint.read_linear(module)
-        return self._layout.tensors(self._load_time.requantise(stored, dtype))
+            encoded = self._load_time.encode(weight.to(self._device))
+        else:
+            dtype = FLOAT_DTYPES[self._checkpoint.linear_dtype(module)]
+            stored = self._checkpoint.read_linear(module).to(self._device)
+            encoded = self._load_time.requantise(stored, dtype)
+        return self._layout.tensors(encoded.to(torch.device("cpu")))
 
     def _plan(self, file: Path) -> _File:
         specs: dict[str, TensorSpec] = {}
