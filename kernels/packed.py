@@ -15,7 +15,7 @@ from .codes import natural_order
 from .group_list import list_groups
 from .packed_steps import sum_steps
 from .packing import STEP, Bounds, GroupLists, Words
-from .sums import sum_channels
+from .sums import count_tiles, store_factor_tile
 from .tiles import Range, Split, locate_tile
 
 
@@ -53,31 +53,20 @@ def packed_kernel(
     n = scales.n
     factor_tiles = 0
     if FACTOR_TILING is not None:
-        RANK_BLOCK_N: tl.constexpr = FACTOR_TILING.block_n
-        offs_m = group_m * TOKENS + tl.arange(0, TOKENS)
-        for index in tl.static_range(len(ranks)):
-            factor_tiles += tl.cdiv(ranks[index], RANK_BLOCK_N)
+        factor_tiles = count_tiles(ranks, FACTOR_TILING.block_n)
         if tile < factor_tiles:
-            shard, begin_n, end_n = locate_tile(tile, 0, ranks, RANK_BLOCK_N)
-            offs_n = begin_n + tl.arange(0, RANK_BLOCK_N)
-            z = sum_channels(
+            store_factor_tile(
                 x,
-                threshold_ptr + shard.to(tl.int64) * x.k,
+                threshold_ptr,
                 v,
                 None,
-                Range(offs_m, tokens),
-                Range(offs_n, end_n),
+                tile,
+                Range(group_m * TOKENS + tl.arange(0, TOKENS), tokens),
                 split,
-                DROPPED=True,
+                ranks,
+                partial_ptr,
+                rank_columns + n,
                 TILING=FACTOR_TILING,
-            )
-            if PACKING.pdl:
-                gdc_launch_dependents()
-            row = (split.index * tokens + offs_m[:, None]).to(tl.int64)
-            tl.store(
-                partial_ptr + row * (rank_columns + n) + offs_n[None, :],
-                z,
-                mask=(offs_m < tokens)[:, None] & (offs_n < end_n)[None, :],
             )
             return
     COLUMNS: tl.constexpr = PACKING.columns

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .sums import sum_channels
+from .sums import count_tiles, store_factor_tile, sum_channels
 from .tiles import Lists, Range, Split, locate_tile
 
 
@@ -71,30 +71,20 @@ def sums_kernel(
         )
     factor_tiles = 0
     if FACTOR_TILING is not None:
-        RANK_BLOCK_N: tl.constexpr = FACTOR_TILING.block_n
-        for index in tl.static_range(len(ranks)):
-            factor_tiles += tl.cdiv(ranks[index], RANK_BLOCK_N)
+        factor_tiles = count_tiles(ranks, FACTOR_TILING.block_n)
         if tile < factor_tiles:
-            shard, begin_n, end_n = locate_tile(tile, 0, ranks, RANK_BLOCK_N)
-            offs_n = begin_n + tl.arange(0, RANK_BLOCK_N)
-            z = sum_channels(
+            store_factor_tile(
                 x,
-                threshold_ptr + shard.to(tl.int64) * x.k,
+                threshold_ptr,
                 v,
                 lists,
+                tile,
                 rows,
-                Range(offs_n, end_n),
                 split,
-                DROPPED=True,
+                ranks,
+                partial_ptr,
+                rank_columns + n,
                 TILING=FACTOR_TILING,
-            )
-            if TILING.pdl:
-                gdc_launch_dependents()
-            row = (split.index * tokens + offs_m[:, None]).to(tl.int64)
-            tl.store(
-                partial_ptr + row * (rank_columns + n) + offs_n[None, :],
-                z,
-                mask=(offs_m < tokens)[:, None] & (offs_n < end_n)[None, :],
             )
             return
     shard, begin_n, end_n = locate_tile(tile - factor_tiles, 0, shard_sizes, BLOCK_N)

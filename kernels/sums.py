@@ -11,9 +11,11 @@ describes when each is used: ``sum_listed`` lists the wanted channels first,
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .listed import sum_listed
 from .masked import dot_masked, sum_masked
+from .tiles import Range, locate_tile
 
 
 @triton.jit
@@ -53,3 +55,65 @@ def sum_channels(
             x, threshold_ptr, matrix, tokens, columns, split, DROPPED, TILING
         )
     return sums
+
+
+@triton.jit
+def count_tiles(sizes, BLOCK_N: tl.constexpr):
+    """Column tiles of all shards."""
+    count = 0
+    for index in tl.static_range(len(sizes)):
+        count += tl.cdiv(sizes[index], BLOCK_N)
+    return count
+
+
+@triton.jit
+def store_factor_tile(
+    x,
+    threshold_ptr,
+    v,
+    lists,
+    tile,
+    tokens,
+    split,
+    ranks,
+    partial_ptr,
+    columns,
+    TILING: tl.constexpr,
+):
+    """A tile of z = V (x - s(x)), over one split, into the workspace.
+
+    Args:
+        x: the ``Input``.
+        threshold_ptr: float32 [S, K].
+        v: the ``Matrix`` of V.
+        lists: as for ``sum_channels``.
+        tile: which, of those of all shards.
+        tokens: the ``Range`` of the program's rows.
+        split: the ``Split``.
+        ranks: of each shard.
+        partial_ptr: float32 [splits, tokens, columns]; z comes first in a row.
+        columns: of the workspace.
+        TILING: the ``Tiling``.
+    """
+    BLOCK_N: tl.constexpr = TILING.block_n
+    shard, begin_n, end_n = locate_tile(tile, 0, ranks, BLOCK_N)
+    offs_n = begin_n + tl.arange(0, BLOCK_N)
+    z = sum_channels(
+        x,
+        threshold_ptr + shard.to(tl.int64) * x.k,
+        v,
+        lists,
+        tokens,
+        Range(offs_n, end_n),
+        split,
+        DROPPED=True,
+        TILING=TILING,
+    )
+    if TILING.pdl:
+        gdc_launch_dependents()
+    row = (split.index * tokens.end + tokens.offsets[:, None]).to(tl.int64)
+    tl.store(
+        partial_ptr + row * columns + offs_n[None, :],
+        z,
+        mask=(tokens.offsets < tokens.end)[:, None] & (offs_n < end_n)[None, :],
+    )

@@ -7,30 +7,19 @@ import pytest
 import torch
 
 from vllm_rsparse.formats.base import WeightFormatError
-from vllm_rsparse.formats.checkpoints.parse import parse_scheme
 from vllm_rsparse.formats.fp8 import store_fp8
 from vllm_rsparse.formats.int4 import store_int4
-from vllm_rsparse.formats.int8_planes import encode_planes
 from vllm_rsparse.op import cpu
 from vllm_rsparse.op.backends import Backend
 from vllm_rsparse.op.reference import dense_linear
 from vllm_rsparse.testing.cases import make_case, relative_error, same_bits
-from vllm_rsparse.testing.quantized import LAYOUTS
 from vllm_rsparse.testing.tolerances import SUMS, tolerance
 
+from .weights import WEIGHTS as KINDS
+from .weights import store
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-WEIGHTS = {
-    "int4-g128": "w4a16-g128",
-    "int4-asym-g32": "w4a16-asym-g32",
-    "int4-g64": "w4a16-g64",
-    "int4-channel": "w4a16-channel",
-    # Scales in float16, whatever x is.
-    "int4-awq": "awq",
-    "fp8": "fp8-channel",
-    "fp8-block": "fp8-block",
-    "int8-planes": "int8-planes",
-    "int8-planes-sym-g32": "int8-planes",
-}
+WEIGHTS = (*KINDS, "int8-planes-sym-g32")
 # (tokens, K, shard sizes, ranks): more than a block of channels, columns that fill no
 # cache line, shards of one word, more bytes than one thread does alone.
 CASES = [
@@ -39,21 +28,6 @@ CASES = [
     pytest.param(3, 640, [128, 1032], [0, 48], id="3-tokens"),
     pytest.param(7, 512, [128] * 5, [16] * 5, id="many-shards"),
 ]
-
-
-def store(name):
-    """Lays out a dense weight [N, K], rounded, in the format of this name."""
-
-    def stored(weight):
-        if name.startswith("int8-planes"):
-            group = 32 if name.endswith("g32") else 128
-            symmetric = "sym" in name
-            return encode_planes(weight, group, weight.dtype, symmetric=symmetric)
-        config, quantise = LAYOUTS[WEIGHTS[name]]
-        layout = parse_scheme(config, "config").layout("linear")
-        return layout.store(quantise(weight.float())[0])
-
-    return stored
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,57 +14,22 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from vllm_rsparse.errors import RSparseError
-from vllm_rsparse.formats.base import StoredWeight
-from vllm_rsparse.formats.checkpoints.parse import parse_scheme
-from vllm_rsparse.formats.int8_planes import encode_planes
 from vllm_rsparse.kernels import quantized_linear
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.op.reference import dense_linear as dense_reference
 from vllm_rsparse.op.triton_backend import dense_linear, rsparse_linear
 from vllm_rsparse.testing.cases import Case, make_case, relative_error, same_bits
-from vllm_rsparse.testing.quantized import LAYOUTS
 from vllm_rsparse.testing.tolerances import tolerance
 
+from .weights import WEIGHTS, store
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WEIGHTS = {
-    "int4-g128": "w4a16-g128",
-    "int4-asym-g32": "w4a16-asym-g32",
-    "int4-g64": "w4a16-g64",
-    "int4-channel": "w4a16-channel",
-    # Scales in float16, whatever x is.
-    "int4-awq": "awq",
-    "fp8": "fp8-channel",
-    "fp8-block": "fp8-block",
-    "int8-planes": "int8-planes",
-}
 # Words of a thread, channels of a block, splits, steps in flight: each at least twice.
 SHAPES = [(1, 128, 1, 1), (2, 64, 3, 4), (4, 32, 2, 2), (4, 128, 5, 1)]
 # The formats that differ most: for cases in which formats have little of their own.
 DIFFERENT = ["int4-asym-g32", "fp8-block", "int8-planes"]
 # Operands in half precision on a device; the interpreter multiplies in float32.
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-
-
-def store(name: str):
-    """Lays out a dense weight [N, K], rounded, in the format of this name."""
-
-    def stored(weight: Tensor) -> StoredWeight:
-        if name == "int8-planes":
-            return encode_planes(weight, 128, weight.dtype)
-        config, quantise = LAYOUTS[WEIGHTS[name]]
-        layout = parse_scheme(config, "config").layout("linear")
-        # Rounded on the CPU: the same codes on every machine.
-        weight = layout.store(quantise(weight.float().cpu())[0])
-        return replace(
-            weight,
-            **{
-                name: getattr(weight, name).to(DEVICE)
-                for name in ("data", "scales", "zeros")
-                if getattr(weight, name) is not None
-            },
-        )
-
-    return stored
 
 
 def case_of(name: str, *args, dtype: torch.dtype = DTYPE, **options) -> Case:
