@@ -11,14 +11,13 @@ from vllm_rsparse.kernels.launch_config import LaunchConfig
 # units win (H200, kernels/README.md).
 VECTOR_TOKENS = 2
 # Columns of a program of the packed kernel: 16 bytes a thread, 8 threads a row.
-INT8_PLANES = "int8-planes"
 _PACKED_COLUMNS = {
     "int4": 256,
-    INT8_PLANES: 256,
+    "int8-planes": 256,
     "float8_e4m3fn": 128,
     "fp8-block": 128,
 }
-_FOUR_BIT = ("int4", INT8_PLANES)
+_FOUR_BIT = ("int4", "int8-planes")
 # Up to this many elements the packed kernel takes blocks of 64 channels, not 128.
 _SMALL_ELEMENTS = 40 * 10**6
 # Tokens up to which the packed kernel reads a whole weight fastest, and up to which a
@@ -83,14 +82,15 @@ def packed_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
     one, two and four steps (the first two on an H100); 6144 x 4096 with one block took
     7.3 us with one and 7.9 with two.
 
+    Planes list the channels of both in one program and run int4's loop over them, so
+    they take int4's configurations. These were not timed with planes.
+
     Args:
         n: output features of the (fused) layer on this rank.
         k: input features.
         kind: of the weight.
         processors: multiprocessors of the device.
     """
-    if kind == INT8_PLANES:
-        return _planes_config(n, k, processors)
     block_n = _PACKED_COLUMNS[kind]
     block_k = 64 if n * k < _SMALL_ELEMENTS else 128
     enough = 800 * processors // PROCESSORS
@@ -99,19 +99,6 @@ def packed_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
     each = blocks // split_k
     stages = 1 if each == 1 else 2 if each < 4 else 4
     return LaunchConfig(block_n, block_k, split_k, 1, stages, False, packed=True)
-
-
-def _planes_config(n: int, k: int, processors: int) -> LaunchConfig:
-    """The same for planes: a program lists the channels of both.
-
-    Not searched on a GPU: they fit a kernel with programs for each plane
-    (docs/notes/kernels-quantized.md).
-    """
-    large = n * k >= _LISTED_ELEMENTS
-    block_n = _PACKED_COLUMNS[INT8_PLANES] // (1 if large else 2)
-    enough = 1000 * processors // PROCESSORS
-    split_k = _even_splits(-(-n // block_n), -(-k // 128), enough)
-    return LaunchConfig(block_n, 128, split_k, 1, 4 if large else 2, False, packed=True)
 
 
 def dense_config(
