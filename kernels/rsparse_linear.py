@@ -129,7 +129,7 @@ def rsparse_linear(
         FACTOR_TILING=factor_tiling,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **_launch_options(x.device),
+        **launch_options(x.device),
     )
     if partial is not None:
         finish(partial, u, weight.scales, correction, bias, out, shard_sizes, ranks)
@@ -179,7 +179,7 @@ def finish(
         BLOCK_R=min(FINISH_MAX_BLOCK_R, triton.next_power_of_2(max(1, *ranks))),
         PDL=has_dependent_launch(out.device),
         num_warps=4,
-        **_launch_options(out.device),
+        **launch_options(out.device),
     )
 
 
@@ -229,5 +229,6 @@ def has_dependent_launch(device: torch.device) -> bool:
     )
 
 
-def _launch_options(device: torch.device) -> dict[str, bool]:
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Options of every launch on a device."""
     return {"launch_pdl": True} if has_dependent_launch(device) else {}

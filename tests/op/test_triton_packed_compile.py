@@ -19,6 +19,7 @@ CALL = """
 from vllm_rsparse.formats.checkpoints.parse import parse_scheme
 from vllm_rsparse.formats.int8_planes import encode_planes
 from vllm_rsparse.kernels.launch_config import LaunchConfig
+from vllm_rsparse.kernels.stored_rows import codes_per_word
 from vllm_rsparse.op import triton_backend
 from vllm_rsparse.testing.cases import make_case
 from vllm_rsparse.testing.quantized import LAYOUTS
@@ -37,7 +38,7 @@ def call(case):
     dtype = getattr(torch, case["dtype"])
     made = make_case(case["tokens"], 512, sizes, ranks, dtype, store=store)
     weight, bias = made.operands.weight, made.bias
-    columns = 32 * quantized_linear.codes_per_word(weight)
+    columns = 32 * codes_per_word(weight)
     packed = LaunchConfig(columns, 64, 2, 1, 1, False, packed=True)
     if case["sparse"]:
         triton_backend.rsparse_linear(*made.args(), packed)

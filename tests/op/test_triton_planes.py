@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from vllm_rsparse.formats.int8_planes import encode_planes
-from vllm_rsparse.kernels import quantized_linear
+from vllm_rsparse.kernels import packed_linear
 from vllm_rsparse.kernels.codes import INT4
 from vllm_rsparse.kernels.group_list import list_groups
 from vllm_rsparse.kernels.launch_config import LaunchConfig
@@ -146,15 +146,15 @@ def test_a_program_lists_the_rows_of_both_planes(monkeypatch):
     case = planes_case(2, 512)
     case.operands.thresholds.fill_(-1.0)
     launches = []
-    launch = quantized_linear.packed_kernel
+    launch = packed_linear.packed_kernel
 
     class Recorder:
         def __getitem__(self, grid):
             launches.append(grid)
             return launch[grid]
 
-    monkeypatch.setattr(quantized_linear, "packed_kernel", Recorder())
-    monkeypatch.setattr(quantized_linear, "MOST_LISTED", 256)
+    monkeypatch.setattr(packed_linear, "packed_kernel", Recorder())
+    monkeypatch.setattr(packed_linear, "MOST_LISTED", 256)
     check(case, split_k=1)
     # Twice 512 rows in lists of 256, whatever the configuration says.
     assert launches == [(1, 2, 4)]

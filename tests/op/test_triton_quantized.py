@@ -14,8 +14,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from vllm_rsparse.errors import RSparseError
-from vllm_rsparse.kernels import quantized_linear
+from vllm_rsparse.kernels import packed_linear, quantized_linear
 from vllm_rsparse.kernels.launch_config import LaunchConfig
+from vllm_rsparse.kernels.stored_rows import codes_per_word
 from vllm_rsparse.op.reference import dense_linear as dense_reference
 from vllm_rsparse.op.triton_backend import dense_linear, rsparse_linear
 from vllm_rsparse.testing.cases import Case, make_case, relative_error, same_bits
@@ -37,7 +38,7 @@ def case_of(name: str, *args, dtype: torch.dtype = DTYPE, **options) -> Case:
 
 
 def packed(case: Case, words: int, block_k: int, split_k: int, stages: int):
-    columns = 8 * words * quantized_linear.codes_per_word(case.operands.weight)
+    columns = 8 * words * codes_per_word(case.operands.weight)
     return LaunchConfig(columns, block_k, split_k, 1, stages, False, packed=True)
 
 
@@ -218,7 +219,7 @@ def test_every_fp8_value_survives():
 
 
 def test_long_inputs_are_split_until_the_lists_are_short(monkeypatch):
-    monkeypatch.setattr(quantized_linear, "MOST_LISTED", 128)
+    monkeypatch.setattr(packed_linear, "MOST_LISTED", 128)
     case = case_of("int4-g64", 2, 512, [64], [0])
     check_shards(rsparse_linear(*case.args(), packed(case, 2, 64, 1, 2)), case)
 

@@ -19,7 +19,7 @@ from vllm_rsparse.op.tables import PACKABLE, PACKED_ONLY
 
 # More splits would spend their time on adding partial sums.
 _MOST_SPLITS = 128
-# Most channels that a program lists (kernels/quantized_linear.py).
+# Most channels that a program lists (kernels/packed_linear.py).
 _MOST_LISTED = 1024
 
 # (block_n, block_k, warps, stages, use_dot, listed)

@@ -14,6 +14,7 @@ from vllm_rsparse.kernels import quantized_linear
 from vllm_rsparse.kernels.fp8_product import ALIGNMENT, fp8_product
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.rsparse_linear import rsparse_linear as launch
+from vllm_rsparse.kernels.stored_rows import codes_per_word, is_packable
 from vllm_rsparse.op.launch_defaults import DENSE_TOKENS, default_config, dense_config
 from vllm_rsparse.op.operands import OperandError, SparseOperands, check_input
 from vllm_rsparse.op.tables import Problem
@@ -138,11 +139,11 @@ def _packable(weight: StoredWeight, shard_sizes: Sequence[int]) -> bool:
     Raises:
         OperandError: a format that is only read packed cannot be; names the shards.
     """
-    if quantized_linear.is_packable(weight, shard_sizes):
+    if is_packable(weight, shard_sizes):
         return True
     if weight.format is FP8:
         return False
-    columns = quantized_linear.codes_per_word(weight)
+    columns = codes_per_word(weight)
     raise OperandError(
         f"shard_sizes {list(shard_sizes)}: the format {weight.format.name} on the"
         f" backend triton needs multiples of {columns} output features, and rows that"

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launcher of ``packed.py``: sparse int4 and fp8 weights, or dense ones."""
+
+import torch
+import triton
+from torch import Tensor
+
+from vllm_rsparse.formats.base import StoredWeight
+
+from .codes import FP8, INT4
+from .launch_config import LaunchConfig
+from .packed import packed_kernel
+from .packed_scales import SCALE_BLOCK
+from .packing import STEP, GroupLists, Packing, Scales, Words
+from .rsparse_linear import (
+    dot_dtype,
+    finish,
+    has_dependent_launch,
+    launch_options,
+    rows_at_once,
+    tiles_of,
+)
+from .stored_rows import codes_per_word, column_scales, rows_of
+from .tiles import Input, Matrix, Tiling
+
+# Most rows of words that a program lists, for its registers: more splits are made
+# where needed.
+MOST_LISTED = 1024
+# Ranks of V that a program sums.
+RANK_BLOCK_N = 64
+
+
+def packed_linear(
+    x: Tensor,
+    weight: StoredWeight,
+    thresholds: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
+    correction: Tensor | None,
+    bias: Tensor | None,
+    shard_sizes: tuple[int, ...],
+    ranks: tuple[int, ...],
+    config: LaunchConfig,
+    block_m: int,
+) -> Tensor:
+    """Launch ``packed_kernel``, then ``finish``: a sparse linear, or a dense one.
+
+    Args:
+        x, weight, u, v, correction, bias, shard_sizes, ranks: as ``rsparse_linear``'s;
+            the weight is packable (``stored_rows``).
+        thresholds: float32 [planes S, K]; None reads all channels.
+        config: ``packed`` is set.
+        block_m: tokens of a program, a power of two.
+    """
+    tokens, k = x.shape
+    n = weight.n
+    out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
+    if tokens == 0 or n == 0:
+        return out
+    if k > 0 and x.stride(1) != 1:
+        x = x.contiguous()
+    sparse = thresholds is not None
+    span = min(SCALE_BLOCK.value, _span(weight), config.block_k)
+    blocks = triton.cdiv(k, span)
+    split_k = max(1, min(config.split_k, blocks))
+    planes = weight.format.planes
+    if sparse:
+        split_k = max(split_k, triton.cdiv(planes * k, MOST_LISTED))
+    pdl = has_dependent_launch(x.device)
+    # Columns of a thread.
+    width = config.block_n // 8
+    blocks_each = triton.next_power_of_2(max(1, triton.cdiv(blocks, split_k)))
+    starts = [sum(shard_sizes[:index]) for index in range(len(shard_sizes))]
+    packing = Packing(
+        code=INT4.value if planes > 1 else weight.format.code,
+        planes=planes,
+        sparse=sparse,
+        tokens=block_m,
+        spread=block_m <= 4,
+        columns=config.block_n,
+        words=width // codes_per_word(weight),
+        at_once=config.num_stages,
+        group=weight.group,
+        span=span,
+        blocks=blocks_each,
+        length=blocks_each * planes * span,
+        aligned=all(start % width == 0 for start in [*starts, n]),
+        even_n=all(size % config.block_n == 0 for size in shard_sizes),
+        even_k=k % span == 0,
+        pdl=pdl,
+    )
+    groups_m = triton.cdiv(tokens, block_m)
+    rank_columns = sum(ranks)
+    tiles = tiles_of(shard_sizes, config.block_n)
+    matrix_v, factor_tiling = Matrix(None, 0, 0), None
+    if v is not None and rank_columns > 0:
+        matrix_v = Matrix(v, v.stride(1), v.stride(0))
+        tiles += tiles_of(ranks, RANK_BLOCK_N)
+        rows_v = rows_at_once(config, RANK_BLOCK_N, v.element_size())
+        factor_tiling = Tiling(
+            block_m=block_m,
+            block_n=RANK_BLOCK_N,
+            block_k=4 * rows_v,
+            rows=rows_v,
+            channels=None,
+            even_n=False,
+            stages=1,
+            use_dot=False,
+            widen=False,
+            wide=True,
+            pdl=pdl,
+        )
+    partial = torch.empty(
+        split_k, tokens, rank_columns + n, dtype=torch.float32, device=x.device
+    )
+    lists = GroupLists(None, None, None, None)
+    if sparse:
+        programs = tiles * split_k * groups_m
+        lists = _workspace(programs * packing.length, x, block_m, weight)
+    data, pitch = rows_of(weight, words=True)
+    per_column = weight.format.code == FP8.value
+    packed_kernel[(groups_m, tiles, split_k)](
+        Input(x, x.stride(0), k),
+        Words(data, pitch),
+        Scales(None if per_column else weight.scales, weight.zeros, n),
+        thresholds,
+        matrix_v,
+        partial,
+        lists,
+        tokens,
+        rank_columns,
+        shard_sizes,
+        ranks,
+        PACKING=packing,
+        FACTOR_TILING=factor_tiling,
+        DTYPE=dot_dtype(x.dtype),
+        num_warps=1,
+        num_stages=1,
+        **launch_options(x.device),
+    )
+    scales = column_scales(weight)
+    finish(partial, u, scales, correction, bias, out, shard_sizes, ranks)
+    return out
+
+
+def _workspace(rows: int, x: Tensor, tokens: int, weight: StoredWeight) -> GroupLists:
+    """Lists for all programs of a launch, uninitialised; see ``list_groups``.
+
+    Args:
+        rows: of all lists together.
+        x: gives dtype and device of the values.
+        tokens: of a program.
+        weight: of two planes with zero points, the sums of the second are listed too.
+    """
+    steps = rows // STEP.value
+    second = None
+    if weight.format.planes > 1 and weight.zeros is not None:
+        second = x.new_empty(steps * tokens, dtype=torch.float32)
+    return GroupLists(
+        x.new_empty(rows, dtype=torch.int32),
+        x.new_empty(rows * tokens),
+        x.new_empty(steps, dtype=torch.int32),
+        second,
+    )
+
+
+def _span(weight: StoredWeight) -> int:
+    """Channels whose sums may be scaled together."""
+    if weight.group in (0, weight.k):
+        return SCALE_BLOCK.value
+    return weight.group

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the launchers read of a stored int4 or fp8 weight."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vllm_rsparse.formats.base import StoredWeight
+
+from .codes import FP8, INT4, INT8_PLANES
+
+
+def codes_per_word(weight: StoredWeight) -> int:
+    """Columns in a 32-bit word of the stored weight."""
+    return 8 if is_four_bit(weight) else 4
+
+
+def is_packable(weight: StoredWeight, shard_sizes: Sequence[int]) -> bool:
+    """Whether ``packed.py`` reads the weight: whole words in every shard's rows."""
+    whole = all(size % codes_per_word(weight) == 0 for size in shard_sizes)
+    if is_four_bit(weight):
+        return whole
+    data = weight.data
+    return whole and data.stride(1) % 4 == 0 and data.data_ptr() % 4 == 0
+
+
+def is_four_bit(weight: StoredWeight) -> bool:
+    """Whether words hold codes of four bits."""
+    return weight.format.code in (INT4.value, INT8_PLANES.value)
+
+
+def rows_of(weight: StoredWeight, words: bool = False) -> tuple[Tensor, int]:
+    """The stored rows and the distance between them, in elements or in words."""
+    if is_four_bit(weight):
+        return weight.data, weight.data.stride(-2)
+    rows = weight.data.t()
+    if words:
+        return rows.view(torch.int32), rows.stride(0) // 4
+    return rows, rows.stride(0)
+
+
+def column_scales(weight: StoredWeight) -> Tensor | None:
+    """Scales that belong to an output channel and leave the sum."""
+    return weight.scales if weight.format.code == FP8.value else None
