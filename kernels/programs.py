@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .sums import count_tiles, store_factor_tile, sum_channels
+from .sums import count_tiles, store_factor_tile, store_partial, sum_channels
 from .tiles import Lists, Range, Split, locate_tile
 
 
@@ -102,18 +102,19 @@ def sums_kernel(
     )
     if TILING.pdl:
         gdc_launch_dependents()
-    mask_n = offs_n < end_n
-    mask = (offs_m < tokens)[:, None] & mask_n[None, :]
     if partial_ptr is None:
+        mask_n = offs_n < end_n
+        mask = (offs_m < tokens)[:, None] & mask_n[None, :]
         if constants.scale_ptr is not None:
             y *= tl.load(constants.scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
         y += _column_constants(constants, offs_n, mask_n)[None, :]
         out = out_ptr + offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
         tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask)
     else:
-        row = (split.index * tokens + offs_m[:, None]).to(tl.int64)
-        column = rank_columns + offs_n[None, :]
-        tl.store(partial_ptr + row * (rank_columns + n) + column, y, mask=mask)
+        columns = Range(offs_n, end_n)
+        store_partial(
+            partial_ptr, y, split, rows, columns, rank_columns, rank_columns + n
+        )
 
 
 @triton.jit

@@ -67,6 +67,27 @@ def count_tiles(sizes, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def store_partial(partial_ptr, sums, split, tokens, here, before, columns):
+    """Leave a tile's sums in the workspace.
+
+    Args:
+        partial_ptr: float32 [splits, tokens, columns].
+        sums: float32 [BLOCK_M, BLOCK_N].
+        split: the ``Split``.
+        tokens, here: the ``Range`` of the tile's rows and columns.
+        before: columns of the workspace before those that ``here`` counts.
+        columns: of the workspace.
+    """
+    row = (split.index * tokens.end + tokens.offsets[:, None]).to(tl.int64)
+    tl.store(
+        partial_ptr + row * columns + before + here.offsets[None, :],
+        sums,
+        mask=(tokens.offsets < tokens.end)[:, None]
+        & (here.offsets < here.end)[None, :],
+    )
+
+
+@triton.jit
 def store_factor_tile(
     x,
     threshold_ptr,
@@ -111,9 +132,4 @@ def store_factor_tile(
     )
     if TILING.pdl:
         gdc_launch_dependents()
-    row = (split.index * tokens.end + tokens.offsets[:, None]).to(tl.int64)
-    tl.store(
-        partial_ptr + row * columns + offs_n[None, :],
-        z,
-        mask=(tokens.offsets < tokens.end)[:, None] & (offs_n < end_n)[None, :],
-    )
+    store_partial(partial_ptr, z, split, tokens, Range(offs_n, end_n), 0, columns)
