@@ -23,14 +23,23 @@ import sys
 import time
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from random_model import PLANES, SHAPES, WEIGHTS, write_config, write_sparse_model
+from random_model import (
+    PLANES,
+    SHAPES,
+    WEIGHTS,
+    Variant,
+    write_config,
+    write_sparse_model,
+)
 from serve_jobs import EngineJob, run_jobs
 
 from vllm_rsparse.bench.provenance import commit, device_name
+from vllm_rsparse.formats.names import AS_STORED, HEAD_FORMATS
 
 # For each engine of a run that starts them together, which share the GPU.
 _TOGETHER = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30}
@@ -65,6 +74,13 @@ def parse_arguments() -> argparse.Namespace:
         " read with at least 4 bits and with 8",
     )
     parser.add_argument("--rho", type=float, nargs="+", default=[1.0])
+    parser.add_argument(
+        "--head",
+        nargs="+",
+        choices=[AS_STORED, *HEAD_FORMATS],
+        default=[AS_STORED],
+        help="formats of the output layer of rsparse, each in its own engine",
+    )
     parser.add_argument(
         "--engines",
         nargs="+",
@@ -152,10 +168,11 @@ class Benchmark:
                         continue
                     first.append(self._dense(weights, engine == "fp8"))
                     continue
-                for rho in self._args.rho:
+                for rho, head in product(self._args.rho, self._args.head):
+                    variant = Variant(weights, rho, head)
                     for targets in self._groups(weights, rho):
-                        first.append(self._calibration(weights, targets, rho))
-                        sparse += self._sparse(weights, targets, rho)
+                        first.append(self._calibration(variant, targets))
+                        sparse += self._sparse(variant, targets)
         for job, result in run_jobs(first + sparse, self._args.together):
             self._record(job.label, result)
         return self._rows
@@ -185,25 +202,24 @@ class Benchmark:
         return EngineJob(label + "{s}", job, self._args.out / f"{label}.log")
 
     def _calibration(
-        self, weights: str, targets: dict[str, list[float]], rho: float
+        self, variant: Variant, targets: dict[str, list[float]]
     ) -> EngineJob:
-        name, job = self._sparse_job(weights, targets, rho)
+        name, job = self._sparse_job(variant, targets)
         # The sparsest: the route must be sparse for it.
         shares = min(targets.values(), key=sum)
-        write_sparse_model(Path(job["model"]), self._shape, shares, rho, weights)
+        write_sparse_model(Path(job["model"]), self._shape, shares, variant)
         job |= {"task": "calibrate", "targets": targets}
         log = self._args.out / f"{name}-calibrate.log"
         # Calibration decodes four prompts at a time, all of them sparse.
         return EngineJob("", job, log, {"max_sparse_tokens": 4})
 
     def _sparse(
-        self, weights: str, targets: dict[str, list[float]], rho: float
+        self, variant: Variant, targets: dict[str, list[float]]
     ) -> list[EngineJob]:
-        name, job = self._sparse_job(weights, targets, rho)
-        end = f"-rho{rho:g}" if rho < 1 else ""
+        name, job = self._sparse_job(variant, targets)
         return [
             EngineJob(
-                f"{weights}{{s}}{end}-{dense_weights}",
+                f"{variant.weights}{{s}}{variant.suffix}-{dense_weights}",
                 job,
                 self._args.out / f"{name}-{dense_weights}.log",
                 {
@@ -215,9 +231,9 @@ class Benchmark:
         ]
 
     def _sparse_job(
-        self, weights: str, targets: dict[str, list[float]], rho: float
+        self, variant: Variant, targets: dict[str, list[float]]
     ) -> tuple[str, dict[str, Any]]:
-        name = weights + next(iter(targets)) + (f"-rho{rho:g}" if rho < 1 else "")
+        name = variant.weights + next(iter(targets)) + variant.suffix
         name = name.replace(":", "-")
         model = self._args.out / name
         found = self._args.out / f"{name}-thresholds.json"

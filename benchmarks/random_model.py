@@ -29,6 +29,7 @@ from vllm_rsparse.artifact.tensors import (
     file_sha256,
 )
 from vllm_rsparse.artifact.versions import write_info
+from vllm_rsparse.formats.names import AS_STORED
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,27 @@ WEIGHTS: dict[str, dict | None] = {
 }
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What a sparse model differs in from others of its shape.
+
+    Attributes:
+        weights: format of the base model's weights, a key of ``WEIGHTS``.
+        rho: share of the budget for exact channels; below 1, there are factors.
+        head: format of the output layer.
+    """
+
+    weights: str = "bf16"
+    rho: float = 1.0
+    head: str = AS_STORED
+
+    @property
+    def suffix(self) -> str:
+        """What names of files and engines end in."""
+        rho = f"-rho{self.rho:g}" if self.rho < 1 else ""
+        return rho + (f"-head-{self.head}" if self.head != AS_STORED else "")
+
+
 def write_config(directory: Path, shape: Shape, quantization: dict | None) -> None:
     """Write ``config.json`` of a Llama of this shape."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -154,8 +176,7 @@ def write_sparse_model(
     directory: Path,
     shape: Shape,
     shares: Sequence[float],
-    rho: float,
-    weights: str = "bf16",
+    variant: Variant,
 ) -> None:
     """Write a model directory whose artifact keeps every channel.
 
@@ -164,10 +185,10 @@ def write_sparse_model(
         shape: the decoder's shape.
         shares: of the channels that the thresholds will keep once they are found, for
             each plane of the weights. The plug-in's default switch point depends on
-            them, and with ``rho`` they set the ranks.
-        rho: share of the budget for exact channels.
-        weights: format of the base model's weights, a key of ``WEIGHTS``.
+            them, and with ``variant.rho`` they set the ranks.
+        variant: weights, rho and the output layer.
     """
+    weights, rho = variant.weights, variant.rho
     planes, sparsity = len(shares), round(1 - shares[0] / rho, 9)
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, LinearEntry] = {}
@@ -198,6 +219,8 @@ def write_sparse_model(
     name = "float" if WEIGHTS[weights] is None else weights
     stored = BaseWeights(name, "bfloat16", _INT4_GROUP if weights == "int4" else 0)
     load_time = {"weights": PLANES} if planes > 1 else {}
+    if variant.head != AS_STORED:
+        load_time["head"] = variant.head
     info = ArtifactInfo(sparsity, entries, "bfloat16", digest, stored, **load_time)
     (artifact / JSON_NAME).write_text(write_info(info))
     quantization = QuantizationSettings(

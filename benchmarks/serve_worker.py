@@ -27,6 +27,8 @@ import torch
 from random_model import SHAPES
 from vllm import LLM, SamplingParams
 
+from vllm_rsparse.model.names import HEAD
+
 VOCABULARY_MARGIN = 16  # keep clear of special tokens
 
 # Shares of the channels that are kept, one for each plane of the weight.
@@ -152,7 +154,9 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def sparse_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    return [m for m in model.modules() if hasattr(m, "rsparse_thresholds")]
+    """Those of the decoder; an output layer that rsparse serves is dense."""
+    layers = [m for m in model.modules() if hasattr(m, "rsparse_thresholds")]
+    return [layer for layer in layers if layer.quant_method.names != [HEAD]]
 
 
 def watch(tokens: int, model: torch.nn.Module) -> None:

@@ -22,7 +22,8 @@ def test_the_artifact_names_the_format_of_its_base(
     random_model: ModuleType, tmp_path: Path, weights: str
 ) -> None:
     shape = random_model.SHAPES["tiny"]
-    random_model.write_sparse_model(tmp_path, shape, [0.5], 1.0, weights)
+    variant = random_model.Variant(weights)
+    random_model.write_sparse_model(tmp_path, shape, [0.5], variant)
     info = open_artifact(tmp_path).info
     dictionary = random_model.WEIGHTS[weights]
     layout = None
@@ -36,8 +37,10 @@ def test_planes_are_made_while_loading(
 ) -> None:
     shape = random_model.SHAPES["tiny"]
     planes = random_model.PLANES
-    random_model.write_sparse_model(tmp_path, shape, [0.85, 0.15], 1.0, planes)
+    variant = random_model.Variant(planes, head="fp8")
+    random_model.write_sparse_model(tmp_path, shape, [0.85, 0.15], variant)
     info = open_artifact(tmp_path).info
     assert (info.base.format, info.weights) == ("float", planes)
+    assert info.head == "fp8"
     entry = next(iter(info.linears.values()))
     assert (entry.kept_fraction, entry.full_fraction) == (0.85, 0.15)
