@@ -64,22 +64,20 @@ def run_jobs(
     """Run engines in the given order, or all at once; yields job and result.
 
     Raises:
-        RuntimeError: some failed. Where they run all at once, it comes after the
-            results of the others.
+        RuntimeError: one failed. In order, no further engine starts; all at once, it
+            is raised after the results of the others.
     """
-    if not jobs:
+    if not together:
+        for job in jobs:
+            yield job, job.run()
         return
-    with ThreadPoolExecutor(len(jobs) if together else 1) as pool:
-        running = [(job, pool.submit(job.run)) for job in jobs]
-        failed = []
-        for job, result in running:
+    failed = []
+    with ThreadPoolExecutor(max(1, len(jobs))) as pool:
+        for job, result in [(job, pool.submit(job.run)) for job in jobs]:
             if error := result.exception():
                 failed.append(error)
-                if not together:
-                    pool.shutdown(cancel_futures=True)
-                    break
-                continue
-            yield job, result.result()
+            else:
+                yield job, result.result()
     if failed:
         raise failed[0]
 
