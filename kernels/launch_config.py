@@ -3,6 +3,10 @@
 
 from dataclasses import dataclass
 
+# Most channels, or rows of packed words, that a program lists, for its registers: the
+# launchers make more splits where needed.
+MOST_LISTED = 1024
+
 
 @dataclass(frozen=True)
 class LaunchConfig:

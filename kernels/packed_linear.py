@@ -8,7 +8,7 @@ from torch import Tensor
 from vllm_rsparse.formats.base import StoredWeight
 
 from .codes import FP8, INT4
-from .launch_config import LaunchConfig
+from .launch_config import MOST_LISTED, LaunchConfig
 from .packed import packed_kernel
 from .packed_scales import SCALE_BLOCK
 from .packing import STEP, GroupLists, Packing, Scales, Words
@@ -23,9 +23,6 @@ from .rsparse_linear import (
 from .stored_rows import codes_per_word, column_scales, rows_of
 from .tiles import Input, Matrix, Tiling
 
-# Most rows of words that a program lists, for its registers: more splits are made
-# where needed.
-MOST_LISTED = 1024
 # Ranks of V that a program sums.
 RANK_BLOCK_N = 64
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm_rsparse.formats.base import StoredWeight
 
 from .channels import GROUP
-from .launch_config import LaunchConfig
+from .launch_config import MOST_LISTED, LaunchConfig
 from .programs import finish_kernel, sums_kernel
 from .tiles import Constants, Input, Lists, Matrix, Tiling
 
@@ -26,8 +26,6 @@ DOT_TOKENS = 16
 # The second launch: columns a program finishes, and most rows of U it holds at a time.
 FINISH_BLOCK_N = 64
 FINISH_MAX_BLOCK_R = 128
-# Most channels a program lists, for its registers: more splits are made where needed.
-MOST_LISTED = 1024
 
 
 def rsparse_linear(

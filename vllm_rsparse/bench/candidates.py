@@ -8,7 +8,7 @@ import torch
 
 from vllm_rsparse.bench.layers import Layer
 from vllm_rsparse.formats.registry import format_of_name
-from vllm_rsparse.kernels.launch_config import LaunchConfig
+from vllm_rsparse.kernels.launch_config import MOST_LISTED, LaunchConfig
 from vllm_rsparse.op.launch_defaults import (
     DENSE_TOKENS,
     VECTOR_TOKENS,
@@ -19,8 +19,6 @@ from vllm_rsparse.op.tables import PACKABLE, PACKED_ONLY
 
 # More splits would spend their time on adding partial sums.
 _MOST_SPLITS = 128
-# Most channels that a program lists (kernels/packed_linear.py).
-_MOST_LISTED = 1024
 
 # (block_n, block_k, warps, stages, use_dot, listed)
 _Kind = tuple[int, int, int, int, bool, bool]
@@ -191,7 +189,7 @@ def _packed(layer: Layer, kind: str, processors: int) -> Iterator[LaunchConfig]:
         tiles = _tiles(layer, block_n)
         for block_k in sorted({min(64, group), min(128, group)}):
             blocks = -(-layer.k // block_k)
-            least = max(1, -(-planes * layer.k // _MOST_LISTED))
+            least = max(1, -(-planes * layer.k // MOST_LISTED))
             resident = 12 * processors // tiles
             splits = {
                 split_k
