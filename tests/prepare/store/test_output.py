@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.errors import CheckpointError, PrepareError
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.prepare.store import output as output_module
 from vllm_rsparse.prepare.store.output import (
@@ -63,6 +63,55 @@ def test_copies_do_not_depend_on_the_base(tmp_path: Path, pyllama: Path) -> None
     for file in BASE_FILES:
         assert not (output / file).is_symlink()
         assert (output / file).read_bytes() == (pyllama / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("gone", "copy"), [("before", False), ("before", True), ("meanwhile", True)]
+)
+def test_a_file_of_the_base_that_is_lost_is_named(
+    gone: str,
+    copy: bool,
+    tmp_path: Path,
+    pyllama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pyllama, base)
+    checkpoint = Checkpoint(base)
+    weights = base / "model.safetensors"
+    if gone == "before":
+        weights.unlink()
+    else:
+        original = shutil.copyfile
+
+        def copyfile(source: Path, target: Path) -> None:
+            weights.unlink()
+            original(source, target)
+
+        monkeypatch.setattr(shutil, "copyfile", copyfile)
+    with (
+        pytest.raises(CheckpointError, match=rf"{weights}: .*put it back") as error,
+        StagedOutput(tmp_path / "out", base, overwrite=False) as staged,
+    ):
+        staged.add_base_files(checkpoint, copy)
+    assert "OUTPUT" not in str(error.value)
+
+
+def test_a_full_disk_is_an_error_of_output(
+    tmp_path: Path, pyllama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        # As shutil raises it: with both names.
+        raise OSError(28, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with (
+        pytest.raises(
+            PrepareError, match=r"OUTPUT .*/out: cannot be written.*No space"
+        ),
+        StagedOutput(tmp_path / "out", pyllama, overwrite=False) as staged,
+    ):
+        staged.add_base_files(Checkpoint(pyllama), copy=True)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])

@@ -4,6 +4,7 @@
 Whatever happens before the rename, OUTPUT does not exist or is unchanged.
 """
 
+import errno
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from typing import Any, Self
 
 from vllm_rsparse.arguments import output_problem
 from vllm_rsparse.artifact.tensors import ARTIFACT_DIR, JSON_NAME, TENSORS_NAME
-from vllm_rsparse.errors import PrepareError
+from vllm_rsparse.errors import CheckpointError, PrepareError
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.checkpoint_files import COMPANIONS, INDEX_NAME
 from vllm_rsparse.prepare.store.files import write_text, writing_output
@@ -115,11 +116,15 @@ class StagedOutput:
             checkpoint: the base model.
             copy: whether to copy.
             weights: False leaves out the weights and their index.
+
+        Raises:
+            CheckpointError: a file of the base is gone or cannot be read.
+            PrepareError: OUTPUT cannot be written.
         """
         for file in _base_files(checkpoint, weights):
             with self._writing():
                 if copy:
-                    shutil.copyfile(file, self.path / file.name)
+                    _copy(file, self.path / file.name)
                 else:
                     (self.path / file.name).symlink_to(file.resolve())
 
@@ -162,13 +167,42 @@ class StagedOutput:
 
 
 def _base_files(checkpoint: Checkpoint, weights: bool = True) -> list[Path]:
-    """The base's weights, index, tokenizer and generation settings."""
-    files = [*checkpoint.weight_files, checkpoint.directory / INDEX_NAME]
-    if not weights:
-        files = []
+    """The base's weights, index, tokenizer and generation settings.
+
+    Raises:
+        CheckpointError: a file of the weights is gone.
+    """
+    files = checkpoint.weight_files if weights else []
+    for file in files:
+        if not file.is_file():
+            raise _lost(file, os.strerror(errno.ENOENT))
+    others = [checkpoint.directory / INDEX_NAME] if weights else []
     for pattern in COMPANIONS:
-        files += sorted(checkpoint.directory.glob(pattern))
-    return [file for file in dict.fromkeys(files) if file.is_file()]
+        others += sorted(checkpoint.directory.glob(pattern))
+    return [*files, *(file for file in dict.fromkeys(others) if file.is_file())]
+
+
+def _copy(file: Path, target: Path) -> None:
+    """Copy a file of the base.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        OSError: the target cannot be written.
+    """
+    try:
+        shutil.copyfile(file, target)
+    except OSError as error:
+        # An error of the copy itself, such as a full disk, names both files.
+        if error.filename == str(file) and error.filename2 is None:
+            raise _lost(file, str(error.strerror)) from error
+        raise
+
+
+def _lost(file: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: a file of the base model cannot be read any more ({why}); put it back"
+        " and prepare again"
+    )
 
 
 def check_space(
