@@ -12,6 +12,7 @@ so that a refusal reads ``FILE: sparsity must lie in [0, 1], got 1.5``.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from reprlib import Repr
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -48,13 +49,52 @@ def sha256(**default: Any) -> Any:
     return must(allowed, pattern="^[0-9a-f]{64}$", **default)
 
 
-def parse_json(text: str | bytes, where: str, error: type[RSparseError]) -> Any:
+def read_json(
+    path: Path,
+    error: type[RSparseError],
+    remedy: str,
+    where: str | None = None,
+) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: the file.
+        error: class of the error to raise.
+        remedy: what to do about any fault, added to the message.
+        where: what users call the file, for messages; None takes the path.
+
+    Raises:
+        RSparseError: of the given class: the file is missing, unreadable, not UTF-8 or
+            not JSON, or holds something other than an object.
+    """
+    where = where or str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise error(f"{where}: cannot be read ({reason(fault)}){remedy}") from fault
+    value = parse_json(text, where, error, remedy)
+    if not isinstance(value, dict):
+        raise error(f"{where}: expected a JSON object, got {shown(value)}{remedy}")
+    return value
+
+
+def reason(fault: OSError | UnicodeDecodeError) -> str:
+    """Why a file could not be read, without the path, which the message has anyway."""
+    if isinstance(fault, UnicodeDecodeError):
+        return f"not UTF-8 text, byte {fault.start}"
+    return fault.strerror or str(fault)
+
+
+def parse_json(
+    text: str | bytes, where: str, error: type[RSparseError], remedy: str = ""
+) -> Any:
     """Parse JSON of any origin.
 
     Args:
         text: the file's content.
         where: the file, for messages.
         error: what to raise.
+        remedy: what to do about any fault, added to the message.
 
     Raises:
         RSparseError: of the given class: not JSON, nested too deeply, NaN, or a number
@@ -63,7 +103,7 @@ def parse_json(text: str | bytes, where: str, error: type[RSparseError]) -> Any:
     try:
         return json.loads(text, parse_constant=_constant)
     except (ValueError, RecursionError) as fault:
-        raise error(f"{where}: not valid JSON ({fault})") from fault
+        raise error(f"{where}: not valid JSON ({fault}){remedy}") from fault
 
 
 def _constant(name: str) -> float:

@@ -102,7 +102,7 @@ def test_bad_directories(
         lambda raw: raw["quantization_config"].update(artifact_sha256="0" * 64),
     )
     for arguments, message in (
-        ([str(tmp_path / "nowhere")], "config.json: cannot be read ("),
+        ([str(tmp_path / "nowhere")], "nowhere: there is no such directory; pass"),
         ([str(pyllama)], "config.json: has no quantization_config; pass a directory"),
         ([str(changed)], "config.json: quantization_config.artifact_sha256 says 0000"),
         ([str(good), "--compare", str(other)], "its weights are not those of"),

@@ -113,7 +113,7 @@ def test_a_truncated_file(tmp_path: Path) -> None:
         ("[]", "expected a JSON object"),
         ("{", "not valid JSON"),
         ('{"rope_theta": NaN}', r"not valid JSON \(a value is NaN"),
-        (None, "missing; is this a model directory"),
+        (None, r"cannot be read \(No such file.*; pass the directory of a model"),
     ],
 )
 def test_a_broken_config(text: str | None, message: str, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_default_fills_the_multiprocessors_that_there_are(tokens: int) -> None:
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "expected an object, got list; write the table again with"),
+        ("[]", r"expected a JSON object, got \[\]; write the table again with"),
         ('{"device": "GPU"}', "key 'entries' is missing"),
         ('{"entries": [{"n": 1}]}', r"entries\[0\]: key 'k' is missing"),
         (entry_with(n=True), r"entries\[0\].n must be an integer >= 1, got True"),

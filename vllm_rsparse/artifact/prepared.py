@@ -12,7 +12,7 @@ from vllm_rsparse.artifact.tensors import JSON_NAME, Artifact, file_sha256
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.links import refuse_broken_links
-from vllm_rsparse.validation import parse_json
+from vllm_rsparse.validation import read_json
 
 GIVE = "pass a directory that `vllm-rsparse prepare` wrote"
 BASE_GONE = (
@@ -44,8 +44,9 @@ class PreparedDirectory:
         Raises:
             ArtifactError: not a prepared directory, or the artifact is damaged.
         """
+        _require_directory(path)
         where = path / "config.json"
-        config = _read_config(where)
+        config = read_json(where, ArtifactError, f"; {GIVE}")
         if "quantization_config" not in config:
             raise ArtifactError(f"{where}: has no quantization_config; {GIVE}")
         settings = read_quantization(
@@ -103,6 +104,7 @@ def open_artifact(directory: Path) -> Artifact:
         artifact = Artifact(directory)
         artifact.verify_digest()
         return artifact
+    _require_directory(directory)
     if not (directory / "config.json").is_file():
         raise ArtifactError(
             f"{directory}: neither a prepared directory (no config.json) nor an"
@@ -111,12 +113,8 @@ def open_artifact(directory: Path) -> Artifact:
     return PreparedDirectory.open(directory).artifact
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({error}); {GIVE}") from error
-    config = parse_json(text, str(path), ArtifactError)
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{path}: expected a JSON object; {GIVE}")
-    return config
+def _require_directory(path: Path) -> None:
+    """Refuse a path at which there is nothing, or a file."""
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "there is no such directory"
+        raise ArtifactError(f"{path}: {found}; {GIVE}")

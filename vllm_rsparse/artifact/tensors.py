@@ -29,6 +29,7 @@ from vllm_rsparse.artifact.versions import CORRECTION_SUFFIX, read_info
 from vllm_rsparse.errors import ArtifactError
 from vllm_rsparse.formats.registry import format_of_name, load_time_format
 from vllm_rsparse.model.names import HEAD
+from vllm_rsparse.validation import reason
 
 ARTIFACT_DIR = "rsparse"
 JSON_NAME = "rsparse.json"
@@ -87,7 +88,7 @@ class Artifact:
             text = _read_text(self.json_path)
         except (OSError, UnicodeDecodeError) as error:
             raise ArtifactError(
-                f"{self.json_path}: cannot be read ({error}); an artifact is a"
+                f"{self.json_path}: cannot be read ({reason(error)}); an artifact is a"
                 f" directory with {JSON_NAME} and {TENSORS_NAME}, written by"
                 " `vllm-rsparse prepare`"
             ) from error

@@ -16,11 +16,12 @@ from vllm_rsparse.errors import ArtifactError, CheckpointError
 from vllm_rsparse.formats.base import INPUT_DTYPES
 from vllm_rsparse.formats.registry import format_of_name, load_time_format
 from vllm_rsparse.model.checkpoint import Checkpoint
-from vllm_rsparse.model.checkpoint_files import INDEX_NAME, read_json
+from vllm_rsparse.model.checkpoint_files import DOWNLOAD_AGAIN, INDEX_NAME
 from vllm_rsparse.model.families import by_engine_layer
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.names import LinearName
 from vllm_rsparse.op.backends import resolve_backend
+from vllm_rsparse.validation import read_json
 
 
 def artifact(directory: Path) -> Iterator[Finding]:
@@ -83,7 +84,8 @@ def _refuse_missing_tensors(checkpoint: Checkpoint) -> None:
     index = checkpoint.directory / INDEX_NAME
     if not index.is_file():
         return
-    missing = read_json(index)["weight_map"].keys() - checkpoint.tensors.keys()
+    listed = read_json(index, CheckpointError, DOWNLOAD_AGAIN)["weight_map"]
+    missing = listed.keys() - checkpoint.tensors.keys()
     if missing:
         raise CheckpointError(
             f"{index}: lists {min(missing)}, which no file has ({len(missing)} missing"

@@ -19,8 +19,8 @@ from vllm_rsparse.arguments import writing
 from vllm_rsparse.errors import SettingError
 from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.measure import Passage
-from vllm_rsparse.model.checkpoint_files import read_json
 from vllm_rsparse.texts.prompts import Prompt
+from vllm_rsparse.validation import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 32
 # An answer needs a sparse token and one that it predicts.
 SHORTEST = 2
+_OTHER_FILE = "; remove it, or give another file"
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,11 @@ def answers_of(
 
 
 def _read(file: Path, asked: str) -> list[Answer]:
-    document = read_json(file)
+    document = read_json(file, SettingError, _OTHER_FILE, f"--answers {file}")
     if document.get("asked") != asked:
         raise SettingError(
             f"--answers {file}: holds the answers of another model, to other prompts or"
-            " of another length; remove it, or give another file"
+            f" of another length{_OTHER_FILE}"
         )
     return [Answer(**one) for one in document["answers"]]
 

@@ -19,13 +19,10 @@ from torch import Tensor
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.checkpoints.layout import Layout, format_of_layout
-from vllm_rsparse.model.checkpoint_files import (
-    HUB_PATTERNS,
-    find_weight_files,
-    read_json,
-)
+from vllm_rsparse.model.checkpoint_files import HUB_PATTERNS, find_weight_files
 from vllm_rsparse.model.links import refuse_broken_links
 from vllm_rsparse.model.quantized import QuantizedLinears
+from vllm_rsparse.validation import read_json
 
 # safetensors' name of a dtype -> torch's, for those that a plain weight may have.
 FLOAT_DTYPES = {
@@ -35,6 +32,7 @@ FLOAT_DTYPES = {
 }
 # Quantized checkpoints leave the embedding in the dtype that the model computes in.
 _EMBEDDING = "embed_tokens.weight"
+_GIVE_MODEL = "; pass the directory of a model, with its config.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,9 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         refuse_broken_links(directory, "download the model again", HUB_PATTERNS)
         self.directory = directory.resolve()
-        self.config = read_json(self.directory / "config.json")
+        self.config = read_json(
+            self.directory / "config.json", CheckpointError, _GIVE_MODEL
+        )
         self.weight_files = find_weight_files(self.directory)
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.weight_files:

@@ -3,14 +3,14 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.links import refuse_broken_links
-from vllm_rsparse.validation import parse_json
+from vllm_rsparse.validation import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+DOWNLOAD_AGAIN = "; download it again"
 # Files that a served model needs besides the weights. Formats that vLLM would prefer to
 # the linked weights (params.json with consolidated.safetensors, *.bin, *.gguf) are not
 # included.
@@ -97,30 +97,18 @@ def find_weight_files(directory: Path) -> list[Path]:
             + "; convert the model with transformers'"
             " save_pretrained(safe_serialization=True)"
         )
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, CheckpointError, DOWNLOAD_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: `weight_map` is missing or empty")
+        raise CheckpointError(
+            f"{index}: `weight_map` is missing or empty{DOWNLOAD_AGAIN}"
+        )
     files = []
     for name in sorted(set(map(str, weight_map.values()))):
         if os.path.basename(name) != name:
             raise CheckpointError(f"{index}: shard {name!r} is not a plain file name")
         if not (directory / name).exists():
             raise CheckpointError(
-                f"{index}: lists {name}, which is missing; download it again"
+                f"{index}: lists {name}, which is missing{DOWNLOAD_AGAIN}"
             )
         files.append(directory / name)
     return files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; otherwise raise a CheckpointError that names the file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; is this a model directory?") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
-    value = parse_json(text, str(path), CheckpointError)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return value

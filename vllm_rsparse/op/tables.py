@@ -30,7 +30,7 @@ from vllm_rsparse.formats.fp8_block import FP8_BLOCK
 from vllm_rsparse.formats.int4 import INT4
 from vllm_rsparse.formats.int8_planes import INT8_PLANES
 from vllm_rsparse.kernels.launch_config import LaunchConfig
-from vllm_rsparse.validation import CONFIG, must, one_of, parse_json, validate
+from vllm_rsparse.validation import CONFIG, must, one_of, read_json, validate
 
 SHIPPED = Path(__file__).parent / "configs"
 _REMEDY = "; write the table again with `vllm-rsparse bench --tune`"
@@ -166,11 +166,7 @@ def read_table(path: Path) -> list[TunedEntry]:
     Raises:
         TableError: the file is not such a table; names the file and the fault.
     """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TableError(f"{path}: cannot be read ({error}){_REMEDY}") from error
-    raw = parse_json(text, str(path), TableError)
+    raw = read_json(path, TableError, _REMEDY)
     table = validate(_TableFile, raw, str(path), TableError, _REMEDY)
     entries = []
     for index, entry in enumerate(table.entries):

@@ -22,8 +22,8 @@ from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.errors import ArtifactError, SettingError
 from vllm_rsparse.formats.names import AS_STORED
 from vllm_rsparse.formats.registry import format_of_name, load_time_format
-from vllm_rsparse.model.checkpoint_files import read_json
 from vllm_rsparse.serving.route import RouteRequest
+from vllm_rsparse.validation import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +255,8 @@ def _refuse_replaced(quantization_config: Mapping[str, Any], hf_config: Any) -> 
     file = Path(directory) / "config.json"
     if not directory or not file.is_file():
         return
-    written = read_json(file).get("quantization_config")
+    config = read_json(file, ArtifactError, "; prepare the model again")
+    written = config.get("quantization_config")
     if not isinstance(written, dict) or written.get("quant_method") != QUANT_METHOD:
         return
     raise ArtifactError(

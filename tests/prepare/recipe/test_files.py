@@ -93,7 +93,9 @@ def test_bad_recipe_files(tmp_path: Path, change: dict[str, Any], message: str) 
 
 
 def test_bad_recipe_names(tmp_path: Path) -> None:
-    with pytest.raises(PrepareError, match="neither one of uniform, teal, wina"):
+    with pytest.raises(
+        PrepareError, match=r"besst: there is no such file.* \(uniform, teal, wina"
+    ):
         load_recipe("besst")
     path = tmp_path / "recipe.json"
     path.write_text("{")

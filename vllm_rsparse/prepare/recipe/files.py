@@ -34,7 +34,9 @@ from vllm_rsparse.prepare.recipe.recipes import (
     TRY,
     Recipe,
 )
-from vllm_rsparse.validation import CONFIG, must, one_of, parse_json, validate
+from vllm_rsparse.validation import CONFIG, must, one_of, read_json, validate
+
+_REMEDY = "; write one with --save-recipe, or see docs/recipes.md for the keys"
 
 # How far the linears of a file may add up to another sparsity than --sparsity.
 BUDGET_TOLERANCE = 0.002
@@ -68,18 +70,15 @@ def load_recipe(source: str) -> Recipe:
     if source in RECIPES:
         return RECIPES[source]
     where = f"--recipe {source}"
-    try:
-        text = Path(source).read_text(encoding="utf-8")
-    except FileNotFoundError:
+    file = Path(source)
+    if not file.is_file():
+        found = "is a folder" if file.is_dir() else "there is no such file"
         raise PrepareError(
-            f"{where}: neither one of {', '.join(RECIPES)} nor a file"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PrepareError(f"{where}: cannot be read ({error})") from error
-    raw = parse_json(text, where, PrepareError)
-    if not isinstance(raw, dict):
-        raise PrepareError(f"{where}: expected a JSON object")
-    return _recipe(validate(_RecipeFile, raw, where, PrepareError))
+            f"{where}: {found}; give a recipe's name ({', '.join(RECIPES)}) or a file"
+            " that --save-recipe wrote"
+        )
+    raw = read_json(file, PrepareError, _REMEDY, where)
+    return _recipe(validate(_RecipeFile, raw, where, PrepareError, _REMEDY))
 
 
 def recipe_json(recipe: Recipe) -> str:
