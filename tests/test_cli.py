@@ -125,3 +125,24 @@ def test_a_file_that_turns_out_unwritable_is_named_with_its_option(tmp_path):
     ):
         raise FULL
     assert caught.value.__cause__ is FULL
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["evaluate", "D", "--data", "a", "--data", "b"], "--data"),
+        (
+            ["evaluate", "D", "--data", "a", "--window", "1", "--window", "2"],
+            "--window",
+        ),
+        (["prepare", "M", "O", "--sparsity", "0.3", "--sparsity", "0.4"], "--sparsity"),
+        (["bench", "--n", "8", "--n", "16", "--k", "8"], "--n"),
+    ],
+)
+def test_an_option_that_is_given_twice_is_refused(arguments, option, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    several = "" if option == "--window" else ", with all its values"
+    assert f"argument {option}: is given twice; give it once{several}\n" in error

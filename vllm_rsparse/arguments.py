@@ -1,13 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the subcommands' arguments share: files that are written at the end of a run."""
+"""What the subcommands' arguments share: options given twice or for nothing, files."""
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vllm_rsparse.errors import RSparseError, SettingError
+
+
+class Once(argparse.Action):
+    """Store a value, and refuse the option if it comes again.
+
+    argparse keeps the last one: with ``--data a.txt --data b.txt``, the first file
+    would be left out without a word.
+    """
+
+    _given = False
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the value."""
+        if self._given and option_string is not None:
+            values_too = ", with all its values" if self.nargs == "+" else ""
+            raise argparse.ArgumentError(
+                self, f"is given twice; give it once{values_too}"
+            )
+        self._given = True
+        setattr(namespace, self.dest, values)
+
+
+def settle(
+    args: argparse.Namespace, defaults: Mapping[str, Any], applies: bool, goes: str
+) -> None:
+    """Give options that were left out their defaults; refuse those without effect.
+
+    Args:
+        args: changed in place; the options' own default is None.
+        defaults: of the options, by attribute.
+        applies: whether the options have an effect in this run.
+        goes: what to say if not: "goes with --chat".
+
+    Raises:
+        SettingError: an option was given that would be ignored.
+    """
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not applies:
+            option = f"--{name.replace('_', '-')}"
+            raise SettingError(f"{option} {goes}; leave it out here")
 
 
 def output_file(text: str) -> Path:

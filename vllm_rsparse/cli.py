@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from vllm_rsparse import __version__
+from vllm_rsparse.arguments import Once
 from vllm_rsparse.errors import RSparseError
 
 # Subcommand -> module, one line of help.
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, help=help_text, description=help_text[0].upper() + help_text[1:] + "."
         )
         if name == chosen:
+            subparser.register("action", None, Once)
             importlib.import_module(module).add_arguments(subparser)
     args = parser.parse_args(arguments)
     logging.basicConfig(

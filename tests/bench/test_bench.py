@@ -217,7 +217,7 @@ def test_a_linear_in_every_format(
     [
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
         (["--sparsity", "1"], r"--sparsity must lie in \[0, 1\)"),
-        (["--rho", "0"], "--rho in"),
+        (["--rho", "0"], r"--rho must lie in \(0, 1\], got 0.0"),
         (["--tune"], "needs a CUDA device"),
         (["--k", "64"], "give one of: a prepared directory, --shapes, or"),
         (["--weights", "bf16", "--dtype", "float16"], "contradicts --dtype"),
@@ -246,7 +246,18 @@ def test_command_refuses(
             ["--n", "64", "--k", "96", "--weights", "int8-planes", "--group", "0"],
             "32, 64",
         ),
-        (["DIR", "--weights", "fp8"], "--weights is for shapes: DIR"),
+        (
+            ["--n", "64", "0", "--k", "64"],
+            "must be at least 1, got --n 64 0 and --k 64",
+        ),
+        (["DIR", "--weights", "fp8"], "--weights is for --shapes, or --n and --k: DIR"),
+        (["DIR", "--rho", "1"], "--rho is for --shapes"),
+        (["DIR", "--sparsity", "0.3"], "--sparsity is for --shapes"),
+        (["DIR", "--group", "64"], "--group goes with --weights int4"),
+        (["DIR", "-tp", "0"], "--tensor-parallel-size must be at least 1, got 0"),
+        (["DIR", "--tune-seconds", "3"], "--tune-seconds goes with --tune; leave"),
+        (["--n", "64", "--k", "64", "--group", "64"], "--group goes with --weights"),
+        (["--n", "64", "--k", "64", "-tp", "2"], "-size goes with a directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -194,6 +194,9 @@ def test_bad_prompts(
     [
         (["--data", "x", "--answers", "y"], "--answers goes with --chat"),
         (["--data", "x", "--reference", "y"], "--reference goes with --chat"),
+        (["--data", "x", "--answer-tokens", "8"], "--answer-tokens goes with --chat"),
+        (["--chat", "x", "--window", "8"], "--window goes with --data; leave it out"),
+        (["--chat", "x", "--max-windows", "8"], "--max-windows goes with --data"),
         (["--chat", "x", "--engine", "vllm"], "--chat goes with --engine torch"),
         (["--chat", "x", "--answer-tokens", "0"], "--answer-tokens must be at least 1"),
     ],

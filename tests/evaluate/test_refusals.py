@@ -48,17 +48,10 @@ def test_bad_protocol(
 ) -> None:
     held_out.write_text(Path(json.__file__).read_text())
     directory = write_prepared("any", usable)
-    status = main(
-        [
-            "evaluate",
-            str(directory),
-            "--data",
-            str(held_out),
-            "--max-windows",
-            "1",
-            *options,
-        ]
-    )
+    command = ["evaluate", str(directory), "--data", str(held_out), *options]
+    if "--max-windows" not in options:
+        command += ["--max-windows", "1"]
+    status = main(command)
     assert status == (0 if message is None else 1)
     if message is not None:
         assert message in capsys.readouterr().err

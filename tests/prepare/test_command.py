@@ -20,23 +20,16 @@ TEXT = Path(sysconfig.get_path("stdlib")) / "argparse.py"
 
 
 def _command(model: Path, output: Path, *more: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "vllm_rsparse.cli",
-        "prepare",
-        str(model),
-        str(output),
-        "--sparsity",
-        "0.5",
-        "--calibration-data",
-        str(TEXT),
-        "--device",
-        "cpu",
-        "--recipe",
-        "uniform",
-        *more,
+    """The command, with options that ``more`` replaces by its own."""
+    usual = {"--sparsity": "0.5", "--calibration-data": str(TEXT), "--device": "cpu"}
+    options = [
+        word
+        for option, value in (usual | {"--recipe": "uniform"}).items()
+        if option not in more
+        for word in (option, value)
     ]
+    program = [sys.executable, "-m", "vllm_rsparse.cli"]
+    return [*program, "prepare", str(model), str(output), *options, *more]
 
 
 def test_a_user_sees_the_table_and_the_next_command(

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 
 from vllm_rsparse import envs
-from vllm_rsparse.arguments import output_problem, writing
+from vllm_rsparse.arguments import output_problem, settle, writing
 from vllm_rsparse.artifact.prepared import open_artifact
 from vllm_rsparse.bench.bandwidth import read_bandwidth
 from vllm_rsparse.bench.layers import SHAPES, Layer, layers_of
 from vllm_rsparse.bench.measure import measure_layer
 from vllm_rsparse.bench.provenance import device_name, provenance
 from vllm_rsparse.errors import SettingError
+from vllm_rsparse.formats.int4 import INT4
+from vllm_rsparse.formats.int8_planes import INT8_PLANES
 from vllm_rsparse.formats.names import SERVED_FORMATS
 from vllm_rsparse.formats.plane_bits import GROUPS
 from vllm_rsparse.formats.registry import format_of_name
@@ -27,12 +29,22 @@ from vllm_rsparse.op.backends import BACKENDS, Backend, resolve_backend
 from vllm_rsparse.op.tuning import device_of
 from vllm_rsparse.text_table import align
 
+# Defaults of the options that not every run has a use for.
+_OF_SHAPES = {"weights": ["float"], "sparsity": [0.5], "rho": 1.0}
+_OF_GROUPS = {"group": 128}
+_OF_DIRECTORY = {"tensor_parallel_size": 1}
+_OF_TUNING = {"tune_routes": [tables.SPARSE], "tune_seconds": 25.0}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     what = parser.add_argument_group("what to measure: one of")
     what.add_argument(
-        "directory", nargs="?", type=Path, help="prepared model whose layers to measure"
+        "directory",
+        metavar="DIR",
+        nargs="?",
+        type=Path,
+        help="prepared model whose layers to measure",
     )
     what.add_argument(
         "--shapes",
@@ -44,49 +56,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--n",
         nargs="+",
         type=int,
+        metavar="N",
         help="a single linear by its output features, of each fused shard; with --k",
     )
-    what.add_argument("--k", type=int, help="its input features")
+    what.add_argument("--k", type=int, metavar="K", help="its input features")
     parser.add_argument(
         "--weights",
         nargs="+",
         choices=("bf16", *SERVED_FORMATS),
-        default=["float"],
-        help="without a directory: formats of the weights; float (also bf16) has that"
-        " of --dtype (default: float)",
+        help="without DIR: formats of the weights; float (also bf16) has that of"
+        " --dtype (default: float)",
     )
     parser.add_argument(
         "--group",
         type=int,
         choices=(0, *GROUPS),
-        default=128,
-        help="input channels that share a scale in int4 and int8-planes; 0: all of"
-        " them (default: 128)",
+        help="with --weights int4 or int8-planes: input channels that share a scale;"
+        " 0: all of them (default: 128)",
     )
     parser.add_argument(
-        "--tokens", nargs="+", type=int, default=[1, 2], help="tokens per call"
+        "--tokens",
+        nargs="+",
+        type=int,
+        default=[1, 2],
+        metavar="M",
+        help="tokens per call (default: 1 2)",
     )
     parser.add_argument(
         "--sparsity",
         nargs="+",
         type=float,
-        default=[0.5],
-        help="without a directory; several are timed on the same weights (default:"
-        " 0.5). In int8-planes a tenth of the kept channels are read with both planes",
+        metavar="S",
+        help="without DIR: share of the bytes to skip; several are timed on the same"
+        " weights (default: 0.5). In int8-planes a tenth of the kept channels are read"
+        " with both planes",
     )
     parser.add_argument(
         "--rho",
         type=float,
-        default=1.0,
-        help="without a directory: share of the budget for exact channels (default: 1)",
+        help="without DIR: share of the kept bytes for exact channels (default: 1)",
     )
     parser.add_argument(
-        "--tensor-parallel-size", "-tp", type=int, default=1, help="of DIRECTORY"
+        "--tensor-parallel-size",
+        "-tp",
+        type=int,
+        metavar="RANKS",
+        help="with DIR: time a rank's part of each layer (default: 1)",
     )
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16"],
+        default="bfloat16",
+        help="of x, and of float weights (default: bfloat16)",
+    )
     parser.add_argument(
         "--output",
         type=Path,
+        metavar="OUT",
         help="write the rows to this file, as JSON; with --tune to bench.json in this"
         " folder, and the table next to it",
     )
@@ -101,15 +127,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tune-routes",
         nargs="+",
         choices=(tables.SPARSE, tables.DENSE),
-        default=[tables.SPARSE],
         help="with --tune: the dense route is that of up to 64 tokens on quantized"
         " weights (default: sparse)",
     )
     parser.add_argument(
         "--tune-seconds",
         type=float,
-        default=25.0,
-        help="how long to search, for each of --weights (default: 25)",
+        metavar="SECONDS",
+        help="with --tune: how long to search, for each format (default: 25)",
     )
 
 
@@ -208,20 +233,17 @@ def _layers(args: argparse.Namespace) -> list[list[Layer]]:
         raise SettingError(
             "give one of: a prepared directory, --shapes, or --n with --k"
         )
+    _settle(args)
     if args.directory is not None:
-        if args.weights != ["float"]:
-            raise SettingError(
-                f"--weights is for shapes: {args.directory} has a format of its own"
-            )
         artifact = open_artifact(args.directory)
         return [
             [layer] for layer in layers_of(artifact.info, args.tensor_parallel_size)
         ]
-    if not all(0.0 <= s < 1.0 for s in args.sparsity) or not 0.0 < args.rho <= 1.0:
-        raise SettingError(
-            "--sparsity must lie in [0, 1) and --rho in (0, 1], got"
-            f" {' '.join(map(str, args.sparsity))} and {args.rho}"
-        )
+    for sparsity in args.sparsity:
+        if not 0.0 <= sparsity < 1.0:
+            raise SettingError(f"--sparsity must lie in [0, 1), got {sparsity}")
+    if not 0.0 < args.rho <= 1.0:
+        raise SettingError(f"--rho must lie in (0, 1], got {args.rho}")
     if "bf16" in args.weights and args.dtype != "bfloat16":
         raise SettingError(f"--weights bf16 contradicts --dtype {args.dtype}")
     names = ["float" if name == "bf16" else name for name in args.weights]
@@ -232,18 +254,50 @@ def _layers(args: argparse.Namespace) -> list[list[Layer]]:
     ]
 
 
+def _settle(args: argparse.Namespace) -> None:
+    """Defaults of the options that were left out.
+
+    Raises:
+        SettingError: an option was given that this run would ignore, or is too small.
+    """
+    own = f"is for --shapes, or --n and --k: {args.directory} has its own"
+    settle(args, _OF_SHAPES, args.directory is None, own)
+    grouped = not {INT4.name, INT8_PLANES.name}.isdisjoint(args.weights)
+    settle(args, _OF_GROUPS, grouped, "goes with --weights int4 or int8-planes")
+    settle(args, _OF_DIRECTORY, args.directory is not None, "goes with a directory")
+    settle(args, _OF_TUNING, args.tune, "goes with --tune")
+    if args.tensor_parallel_size < 1:
+        raise SettingError(
+            "--tensor-parallel-size must be at least 1, got"
+            f" {args.tensor_parallel_size}"
+        )
+    if not args.tune_seconds >= 0.0:
+        raise SettingError(f"--tune-seconds must be >= 0, got {args.tune_seconds}")
+
+
 def _distinct(args: argparse.Namespace, weight_format: str) -> list[Layer]:
     """The layers that were asked for, in a format, each once."""
     if args.shapes is not None:
         layers = [layer for name in args.shapes for layer in SHAPES[name]]
     else:
         if args.n is None or args.k is None or min(*args.n, args.k) < 1:
-            raise SettingError("--n and --k go together and are at least 1")
+            raise SettingError(
+                "--n and --k go together and must be at least 1, got"
+                f" {_given('--n', args.n)} and {_given('--k', args.k)}"
+            )
         layers = [Layer("linear", tuple(args.n), args.k)]
     stored = [layer.stored_as(weight_format, args.group) for layer in layers]
     for layer in stored:
         format_of_name(weight_format).check_shards(layer.shard_sizes)
     return list(dict.fromkeys(stored))
+
+
+def _given(option: str, value: list[int] | int | None) -> str:
+    """An option as it was given, for messages."""
+    if value is None:
+        return f"no {option}"
+    values = value if isinstance(value, list) else [value]
+    return " ".join([option, *map(str, values)])
 
 
 def table(rows: list[dict[str, Any]]) -> str:

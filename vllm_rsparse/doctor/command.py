@@ -4,6 +4,7 @@
 import argparse
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -55,39 +56,41 @@ def _quiet_vllm() -> Iterator[None]:
 
 
 def _report(args: argparse.Namespace) -> int:
-    failed = warned = 0
+    count: Counter[Level] = Counter()
     for finding in check(args.directory):
         print(finding.line(), flush=True)
-        failed += finding.level is Level.FAIL
-        warned += finding.level is Level.WARN
-    print(
-        f"{failed} failed, {warned} warnings"
-        if failed or warned
-        else "all checks passed"
-    )
-    return 1 if failed else 0
+        count[finding.level] += 1
+    told = {Level.FAIL: "failed", Level.WARN: "warnings", Level.SKIP: "skipped"}
+    found = [f"{count[level]} {word}" for level, word in told.items() if count[level]]
+    print(", ".join(found) or "all checks passed")
+    return 1 if count[Level.FAIL] else 0
 
 
 def check(directory: Path | None) -> Iterator[Finding]:
-    """All findings; an exception becomes the check's finding, and the others run."""
+    """All findings; an exception becomes the check's finding, and the others run.
+
+    What several checks trip over, such as a damaged artifact, is told once.
+    """
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("versions", installation.versions),
         ("plug-in", installation.plugin),
         ("device", installation.device),
-        ("backend", partial(installation.backend, directory)),
     ]
     if directory is None:
         checks += [
+            ("backend", partial(installation.backend, directory)),
             ("tuned shapes", installation.tuned_shapes),
             ("one layer", model.synthetic_layer),
         ]
     else:
         checks += [
             ("artifact", partial(model.artifact, directory)),
+            ("backend", partial(installation.backend, directory)),
             ("base model", partial(model.base, directory)),
             ("tuned shapes", partial(model.tuned_shapes, directory)),
             ("one layer", partial(model.first_layer, directory)),
         ]
+    told: dict[str, str] = {}
     for name, function in checks:
         try:
             yield from function()
@@ -96,4 +99,9 @@ def check(directory: Path | None) -> Iterator[Finding]:
             # Ours say themselves what is wrong and what to do.
             ours = isinstance(error, RSparseError)
             kind = "" if ours else f"{type(error).__name__}: "
-            yield Finding(Level.FAIL, name, f"{kind}{error}")
+            detail = f"{kind}{error}"
+            if detail in told:
+                yield Finding(Level.SKIP, name, f"for the reason of {told[detail]!r}")
+            else:
+                told[detail] = name
+                yield Finding(Level.FAIL, name, detail)

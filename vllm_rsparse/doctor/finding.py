@@ -6,9 +6,13 @@ from enum import Enum
 
 
 class Level(Enum):
-    """How bad it is: only FAIL sets the exit status."""
+    """How bad it is: only FAIL sets the exit status.
+
+    A check is skipped where it failed for the same reason as one before it.
+    """
 
     OK = "ok"
+    SKIP = "skip"
     WARN = "warn"
     FAIL = "FAIL"
 

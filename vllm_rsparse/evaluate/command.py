@@ -6,10 +6,14 @@ import json
 import logging
 from pathlib import Path
 
-from vllm_rsparse.arguments import check_picture, output_file, writing
+from vllm_rsparse.arguments import check_picture, output_file, settle, writing
 from vllm_rsparse.errors import SettingError
 
 logger = logging.getLogger(__name__)
+
+# Defaults of the options that one of --data and --chat would ignore.
+_OF_DATA = {"window": 512, "dense_fraction": 0.1, "max_windows": None}
+_OF_CHAT = {"answer_tokens": 256, "answers": None, "reference": None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--answer-tokens",
         type=int,
-        default=256,
         metavar="N",
-        help="with --chat: longest answer (default: %(default)s)",
+        help="with --chat: longest answer (default: 256)",
     )
     parser.add_argument(
         "--answers",
@@ -64,18 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window",
         type=int,
-        default=512,
         metavar="N",
-        help="positions per window (default: %(default)s)",
+        help="with --data: positions per window (default: 512)",
     )
     parser.add_argument(
         "--dense-fraction",
         type=float,
-        default=0.1,
         metavar="F",
-        help="leading part of each window that is not counted and runs dense, as the"
-        " prompt does when served; with --engine vllm it runs sparse, uncounted"
-        " (default: %(default)s)",
+        help="with --data: leading part of each window that is not counted and runs"
+        " dense, as the prompt does when served; with --engine vllm it runs sparse,"
+        " uncounted (default: 0.1)",
     )
     parser.add_argument(
         "--engine",
@@ -89,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-windows",
         type=int,
         metavar="N",
-        help="use N windows spread evenly over the text (default: all)",
+        help="with --data: use N windows spread evenly over the text (default: all)",
     )
     parser.add_argument(
         "--device",
@@ -121,6 +122,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         RSparseError: bad arguments, directories or text; the message says what to do.
     """
+    for defaults, applies, goes in (
+        (_OF_DATA, args.chat is None, "goes with --data"),
+        (_OF_CHAT, args.chat is not None, "goes with --chat"),
+    ):
+        settle(args, defaults, applies, goes)
     for name, value in (
         ("--window", args.window),
         ("--max-windows", args.max_windows),
@@ -135,11 +141,7 @@ def run(args: argparse.Namespace) -> int:
             f"--device {args.device} goes with --engine torch; vLLM runs on the device"
             " that it was built for"
         )
-    if args.chat is None:
-        for name in ("answers", "reference"):
-            if getattr(args, name) is not None:
-                raise SettingError(f"--{name} goes with --chat")
-    elif args.engine == "vllm" or args.plot is not None:
+    if args.chat is not None and (args.engine == "vllm" or args.plot is not None):
         raise SettingError("--chat goes with --engine torch and without --plot")
     # torch and transformers take seconds to import; bad options fail before that.
     from vllm_rsparse.artifact.prepared import PreparedDirectory
