@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain-text tables for the terminal."""
+"""Plain text for the terminal: tables, counts and sizes."""
 
 from collections.abc import Sequence
 
@@ -18,3 +18,15 @@ def align(rows: Sequence[Sequence[str]]) -> str:
         )
         for row in rows
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 window", "2 windows"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def size_of(size: float) -> str:
+    """A number of bytes in the unit that suits it: "27.0 MiB", "1.5 GiB"."""
+    if size < 2**30:
+        return f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**30:.1f} GiB"

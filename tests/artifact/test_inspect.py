@@ -30,7 +30,12 @@ def rows(output: str, title: str) -> dict[str, list[str]]:
 def test_tables(
     write_artifact: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_artifact(tmp_path, LINEARS, provenance={"base_model": "somewhere/small"})
+    provenance = {
+        "base_model": "somewhere/small",
+        "method": {"score": "norm", "trials": {"greedy": 0.06012940432202457}},
+        "files": [{"file": "a.txt", "tokens": 3}],
+    }
+    write_artifact(tmp_path, LINEARS, provenance=provenance)
     assert main(["inspect", str(tmp_path)]) == 0
     output = capsys.readouterr().out
     sparsity = rows(output, "sparsity")
@@ -41,7 +46,11 @@ def test_tables(
     assert rows(output, "rank")["0"] == ["2", "0"]
     # The entries have no relative error: no table of dashes.
     assert "relative error" not in output
-    assert "base_model: somewhere/small" in output
+    assert output.endswith(
+        "base_model: somewhere/small\n"
+        "method:\n  score: norm\n  trials:\n    greedy: 0.06013\n"
+        'files:\n  - {"file": "a.txt", "tokens": 3}\n'
+    )
 
 
 def test_a_sparse_output_layer(
@@ -149,7 +158,8 @@ def test_bytes_of_the_whole_model(
         ("in all", sparse + others + head, total),
     ):
         sizes = [f"{size / MIB:.3f}" for size in (read, dense)]
-        assert found[label] == [*sizes, f"{dense / total:.3f}"]
+        shares = [f"{share:.3f}" for share in (read / dense, dense / total)]
+        assert found[label] == [*sizes, *shares]
     assert covered(Artifact(tmp_path).info).startswith(
         f", which cover {mine / total:.0%} of"
     )

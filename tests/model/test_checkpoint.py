@@ -282,3 +282,14 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     with pytest.raises(CheckpointError, match="is a file; pass the model's directory"):
         resolve_model(str(tmp_path / "x"))
+
+
+def test_a_local_directory_has_no_revisions(tmp_path: Path) -> None:
+    message = f"--revision v2: MODEL {tmp_path} is a local directory"
+    with pytest.raises(CheckpointError, match=message):
+        resolve_model(str(tmp_path), "v2")
+
+
+def test_an_empty_name_is_no_model() -> None:
+    with pytest.raises(CheckpointError, match="MODEL is empty; give a model's"):
+        resolve_model("")

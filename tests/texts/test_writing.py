@@ -154,7 +154,7 @@ def test_a_model_that_does_not_fit(
 ) -> None:
     monkeypatch.setattr(writing, "free_memory", lambda device: 1 << 20)
     message = (
-        r"0\.0 GiB in torch.float32, and 0\.0 GiB are free \(cpu\); give text with"
+        r"\d\.\d MiB in torch.float32, and \d\.\d MiB are free \(cpu\); give text with"
     )
     with pytest.raises(CheckpointError, match=message):
         write(pyllama, 10)

@@ -8,6 +8,8 @@ from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 
 from vllm_rsparse.artifact.schema import ArtifactInfo
+from vllm_rsparse.formats.names import AS_STORED
+from vllm_rsparse.model.names import HEAD
 from vllm_rsparse.validation import CONFIG
 
 # Key of the provenance; it is there where ``prepare --max-kl`` found the sparsity.
@@ -64,4 +66,9 @@ def card_line(info: ArtifactInfo) -> str:
             f"; KL divergence from the dense model {loss.kl_divergence:.4f} nats on"
             f" {loss.tokens} held-out tokens (at most {loss.max_kl:g} allowed)"
         )
-    return f"vllm-rsparse{by}: {skipped}{lost}"
+    served = [f"weights {info.weights}"] if info.weights != AS_STORED else []
+    served += [f"{HEAD} {info.head}"] if info.head != AS_STORED else []
+    if info.sparse_head is not None:
+        served.append(f"{1 - info.sparse_head.kept_fraction:.1%} of {HEAD} skipped")
+    formats = "".join(f", {one}" for one in served)
+    return f"vllm-rsparse{by}{formats}: {skipped}{lost}"

@@ -17,6 +17,8 @@ from vllm_rsparse.model.names import HEAD, LinearName, label_of
 from vllm_rsparse.text_table import align
 
 _MIB = 1 << 20
+# Columns that a key of the provenance may be indented by; below, values are JSON.
+_DEEPEST = 6
 
 
 @dataclass(frozen=True)
@@ -135,19 +137,21 @@ def _whole_model(info: ArtifactInfo) -> list[str]:
     total = LinearReads()
     for part in parts.values():
         total += part
-    rows = [["bytes of the whole model", "sparse MiB", "dense MiB", "of dense"]]
+    title = "bytes of the whole model"
+    rows = [[title, "sparse MiB", "dense MiB", "sparse/dense", "share of dense"]]
     for label, part in [
         *((names[key], part) for key, part in parts.items() if part.dense),
         ("in all", total),
     ]:
         sizes = [f"{size / _MIB:.3f}" for size in (part.sparse, part.dense)]
-        rows.append([label, *sizes, f"{part.dense / total.dense:.3f}"])
+        shares = (part.sparse / part.dense, part.dense / total.dense)
+        rows.append([label, *sizes, *(f"{share:.3f}" for share in shares)])
     return [align(rows)]
 
 
 def _provenance(info: ArtifactInfo) -> str:
     header = {
-        "target sparsity": info.sparsity,
+        "target sparsity": round(info.sparsity, 4),
         "achieved sparsity": round(info.achieved_sparsity, 4),
         "weights": info.served_format,
         "linears": len(info.linears),
@@ -157,14 +161,28 @@ def _provenance(info: ArtifactInfo) -> str:
     if info.bits_read is not None:
         header["bits read of a weight"] = round(info.bits_read, 3)
     lines = [f"model card: {card_line(info)}"]
-    lines += [f"{key}: {_compact(value)}" for key, value in header.items()]
-    lines += [
-        f"{_compact(key)}: {_compact(value)}" for key, value in info.provenance.items()
-    ]
+    for key, value in (header | info.provenance).items():
+        lines += _lines(key, value, "")
     return "\n".join(lines)
 
 
+def _lines(key: str, value: Any, indent: str) -> list[str]:
+    """A key and its value; those of an object, and items of a list, on own lines."""
+    label = f"{indent}{_compact(key)}:"
+    if len(indent) > _DEEPEST:  # provenance is free form
+        return [f"{label} {_compact(value)}"]
+    if isinstance(value, dict) and value:
+        inner = [_lines(name, item, f"{indent}  ") for name, item in value.items()]
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        inner = [[f"{indent}  - {_compact(item)}"] for item in value]
+    else:
+        return [f"{label} {_compact(value)}"]
+    return [label, *(line for lines in inner for line in lines)]
+
+
 def _compact(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
     plain = isinstance(value, str) and value.isprintable()
     return str(value) if plain else json.dumps(value)
 

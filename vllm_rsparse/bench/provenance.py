@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vllm_rsparse import __version__
+from vllm_rsparse.text_table import counted
 
 
 def provenance() -> dict[str, Any]:
@@ -44,7 +45,7 @@ def device_name() -> str:
         if line.startswith("model name"):
             processor = line.split(":")[1].strip()
             break
-    return f"{processor}, {torch.get_num_threads()} threads"
+    return f"{processor}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def commit() -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from vllm_rsparse.doctor import installation, model
 from vllm_rsparse.doctor.finding import Finding, Level
 from vllm_rsparse.errors import RSparseError
+from vllm_rsparse.text_table import counted
 
 _LEVEL = "VLLM_LOGGING_LEVEL"
 
@@ -60,8 +61,12 @@ def _report(args: argparse.Namespace) -> int:
     for finding in check(args.directory):
         print(finding.line(), flush=True)
         count[finding.level] += 1
-    told = {Level.FAIL: "failed", Level.WARN: "warnings", Level.SKIP: "skipped"}
-    found = [f"{count[level]} {word}" for level, word in told.items() if count[level]]
+    told = [
+        (Level.FAIL, f"{count[Level.FAIL]} failed"),
+        (Level.WARN, counted(count[Level.WARN], "warning")),
+        (Level.SKIP, f"{count[Level.SKIP]} skipped"),
+    ]
+    found = [words for level, words in told if count[level]]
     print(", ".join(found) or "all checks passed")
     return 1 if count[Level.FAIL] else 0
 

@@ -21,6 +21,7 @@ from vllm_rsparse.model.families import by_engine_layer
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.names import LinearName
 from vllm_rsparse.op.backends import resolve_backend
+from vllm_rsparse.text_table import counted, size_of
 from vllm_rsparse.validation import read_json
 
 
@@ -30,13 +31,13 @@ def artifact(directory: Path) -> Iterator[Finding]:
     for name in opened.info.linears:
         opened.read(name)
     info = opened.info
-    size = opened.tensors_path.stat().st_size / (1 << 20)
+    size = size_of(opened.tensors_path.stat().st_size)
     yield Finding(
         Level.OK,
         "artifact",
         f"{opened.directory}: {len(info.linears)} linears, sparsity"
         f" {info.achieved_sparsity:.3f} on the calibration text, {info.dtype},"
-        f" {size:.1f} MiB; digest and all values checked",
+        f" {size}; digest and all values checked",
     )
 
 
@@ -69,8 +70,7 @@ def base(directory: Path) -> Iterator[Finding]:
                 " in the base model; the artifact was prepared from another model:"
                 " prepare this one"
             )
-    count = len(checkpoint.weight_files)
-    files = "1 file" if count == 1 else f"{count} files"
+    files = counted(len(checkpoint.weight_files), "file")
     yield Finding(
         Level.OK,
         "base model",

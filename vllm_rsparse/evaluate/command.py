@@ -18,6 +18,7 @@ _OF_CHAT = {"answer_tokens": 256, "answers": None, "reference": None}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
+    parser.epilog = "DIR comes first: --data and --compare take all words that follow."
     parser.add_argument(
         "directory", metavar="DIR", type=Path, help="directory written by `prepare`"
     )

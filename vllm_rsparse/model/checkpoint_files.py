@@ -45,11 +45,21 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     Only config, tokenizer and safetensors files are downloaded.
 
     Raises:
-        CheckpointError: neither a directory nor a model available on the Hub.
+        CheckpointError: neither a directory nor a model available on the Hub, or a
+            revision of a local directory.
     """
+    if not model:
+        raise CheckpointError(
+            "MODEL is empty; give a model's directory or its name on the Hub"
+        )
     path = Path(model).expanduser()
     refuse_broken_links(path, "download the model again", HUB_PATTERNS)
     if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"--revision {revision}: MODEL {model} is a local directory, which has"
+                " no revisions; leave --revision out, or name a model on the Hub"
+            )
         return path
     if path.exists():
         raise CheckpointError(f"MODEL {model}: is a file; pass the model's directory")

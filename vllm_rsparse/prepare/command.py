@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; their defaults are those of ``PrepareOptions``."""
+    parser.epilog = (
+        "MODEL and OUTPUT come first: --sparsity and --calibration-data take all words"
+        " that follow."
+    )
     parser.add_argument(
         "model", metavar="MODEL", help="base model: local directory or Hub name"
     )
@@ -99,7 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=PrepareOptions.tokens,
         metavar="N",
-        help=f"tokens per window (default: {DEFAULT_TOKENS}, or the model's length)",
+        help=f"tokens per window (default: {DEFAULT_TOKENS}, or the model's length if"
+        " that is shorter; of text that the model writes itself 2048 on CUDA, 512 on a"
+        " CPU)",
     )
     parser.add_argument(
         "--device",

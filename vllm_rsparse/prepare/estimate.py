@@ -19,6 +19,7 @@ from vllm_rsparse.prepare.calibration.linear import CPU_ERROR_TOKENS
 from vllm_rsparse.prepare.recipe.recipes import RECIPES, Recipe
 from vllm_rsparse.prepare.search.greedy import LEVELS, SEARCH_TOKENS
 from vllm_rsparse.prepare.search.trials import CANDIDATES, TRIED_TOKENS
+from vllm_rsparse.text_table import counted
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def warn_if_long(
             _words(seconds(cheap)),
         )
     elif mine > _SHORT:
-        logger.info("about %s on this CPU", _words(mine))
+        logger.info("this takes about %s on this CPU", _words(mine))
 
 
 def passes(recipe: Recipe, tokens: int, targets: int = 1, searches: int = 1) -> float:
@@ -144,5 +145,5 @@ def _seconds_of(rows: int, weight: torch.Tensor) -> float:
 def _words(seconds: float) -> str:
     """A duration as a user says it."""
     if seconds < 90 * 60:
-        return f"{max(1, round(seconds / 60))} minutes"
+        return counted(max(1, round(seconds / 60)), "minute")
     return f"{seconds / 3600:.1f} hours"

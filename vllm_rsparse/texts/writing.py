@@ -24,6 +24,7 @@ from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.loading import load_model, loaded_bytes
 from vllm_rsparse.model.memory import free_memory, release_freed_memory
+from vllm_rsparse.text_table import size_of
 from vllm_rsparse.texts.documents import Document, Source
 from vllm_rsparse.texts.prompts import prompt_ids
 from vllm_rsparse.texts.seeds import seed_prompts, seeds_digest
@@ -253,8 +254,8 @@ class TextWriter:
         if free is not None and needed > free:
             raise CheckpointError(
                 f"{where}: to write its own calibration text the whole model must be in"
-                f" memory, {needed / 2**30:.1f} GiB in {self._dtype}, and"
-                f" {free / 2**30:.1f} GiB are free ({self._device.type}); {_GIVE_TEXT}"
+                f" memory, {size_of(needed)} in {self._dtype}, and"
+                f" {size_of(free)} are free ({self._device.type}); {_GIVE_TEXT}"
             )
         try:
             return load_model(self._checkpoint, self._dtype, self._device)

@@ -23,6 +23,7 @@ from vllm_rsparse.prepare.calibration.observers import LayerInputs, input_channe
 from vllm_rsparse.prepare.recipe.planned import Planned
 from vllm_rsparse.prepare.run import LayerLinears, Run
 from vllm_rsparse.prepare.store.writer import SafetensorsWriter, TensorSpec
+from vllm_rsparse.text_table import counted, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +91,13 @@ def calibrate_layers(
     samples, tokens = run.windows.shape
     size = run.windows.numel() * run.model.dtype.itemsize
     logger.info(
-        "calibrating %d linears on %d windows of %d tokens, %s on %s; the inputs of one"
-        " layer take %.1f GiB",
-        len(run.linears),
-        samples,
+        "calibrating %s on %s of %d tokens, %s on %s; the inputs of one layer take %s",
+        counted(len(run.linears), "linear"),
+        counted(samples, "window"),
         tokens,
         str(run.model.dtype).removeprefix("torch."),
         run.model.device,
-        input_channels(run.linears) * size / 2**30,
+        size_of(input_channels(run.linears) * size),
     )
     with (
         ExitStack() as stack,
