@@ -19,7 +19,8 @@ The unpacked values are ``scale * value + offset``, which the callers take back:
 | e4m3 | bfloat16 | 2^-120 w: sign, exponent and mantissa moved, the bias unchanged |
 | e4m3 | float16 | 2^-8 w, likewise |
 
-The code of NaN (0x7f) becomes 480, not NaN: checkpoints hold finite weights.
+The code of NaN (0x7f) becomes 480, not NaN: checkpoints hold finite weights. So it does
+in ``widen.py``; ``dequantise_kernel``, for prompts, keeps it.
 """
 
 import triton
@@ -183,15 +184,15 @@ def unpack_fp8(words, DTYPE: tl.constexpr):
         )
     else:
         return (
-            _decode_e4m3(words).to(DTYPE),
-            _decode_e4m3(words >> 8).to(DTYPE),
-            _decode_e4m3(words >> 16).to(DTYPE),
-            _decode_e4m3(words >> 24).to(DTYPE),
+            decode_e4m3(words).to(DTYPE),
+            decode_e4m3(words >> 8).to(DTYPE),
+            decode_e4m3(words >> 16).to(DTYPE),
+            decode_e4m3(words >> 24).to(DTYPE),
         )
 
 
 @triton.jit
-def _decode_e4m3(byte):
+def decode_e4m3(byte):
     """The lowest byte as the float8_e4m3fn that it holds: float32."""
     bits = (byte & 128) << 24 | (byte & 127) << 20
     return bits.to(tl.float32, bitcast=True) * 2.0**120

@@ -16,9 +16,17 @@ from vllm_rsparse.formats.base import StoredWeight
 from .dense_tiles import dense_kernel, dequantise_kernel
 from .launch_config import LaunchConfig
 from .packed_linear import packed_linear
-from .rsparse_linear import dot_dtype, finish, has_dependent_launch, launch_options
-from .stored_rows import column_scales, rows_of
+from .rsparse_linear import (
+    dot_dtype,
+    finish_dense,
+    has_dependent_launch,
+    launch_options,
+)
+from .stored_rows import column_scales, is_four_bit, rows_of, widens_by_bits
+from .wide_linear import takes_wide, wide_linear
 
+# Tokens of a program of ``dense_kernel``: rows that Hopper's matrix units take at once.
+TILE_TOKENS = 64
 # Most tokens of a program of the sparse route, and of the dense one.
 SPARSE_TOKENS = 8
 DENSE_TOKENS = 16
@@ -61,8 +69,10 @@ def dense_linear(
         x: [M, K]; rows may lie apart.
         weight: int4 or fp8, packable where ``config.packed``.
         bias: [N] or None.
-        config: ``packed`` for a few tokens; else ``use_dot``.
+        config: ``packed`` or ``use_dot``.
     """
+    if config.packed and takes_wide(x, weight):
+        return wide_linear(x, weight, bias, config)
     if config.packed:
         return packed_linear(
             x,
@@ -86,7 +96,8 @@ def dense_linear(
         x = x.contiguous()
     group = weight.group or k
     block_k = config.block_k if group == k else min(config.block_k, group)
-    block_m = min(64, triton.next_power_of_2(max(16, tokens)))
+    block_m = TILE_TOKENS
+    dtype = dot_dtype(x.dtype)
     partial = torch.empty(
         config.split_k, tokens, n, dtype=torch.float32, device=x.device
     )
@@ -96,11 +107,18 @@ def dense_linear(
         config.split_k,
     )
     data, pitch = rows_of(weight)
+    zeros = weight.zeros
+    quads = is_four_bit(weight) and widens_by_bits(x, weight)
+    if quads:
+        data, pitch = data.view(torch.int16), 2 * pitch
+        zeros = None if zeros is None else zeros.view(torch.int16)
+    elif not is_four_bit(weight):
+        data = data.view(torch.uint8)
     dense_kernel[grid](
         x,
         data,
         weight.scales,
-        weight.zeros,
+        zeros,
         partial,
         tokens,
         n,
@@ -113,13 +131,14 @@ def dense_linear(
         BLOCK_N=config.block_n,
         BLOCK_K=block_k,
         STAGES=config.num_stages,
-        DTYPE=dot_dtype(x.dtype),
+        QUADS=quads,
+        DTYPE=dtype,
         PDL=has_dependent_launch(x.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(x.device),
     )
-    finish(partial, None, column_scales(weight), None, bias, out, (n,), (0,))
+    finish_dense(partial, column_scales(weight), bias, out)
     return out
 
 

@@ -18,13 +18,16 @@ from vllm_rsparse.formats.base import StoredWeight
 
 from .channels import GROUP
 from .launch_config import MOST_LISTED, LaunchConfig
-from .programs import finish_kernel, sums_kernel
+from .programs import finish_dense_kernel, finish_kernel, sums_kernel
 from .tiles import Constants, Input, Lists, Matrix, Tiling
 
 # Tokens a program takes: the smallest tile of the matrix units.
 DOT_TOKENS = 16
 # The second launch: columns a program finishes, and most rows of U it holds at a time.
 FINISH_BLOCK_N = 64
+# Of the dense route: columns, and most tokens.
+FINISH_DENSE_COLUMNS = 256
+FINISH_DENSE_TOKENS = 4
 FINISH_MAX_BLOCK_R = 128
 
 
@@ -175,6 +178,36 @@ def finish(
         SPLITS_BLOCK=triton.next_power_of_2(splits),
         BLOCK_N=FINISH_BLOCK_N,
         BLOCK_R=min(FINISH_MAX_BLOCK_R, triton.next_power_of_2(max(1, *ranks))),
+        PDL=has_dependent_launch(out.device),
+        num_warps=4,
+        **launch_options(out.device),
+    )
+
+
+def finish_dense(
+    partial: Tensor, scales: Tensor | None, bias: Tensor | None, out: Tensor
+) -> None:
+    """``finish`` of the dense route, which has no factors and no correction.
+
+    Args:
+        partial: float32 [splits, M, N].
+        scales: float32 [N] that multiply the sums, or None.
+        bias: [N] or None.
+        out: [M, N], written.
+    """
+    splits, tokens, n = partial.shape
+    block_m = min(FINISH_DENSE_TOKENS, triton.next_power_of_2(tokens))
+    grid = (triton.cdiv(n, FINISH_DENSE_COLUMNS), triton.cdiv(tokens, block_m))
+    finish_dense_kernel[grid](
+        partial,
+        Constants(scales, None, bias),
+        out,
+        splits,
+        tokens,
+        n,
+        BLOCK_M=block_m,
+        BLOCK_N=FINISH_DENSE_COLUMNS,
+        AT_ONCE=min(8, triton.next_power_of_2(splits)),
         PDL=has_dependent_launch(out.device),
         num_warps=4,
         **launch_options(out.device),

@@ -40,6 +40,20 @@ def rows_of(weight: StoredWeight, words: bool = False) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
+def widens_by_bits(x: Tensor, weight: StoredWeight) -> bool:
+    """Whether ``widen.py`` makes codes elements of x's type, rounded once.
+
+    Scales of int4 must be numbers of that type. Elements of fp8-block and the two codes
+    of int8-planes are multiplied by their scales in float32.
+    """
+    if weight.format.code == FP8.value:
+        return True
+    scales = weight.scales
+    if weight.format.code != INT4.value or scales is None:
+        return False
+    return x.dtype in (scales.dtype, torch.float32)
+
+
 def column_scales(weight: StoredWeight) -> Tensor | None:
     """Scales that belong to an output channel and leave the sum."""
     return weight.scales if weight.format.code == FP8.value else None

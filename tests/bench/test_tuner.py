@@ -40,7 +40,7 @@ def test_candidates_are_distinct_and_fit(layer: Layer, name: str, tokens: int) -
     assert (len({config.packed for config in configs}) == 2) == (name == "fp8")
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 64])
+@pytest.mark.parametrize("tokens", [1, 8, 32, 64])
 @pytest.mark.parametrize("name", SERVED_FORMATS)
 def test_candidates_of_the_dense_route(name: str, tokens: int) -> None:
     for layer in (one.stored_as(name, 128) for one in SHAPES["qwen3-32b"]):
@@ -52,7 +52,8 @@ def test_candidates_of_the_dense_route(name: str, tokens: int) -> None:
         assert configs[0] == dense_config(layer.n, layer.k, kind, tokens, 132)
         assert len(set(configs)) == len(configs) > 4
         assert all(config.packed != config.use_dot for config in configs)
-        assert any(config.packed for config in configs) == (tokens < 64)
+        most = 32 if name in ("int4", "fp8") else 16
+        assert any(config.packed for config in configs) == (tokens <= most)
         assert any(config.use_dot for config in configs) == (tokens > 1)
 
 

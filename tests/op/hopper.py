@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from vllm_rsparse.kernels import packed_linear, quantized_linear, rsparse_linear
+from vllm_rsparse.kernels import wide_linear
 
 class Hopper:
     def get_current_target(self):
@@ -44,7 +45,7 @@ def compile_only(kernel, *args, **options):
 driver.set_active(Hopper())
 knobs.runtime.jit_post_compile_hook = lambda **made: watched.add(made["fn"].name)
 JITFunction.run = compile_only
-for module in (packed_linear, quantized_linear, rsparse_linear):
+for module in (packed_linear, quantized_linear, rsparse_linear, wide_linear):
     module.has_dependent_launch = lambda device: True
 """
 AFTER = """

@@ -47,6 +47,10 @@ def call(case):
         tiles = LaunchConfig(64, 32, 2, 4, 2, use_dot=True)
         triton_backend.dense_linear(made.x, weight, bias, tiles)
         quantized_linear.dequantise(weight, dtype)
+        x = made.x.expand(32, -1).contiguous()
+        if wide_linear.takes_wide(x, weight):
+            wide = LaunchConfig(128, 128, 2, 1, 4, False, packed=True)
+            triton_backend.dense_linear(x, weight, bias, wide)
 """
 WEIGHTS = (
     "w4a16-g128",
@@ -99,8 +103,30 @@ def test_words_become_operands_where_they_are(case, compiled):
         begin, end = packed.index(loads[0]), packed.rindex("mma.sync")
         assert not re.search(r"shfl\.sync|(st|ld)\.shared|matrix", packed[begin:end])
     assert "mma" in made["dense_kernel"]
-    assert made["dequantise_kernel"]
-    assert made["finish_kernel"]
+    # Prompts keep NaN, by the conversion of the instruction set, which is slow.
+    is_fp8 = "fp8" in case["weight"]
+    assert "e4m3x2" not in made["dense_kernel"]
+    assert ("e4m3x2" in made["dequantise_kernel"]) == is_fp8
+    assert made["finish_dense_kernel"]
+
+
+@pytest.mark.parametrize("case", DENSE, ids=str)
+def test_words_for_32_tokens_become_operands_where_they_are(case, compiled):
+    made = compiled[str(case)]
+    # int4 with scales of x's type, and fp8 with scales of columns.
+    weight, dtype = case["weight"], case["dtype"]
+    scales = {"w4a16": "bfloat16", "awq": "float16", "fp8-channel": dtype}
+    takes = scales.get(weight.removesuffix("-g128").removesuffix("-asym-g32")) == dtype
+    assert ("wide_kernel" in made) == takes
+    if not takes:
+        return
+    wide = made["wide_kernel"]
+    # Steps of 128 columns by 32 tokens: two where a group has 32 channels, else four.
+    steps = 2 if "g32" in case["weight"] else 4
+    assert wide.count("mma.sync.aligned.m16n8k16") == steps * 8 * 4
+    if TRITON < (3, 7):
+        begin, end = wide.index("ld.global.L1::evict_first"), wide.rindex("mma.sync")
+        assert not re.search(r"shfl\.sync|(st|ld)\.shared|matrix", wide[begin:end])
 
 
 @pytest.mark.parametrize("case", SPARSE, ids=str)

@@ -14,11 +14,16 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from vllm_rsparse.errors import RSparseError
+from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.kernels import packed_linear, quantized_linear
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.stored_rows import codes_per_word
+from vllm_rsparse.kernels.wide_linear import takes_wide
+from vllm_rsparse.op import triton_backend
+from vllm_rsparse.op.launch_defaults import scaled_tiles_config
 from vllm_rsparse.op.reference import dense_linear as dense_reference
 from vllm_rsparse.op.triton_backend import dense_linear, rsparse_linear
+from vllm_rsparse.op.tuning import device_of
 from vllm_rsparse.testing.cases import Case, make_case, relative_error, same_bits
 from vllm_rsparse.testing.tolerances import tolerance
 
@@ -143,8 +148,55 @@ class TestDense:
         case = case_of(weight, tokens, 256, [168], [0])
         self.check(case, LaunchConfig(64, 32, 3, 4, 2, use_dot=True))
 
+    @pytest.mark.parametrize(
+        ("weight", "tokens", "columns", "splits", "stages"),
+        [
+            ("int4-g128", 17, 128, 1, 4),
+            ("int4-g128", 33, 64, 3, 2),
+            ("int4-asym-g32", 31, 64, 2, 4),
+            ("int4-asym-g32", 63, 128, 1, 4),
+            ("int4-channel", 32, 128, 2, 4),
+            ("fp8", 31, 32, 1, 2),
+            ("fp8", 64, 64, 3, 4),
+            ("fp8", 70, 128, 2, 4),
+        ],
+    )
+    def test_wide(self, weight, tokens, columns, splits, stages):
+        case = case_of(weight, tokens, 256, [168], [0])
+        # Rows that lie apart.
+        padded = torch.full((tokens, 300), float("inf"), device=DEVICE).to(DTYPE)
+        padded[:, :256] = case.x
+        case = replace(case, x=padded[:, :256])
+        config = LaunchConfig(columns, 128, splits, 1, stages, False, packed=True)
+        assert takes_wide(case.x, case.operands.weight)
+        self.check(case, config)
+
+    @pytest.mark.parametrize("weight", ["int4-asym-g32", "int4-channel", "fp8"])
+    @pytest.mark.parametrize(
+        ("tokens", "columns", "channels", "splits"),
+        [(33, 64, 128, 5), (63, 128, 128, 1), (5, 256, 64, 2)],
+    )
+    def test_large_tiles(self, weight, tokens, columns, channels, splits):
+        case = case_of(weight, tokens, 256, [168], [0])
+        self.check(case, LaunchConfig(columns, channels, splits, 4, 3, use_dot=True))
+
+    @pytest.mark.parametrize("weight", ["fp8-block", "int8-planes", "int4-awq"])
+    @pytest.mark.parametrize("tokens", [32, 33])
+    def test_what_is_scaled_in_float32_takes_smaller_tiles(self, weight, tokens):
+        # In bfloat16 also where it is interpreted: there AWQ's scales are in float16.
+        case = case_of(weight, tokens, 128, [72], [0], dtype=torch.bfloat16)
+        stored = case.operands.weight
+        assert not takes_wide(case.x, stored)
+        config = triton_backend._dense_config(case.x, stored)
+        assert config == scaled_tiles_config(
+            72, 128, stored.kind, device_of(case.x.device).processors
+        )
+        out = dense_linear(case.x, stored, case.bias)
+        exact = dense_reference(case.x.float(), stored, case.bias.float())
+        assert relative_error(out, exact) < tolerance(case.x.dtype, roundings=4)
+
     @pytest.mark.parametrize("weight", WEIGHTS)
-    @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65])
+    @pytest.mark.parametrize("tokens", [1, 16, 17, 33, 65])
     def test_its_own_way(self, tokens, weight):
         self.check(case_of(weight, tokens, 128, [72], [0]), None)
 
@@ -162,7 +214,7 @@ class TestOddWeights:
     """What fp8 allows and words of 32 bits do not divide."""
 
     @pytest.mark.parametrize(("k", "sizes"), [(77, [36, 44]), (2, [4]), (300, [40])])
-    @pytest.mark.parametrize("tokens", [1, 3])
+    @pytest.mark.parametrize("tokens", [1, 3, 17])
     def test_channels(self, tokens, k, sizes):
         case = case_of("fp8", tokens, k, sizes, [0] * len(sizes))
         for shape in SHAPES:
@@ -201,21 +253,46 @@ def test_dequantise_is_the_definition(weight):
     torch.testing.assert_close(wide, stored.dequantise(), rtol=1e-6, atol=0)
 
 
+def weight_of_bytes() -> StoredWeight:
+    """fp8 [256, 2], scales 1: column i is the byte i for either channel."""
+    values = torch.arange(256, dtype=torch.uint8).repeat(2, 1)
+    weight = case_of("fp8", 1, 2, [256], [0]).operands.weight
+    data = values.view(torch.float8_e4m3fn).t().to(DEVICE)
+    return replace(weight, data=data, scales=torch.ones(256, device=DEVICE))
+
+
+WIDE = LaunchConfig(64, 128, 1, 1, 2, False, packed=True)
+TILES = LaunchConfig(64, 32, 1, 4, 2, use_dot=True)
+
+
 def test_every_fp8_value_survives():
     # All 256 bytes but NaN, against a single channel of x: exact in float32.
-    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    values = values[values.float().isfinite()][:252].repeat(2, 1).t()
-    case = case_of("fp8", 1, 2, [252], [0], constants=False)
-    weight = replace(
-        case.operands.weight,
-        data=values.contiguous().t().contiguous().t().to(DEVICE),
-        scales=torch.ones(252, device=DEVICE),
-    )
+    weight = weight_of_bytes()
+    case = case_of("fp8", 1, 2, [256], [0], constants=False)
     case = case.with_operands(weight=weight)
     case.operands.thresholds.fill_(-1.0)
     case.x.copy_(torch.tensor([[1.0, 0.0]]))
-    out = rsparse_linear(*case.args(), packed(case, 2, 32, 1, 1))
-    assert torch.equal(out[0].float(), values[:, 0].float().to(DEVICE))
+    values = weight.data[:, 0].float()
+    finite = values.isfinite()
+    assert finite.sum() == 254
+    few = rsparse_linear(*case.args(), packed(case, 2, 32, 1, 1))
+    x = case.x.expand(17, -1)
+    assert takes_wide(x, weight)
+    for out in (few, *(dense_linear(x, weight, None, how) for how in (WIDE, TILES))):
+        assert torch.equal(out[-1].float()[finite], values[finite])
+
+
+def test_nan_of_fp8_is_read_as_480_but_kept_by_dequantise():
+    weight = weight_of_bytes()
+    x = torch.tensor([[1.0, 0.0]], dtype=DTYPE, device=DEVICE).expand(17, -1)
+    codes = [0x7F, 0xFF]
+    for config in (WIDE, TILES):
+        out = dense_linear(x, weight, None, config)
+        assert out[3, codes].tolist() == [480.0, -480.0]
+    # The interpreter does not know the code of NaN; the instruction that does is in
+    # test_triton_packed_compile.py.
+    if DEVICE == "cuda":
+        assert quantized_linear.dequantise(weight, DTYPE)[codes].isnan().all()
 
 
 def test_long_inputs_are_split_until_the_lists_are_short(monkeypatch):

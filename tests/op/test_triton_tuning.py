@@ -13,7 +13,11 @@ import pytest
 from vllm_rsparse import envs
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.op import tables, tuning
-from vllm_rsparse.op.launch_defaults import default_config, sparse_default
+from vllm_rsparse.op.launch_defaults import (
+    default_config,
+    dense_config,
+    sparse_default,
+)
 from vllm_rsparse.op.tables import Problem, TunedEntry
 from vllm_rsparse.op.tuning import Device
 
@@ -248,3 +252,23 @@ def test_fp8_is_masked_in_place_unless_there_is_much_to_read(
     assert not config.use_dot
     assert config.listed == (n == 28672)
     assert config.split_k * config.block_k <= 4096
+
+
+@pytest.mark.parametrize("kind", ["int4", "float8_e4m3fn", "fp8-block", "int8-planes"])
+@pytest.mark.parametrize("processors", [20, 132])
+@pytest.mark.parametrize(("n", "k"), [(8, 32), (4096, 14336), (51200, 5120)])
+def test_dense_defaults_by_tokens(n: int, k: int, processors: int, kind: str) -> None:
+    few, wide, many = (
+        dense_config(n, k, kind, tokens, processors) for tokens in (16, 17, 33)
+    )
+    assert few.packed
+    assert many.use_dot
+    assert dense_config(n, k, kind, 32, processors) == wide
+    assert dense_config(n, k, kind, 64, processors) == many
+    # Packed beyond 16 tokens: int4, and fp8 with more tiles than programs run at once.
+    many_columns = kind == "float8_e4m3fn" and n > 128 * processors
+    assert wide.packed == (kind == "int4" or many_columns)
+    if kind in ("int4", "float8_e4m3fn"):
+        # Channels are split into no more programs than run at once.
+        tiles = -(-n // many.block_n)
+        assert many.split_k == 1 or tiles * many.split_k <= 2 * processors

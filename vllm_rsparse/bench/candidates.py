@@ -11,7 +11,10 @@ from vllm_rsparse.formats.registry import format_of_name
 from vllm_rsparse.kernels.launch_config import MOST_LISTED, LaunchConfig
 from vllm_rsparse.op.launch_defaults import (
     DENSE_TOKENS,
+    PACKED_DENSE_TOKENS,
     VECTOR_TOKENS,
+    WIDE_TOKENS,
+    WIDENED_BY_BITS,
     dense_config,
     sparse_default,
 )
@@ -61,11 +64,20 @@ _PACKED_BYTE_COLUMNS = (128, 64)
 # channels, and of several, where one step was never the fastest
 # (docs/notes/kernels-quantized.md).
 _STEPS_OF_ONE, _STEPS_OF_MORE = (1, 2), (2, 4)
-# Tokens that the packed kernel multiplies at a time, and from which its alternative is
-# tried on the dense route.
-_MOST_PACKED_TOKENS, _FEWEST_DOT_TOKENS = 16, 8
-# (block_n, block_k, warps, stages) of the kernel that widens tiles.
+# Tokens from which the alternative of the packed kernel is tried on the dense route.
+_FEWEST_DOT_TOKENS = 8
+# (block_n, block_k, warps, stages) of the kernel that widens tiles: by bits, and for
+# formats that it scales in float32, which need more registers and shared memory.
 _DENSE_TILES = (
+    (64, 64, 4, 4),
+    (64, 128, 4, 3),
+    (128, 64, 4, 3),
+    (128, 64, 4, 4),
+    (128, 128, 4, 3),
+    (128, 128, 8, 3),
+    (256, 64, 4, 3),
+)
+_SCALED_TILES = (
     (64, 64, 4, 3),
     (128, 32, 4, 4),
     (128, 64, 4, 2),
@@ -109,32 +121,44 @@ def dense_candidates(layer: Layer, tokens: int, processors: int) -> list[LaunchC
         return []
     default = dense_config(layer.n, layer.k, kind, tokens, processors)
     found = dict.fromkeys([default])
-    if tokens <= _MOST_PACKED_TOKENS:
-        found |= dict.fromkeys(_packed_dense(layer, kind, processors))
+    most = WIDE_TOKENS if kind in WIDENED_BY_BITS else PACKED_DENSE_TOKENS
+    if tokens <= most:
+        found |= dict.fromkeys(_packed_dense(layer, kind, tokens, processors))
     if tokens >= _FEWEST_DOT_TOKENS:
-        found |= dict.fromkeys(_dot_dense(layer, processors))
+        found |= dict.fromkeys(_dot_dense(layer, kind, processors))
     return sorted(found, key=lambda config: _distance(config, default))
 
 
-def _packed_dense(layer: Layer, kind: str, processors: int) -> Iterator[LaunchConfig]:
+def _packed_dense(
+    layer: Layer, kind: str, tokens: int, processors: int
+) -> Iterator[LaunchConfig]:
     """Of the packed kernel without lists; programs that take as many blocks each."""
     fewest, most = (processors * programs for programs in _PACKED_PROGRAMS)
-    for block_n in (*_PACKED_COLUMNS.get(kind, _PACKED_BYTE_COLUMNS), 64):
+    columns = {*_PACKED_COLUMNS.get(kind, _PACKED_BYTE_COLUMNS), 64}
+    steps_tried: tuple[int, ...] = (2, 4)
+    if tokens > PACKED_DENSE_TOKENS:
+        # 256 columns leave registers for the sums of 16 tokens, and two steps were
+        # always slower with 64 tokens (docs/notes/kernels-quantized.md).
+        columns -= {256}
+        steps_tried = (4,)
+    for block_n in sorted(columns, reverse=True):
         tiles = -(-layer.n // block_n)
         blocks = -(-layer.k // 128)
         for split_k in (split for split in range(1, blocks + 1) if not blocks % split):
             if fewest <= tiles * split_k <= most or split_k == blocks:
-                for steps in (2, 4):
+                for steps in steps_tried:
                     yield LaunchConfig(
                         block_n, 128, split_k, 1, steps, False, packed=True
                     )
 
 
-def _dot_dense(layer: Layer, processors: int) -> Iterator[LaunchConfig]:
+def _dot_dense(layer: Layer, kind: str, processors: int) -> Iterator[LaunchConfig]:
     """Of the kernel that widens tiles."""
-    for block_n, block_k, warps, stages in _DENSE_TILES:
+    known = _DENSE_TILES if kind in WIDENED_BY_BITS else _SCALED_TILES
+    for block_n, block_k, warps, stages in known:
         tiles = -(-layer.n // block_n)
-        for split_k in (1, 2, 4, 8, 16):
+        # Powers of two, and as many programs as run at once, two a multiprocessor.
+        for split_k in sorted({1, 2, 4, 8, 16, max(1, 2 * processors // tiles)}):
             programs = tiles * split_k / processors
             if 0.9 <= programs <= 8 and split_k * block_k <= layer.k:
                 yield LaunchConfig(block_n, block_k, split_k, warps, stages, True)

@@ -20,12 +20,19 @@ _PACKED_COLUMNS = {
 _FOUR_BIT = ("int4", "int8-planes")
 # Up to this many elements the packed kernel takes blocks of 64 channels, not 128.
 _SMALL_ELEMENTS = 40 * 10**6
-# Tokens up to which the packed kernel reads a whole weight fastest, and up to which a
-# kernel that widens tiles does; beyond, the weight is widened once for the library.
-_PACKED_DENSE_TOKENS = 16
+# Tokens up to which the packed kernel reads a whole weight fastest, up to which
+# ``wide_linear`` does, and up to which a kernel that widens tiles does; beyond, the
+# weight is widened once for the library.
+PACKED_DENSE_TOKENS = 16
+WIDE_TOKENS = 32
 DENSE_TOKENS = 64
+# Kinds that ``kernels/widen.py`` widens, where scales have x's type.
+WIDENED_BY_BITS = ("int4", "float8_e4m3fn")
 # Layers of this many elements are listed by default, as most of them were on the H200.
 _LISTED_ELEMENTS = 80 * 2**20
+# A layer of more columns a multiprocessor has more tiles of 64 columns than programs
+# run at once: on the H200 from 16,896 columns on.
+_MANY_COLUMNS = 128
 # Multiprocessors of an H100 and an H200. Defaults fit this number and are scaled.
 PROCESSORS = 132
 
@@ -104,7 +111,7 @@ def packed_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
 def dense_config(
     n: int, k: int, kind: str, tokens: int, processors: int
 ) -> LaunchConfig:
-    """A configuration of the dense route for int4 and fp8, from what won on the H100.
+    """A configuration of the dense route for int4 and fp8, from what won on the H200.
 
     Args:
         n: output features of the (fused) layer on this rank.
@@ -113,7 +120,7 @@ def dense_config(
         tokens: rows of the call, at most ``DENSE_TOKENS``.
         processors: multiprocessors of the device.
     """
-    if tokens <= _PACKED_DENSE_TOKENS:
+    if tokens <= PACKED_DENSE_TOKENS:
         # Fewer columns with more tokens: registers hold the sums of both.
         block_n = _PACKED_COLUMNS[kind] // (2 if kind in _FOUR_BIT else 1)
         block_n //= 2 if tokens > 8 else 1
@@ -126,8 +133,67 @@ def dense_config(
         return LaunchConfig(
             block_n, 128, split_k, 1, 2 if few else 4, False, packed=True
         )
-    # FP8 on the H200, 64 tokens: 25.1 instead of 30.4 us for 6144 x 4096 with 64
-    # columns, and 18.0 instead of 20.5 for 4096 x 4096.
+    if kind not in WIDENED_BY_BITS:
+        return scaled_tiles_config(n, k, kind, processors)
+    many = n > _MANY_COLUMNS * processors
+    if tokens <= WIDE_TOKENS and (kind in _FOUR_BIT or many):
+        return wide_config(n, k, processors)
+    return tiles_config(n, k, kind, processors)
+
+
+def wide_config(n: int, k: int, processors: int) -> LaunchConfig:
+    """A configuration of ``wide_linear``: at least 6.4 programs a multiprocessor.
+
+    Registers allow 8 programs of 128 columns and 12 of 64. With 32 tokens on the H200,
+    the four linears of Llama-3-8B in int4 take 43.4 (gate_up), 28.8 (down), 15.3 (qkv)
+    and 13.5 us (o), sum 101.0; the best configurations of each 100.1. gate_up in fp8
+    takes 47.2 us, and 57.7 with ``tiles_config``, which takes smaller layers in fp8: at
+    most its times for 64 tokens, sum 107.1.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        processors: multiprocessors of the device.
+    """
+    block_n = 64 if n * k < _SMALL_ELEMENTS else 128
+    enough = 850 * processors // PROCESSORS
+    split_k = _even_splits(-(-n // block_n), -(-k // 128), enough)
+    return LaunchConfig(block_n, 128, split_k, 1, 4, False, packed=True)
+
+
+def tiles_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
+    """A configuration of ``dense_kernel``: up to two programs a multiprocessor.
+
+    With 64 tokens on the H200, the four linears of Llama-3-8B take, in the order
+    above, 57.7, 29.8, 18.3 and 11.8 us in fp8, sum 117.6 (best of each 117.2), and
+    57.4, 36.2, 21.0 and 15.4 in int4, sum 130.0 (127.3). Two programs of any of these
+    tiles fit into the shared memory of a Hopper, one into the 99 KB of other devices.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        kind: of the weight, one of ``WIDENED_BY_BITS``.
+        processors: multiprocessors of the device.
+    """
+    block_n, block_k = (128, 128) if kind in _FOUR_BIT else (64, 128)
+    if n > _MANY_COLUMNS * processors:
+        block_n, block_k = 256, 64
+    most = max(1, k // block_k)
+    split_k = min(most, max(1, 2 * processors // -(-n // block_n)))
+    return LaunchConfig(block_n, block_k, split_k, 4, 3, True)
+
+
+def scaled_tiles_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
+    """A configuration of ``dense_kernel`` for weights that are scaled in float32.
+
+    The tiles of ``tiles_config`` would not fit into registers.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        kind: of the weight.
+        processors: multiprocessors of the device.
+    """
     block_n, stages, enough = (128, 3, 380) if kind in _FOUR_BIT else (64, 4, 256)
     enough = enough * processors // PROCESSORS
     split_k = 1

@@ -10,12 +10,19 @@ from torch.nn import functional
 
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.fp8 import FP8
+from vllm_rsparse.formats.int4 import INT4
 from vllm_rsparse.kernels import quantized_linear
 from vllm_rsparse.kernels.fp8_product import ALIGNMENT, fp8_product
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.rsparse_linear import rsparse_linear as launch
-from vllm_rsparse.kernels.stored_rows import codes_per_word, is_packable
-from vllm_rsparse.op.launch_defaults import DENSE_TOKENS, default_config, dense_config
+from vllm_rsparse.kernels.stored_rows import codes_per_word, is_packable, widens_by_bits
+from vllm_rsparse.op.launch_defaults import (
+    DENSE_TOKENS,
+    PACKED_DENSE_TOKENS,
+    default_config,
+    dense_config,
+    scaled_tiles_config,
+)
 from vllm_rsparse.op.operands import OperandError, SparseOperands, check_input
 from vllm_rsparse.op.tables import Problem
 from vllm_rsparse.op.tuning import dense_launch_config, device_of, launch_config
@@ -82,19 +89,32 @@ def dense_linear(
         OperandError: x or the bias does not fit the weight.
     """
     check_input(x, weight, bias)
-    n, k = weight.shape
+    if config is None and x.shape[0] > DENSE_TOKENS:
+        wide = quantized_linear.dequantise(weight, x.dtype)
+        return functional.linear(x, wide, bias)
     if config is None:
-        if x.shape[0] > DENSE_TOKENS:
-            wide = quantized_linear.dequantise(weight, x.dtype)
-            return functional.linear(x, wide, bias)
-        device = device_of(x.device)
-        processors = device.processors
-        config = dense_launch_config(device, Problem.of(weight), x.shape[0])
-        if config is None:
-            config = dense_config(n, k, weight.kind, x.shape[0], processors)
-        if config.packed and not _packable(weight, (n,)):
-            config = dense_config(n, k, weight.kind, DENSE_TOKENS, processors)
+        config = _dense_config(x, weight)
     return quantized_linear.dense_linear(x, weight, bias, config)
+
+
+def _dense_config(x: Tensor, weight: StoredWeight) -> LaunchConfig:
+    """A configuration for at most ``DENSE_TOKENS`` tokens that reads the weight."""
+    tokens = x.shape[0]
+    device = device_of(x.device)
+    shape = weight.n, weight.k, weight.kind
+    if (
+        tokens > PACKED_DENSE_TOKENS
+        and weight.format is INT4
+        and not widens_by_bits(x, weight)
+    ):
+        # Tables and defaults of int4 are for scales of x's type.
+        return scaled_tiles_config(*shape, device.processors)
+    config = dense_launch_config(device, Problem.of(weight), tokens)
+    if config is None:
+        config = dense_config(*shape, tokens, device.processors)
+    if config.packed and not _packable(weight, (weight.n,)):
+        config = dense_config(*shape, DENSE_TOKENS, device.processors)
+    return config
 
 
 def dense_quantised_linear(

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launcher of ``packed_wide.py``: dense int4 and fp8 weights, from 17 tokens on."""
+
+import torch
+import triton
+from torch import Tensor
+
+from vllm_rsparse.formats.base import StoredWeight
+
+from .codes import FP8
+from .launch_config import LaunchConfig
+from .packed_wide import Wide, wide_kernel
+from .packing import STEP, Scales, Words
+from .rsparse_linear import (
+    dot_dtype,
+    finish_dense,
+    has_dependent_launch,
+    launch_options,
+)
+from .stored_rows import codes_per_word, column_scales, rows_of, widens_by_bits
+from .tiles import Constants, Input
+
+# Sums of a program, columns times tokens: 128 registers a thread.
+_SUMS = 64 * 64
+_MOST_TOKENS = 64
+# Up to 16 tokens ``packed.py`` is as fast or faster (docs/notes/kernels-quantized.md).
+_FEWEST_TOKENS = 17
+
+
+def takes_wide(x: Tensor, weight: StoredWeight) -> bool:
+    """Whether ``wide_linear`` takes the call; ``packed_linear`` takes all."""
+    whole = weight.format.code == FP8.value or weight.group % (2 * STEP.value) == 0
+    return x.shape[0] >= _FEWEST_TOKENS and whole and widens_by_bits(x, weight)
+
+
+def wide_linear(
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, config: LaunchConfig
+) -> Tensor:
+    """x [M, K] times the whole weight, widened in registers.
+
+    Args:
+        x: [M, K]; rows may lie apart.
+        weight: int4 or fp8, packable; ``takes_wide``.
+        bias: [N] or None.
+        config: ``packed`` is set. ``block_k`` is not used: an iteration takes as many
+            channels as ``num_stages`` has steps in flight, 32 or 64.
+    """
+    tokens, k = x.shape
+    n = weight.n
+    out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
+    if n == 0:
+        return out
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    per_column = weight.format.code == FP8.value
+    group = 0 if per_column else weight.group
+    steps = 4 if config.num_stages >= 4 and group % 64 == 0 else 2
+    channels = steps * STEP.value
+    split_k = max(1, min(config.split_k, triton.cdiv(k, channels)))
+    block_m = min(
+        _MOST_TOKENS,
+        max(8, _SUMS // config.block_n),
+        triton.next_power_of_2(tokens),
+    )
+    wide = Wide(
+        code=weight.format.code,
+        tokens=block_m,
+        columns=config.block_n,
+        words=config.block_n // 8 // codes_per_word(weight),
+        steps=steps,
+        group=group,
+        even_n=n % config.block_n == 0,
+        even_k=k % (channels * split_k) == 0,
+        pdl=has_dependent_launch(x.device),
+    )
+    scales = column_scales(weight)
+    partial = None
+    if split_k > 1:
+        shape = (split_k, tokens, n)
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    data, pitch = rows_of(weight, words=True)
+    grid = (triton.cdiv(n, config.block_n), triton.cdiv(tokens, block_m), split_k)
+    wide_kernel[grid](
+        Input(x, x.stride(0), k),
+        Words(data, pitch),
+        Scales(None if per_column else weight.scales, weight.zeros, n),
+        Constants(scales, None, bias),
+        out,
+        partial,
+        tokens,
+        WIDE=wide,
+        DTYPE=dot_dtype(x.dtype),
+        num_warps=1,
+        num_stages=1,
+        **launch_options(x.device),
+    )
+    if partial is not None:
+        finish_dense(partial, scales, bias, out)
+    return out

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""Device code: codes as the numbers that they stand for, in the dtype of the operands.
+
+``codes.py`` leaves powers of two, offsets and scales to x and to the sums, which is
+the least work for a few tokens. From 17 on there are so many sums that it is less work
+to finish the weights. A register holds two numbers, as in ``codes.py``, and the code of
+NaN (0x7f) becomes 480 here too.
+"""
+
+import triton
+import triton.language as tl
+
+from .codes import decode_e4m3
+
+
+@triton.jit
+def rescale_fp8(codes, DTYPE: tl.constexpr):
+    """What ``unpack_fp8`` returns, as the numbers that it stands for; exact.
+
+    With many tokens this takes fewer instructions than to scale x.
+    """
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 f, z;
+            mov.b32 f, 0x7b807b80;
+            mov.b32 z, 0x80008000;
+            fma.rn.bf16x2 $0, $1, f, z;
+            }""",
+            "=r,r",
+            [codes],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    elif tl.float16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 f;
+            mov.b32 f, 0x5c005c00;
+            mul.rn.f16x2 $0, $1, f;
+            }""",
+            "=r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return codes
+
+
+@triton.jit
+def widen_fp8(codes, DTYPE: tl.constexpr):
+    """Bytes as the float8_e4m3fn that they hold, in DTYPE; exact.
+
+    The conversion of the instruction set issues at a sixteenth of the rate of these.
+    Neighbours of the last dimension are best neighbours in a thread's registers.
+    """
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 p, q, f, z;
+            mov.b32 f, 0x7b807b80;
+            mov.b32 z, 0x80008000;
+            prmt.b32 p, $2, $2, 0x1800;
+            prmt.b32 q, $2, $2, 0x3a22;
+            shr.s32 p, p, 4;
+            shr.s32 q, q, 4;
+            and.b32 p, p, 0x87f087f0;
+            and.b32 q, q, 0x87f087f0;
+            fma.rn.bf16x2 $0, p, f, z;
+            fma.rn.bf16x2 $1, q, f, z;
+            }""",
+            "=r,=r,r",
+            [codes],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    elif tl.float16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 p, q, f, z;
+            mov.b32 f, 0x5c005c00;
+            mov.b32 z, 0x80008000;
+            prmt.b32 p, $2, $2, 0x1800;
+            prmt.b32 q, $2, $2, 0x3a22;
+            shr.s32 p, p, 1;
+            shr.s32 q, q, 1;
+            and.b32 p, p, 0xbf80bf80;
+            and.b32 q, q, 0xbf80bf80;
+            fma.rn.f16x2 $0, p, f, z;
+            fma.rn.f16x2 $1, q, f, z;
+            }""",
+            "=r,=r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return decode_e4m3(codes.to(tl.int32)).to(DTYPE)
+
+
+@triton.jit
+def unpack_quads(halves, DTYPE: tl.constexpr):
+    """Four tensors of the shape of int16 ``halves``: code i plus ``int4_offset``."""
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t;
+            lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xEA;
+            shr.u32 t, $4, 4;
+            lop3.b32 $1, t, 0x000f000f, 0x43004300, 0xEA;
+            shr.u32 t, $4, 8;
+            lop3.b32 $2, t, 0x000f000f, 0x43004300, 0xEA;
+            shr.u32 t, $4, 12;
+            lop3.b32 $3, t, 0x000f000f, 0x43004300, 0xEA;
+            }""",
+            "=r,=r,=r,=r,r",
+            [halves],
+            dtype=(tl.bfloat16,) * 4,
+            is_pure=True,
+            pack=2,
+        )
+    elif tl.float16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t;
+            lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xEA;
+            shr.u32 t, $4, 4;
+            lop3.b32 $1, t, 0x000f000f, 0x64006400, 0xEA;
+            shr.u32 t, $4, 8;
+            lop3.b32 $2, t, 0x000f000f, 0x64006400, 0xEA;
+            shr.u32 t, $4, 12;
+            lop3.b32 $3, t, 0x000f000f, 0x64006400, 0xEA;
+            }""",
+            "=r,=r,=r,=r,r",
+            [halves],
+            dtype=(tl.float16,) * 4,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return (
+            (halves & 15).to(DTYPE),
+            (halves >> 4 & 15).to(DTYPE),
+            (halves >> 8 & 15).to(DTYPE),
+            (halves >> 12 & 15).to(DTYPE),
+        )
+
+
+@triton.jit
+def scale_codes(codes, zero, scale, DTYPE: tl.constexpr):
+    """``(codes - zero) * scale``: an exact difference, then one rounding to DTYPE."""
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, one, z;
+            mov.b32 one, 0xbf80bf80;
+            mov.b32 z, 0x80008000;
+            fma.rn.bf16x2 t, $2, one, $1;
+            fma.rn.bf16x2 $0, t, $3, z;
+            }""",
+            "=r,r,r,r",
+            [codes, zero, scale],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    elif tl.float16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t;
+            sub.rn.f16x2 t, $1, $2;
+            mul.rn.f16x2 $0, t, $3;
+            }""",
+            "=r,r,r,r",
+            [codes, zero, scale],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return (codes - zero) * scale
