@@ -24,7 +24,7 @@ class LaunchConfig:
         listed: on the vector units, list the wanted channels first instead of masking
             the others in place.
         packed: multiply int4 or fp8 words as they are loaded, on the matrix units, up
-            to 8 tokens of the sparse and 16 of the dense route at a time. ``block_k``
+            to 8 tokens of the sparse and 64 of the dense route at a time. ``block_k``
             is then the most channels of a block, 32, 64 or 128.
     """
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launchers for int4 and fp8 weights: sparse, dense, and dequantised to scratch.
 
-The device code is in ``packed.py``, launched by ``packed_linear.py``, and in
-``dense_tiles.py``; README.md says which route is for what.
+The device code is in ``packed.py``, launched by ``packed_linear.py``, in
+``packed_wide.py``, launched by ``wide_linear.py``, and in ``dense_tiles.py``; README.md
+says which route is for what.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from .wide_linear import takes_wide, wide_linear
 
 # Tokens of a program of ``dense_kernel``: rows that Hopper's matrix units take at once.
 TILE_TOKENS = 64
-# Most tokens of a program of the sparse route, and of the dense one.
+# Most tokens of a program of ``packed_linear``: of the sparse route, and of the dense.
 SPARSE_TOKENS = 8
 DENSE_TOKENS = 16
 
@@ -96,13 +97,11 @@ def dense_linear(
         x = x.contiguous()
     group = weight.group or k
     block_k = config.block_k if group == k else min(config.block_k, group)
-    block_m = TILE_TOKENS
-    dtype = dot_dtype(x.dtype)
     partial = torch.empty(
         config.split_k, tokens, n, dtype=torch.float32, device=x.device
     )
     grid = (
-        triton.cdiv(tokens, block_m),
+        triton.cdiv(tokens, TILE_TOKENS),
         triton.cdiv(n, config.block_n),
         config.split_k,
     )
@@ -127,12 +126,12 @@ def dense_linear(
         x.stride(0),
         CODE=weight.format.code,
         GROUP=group,
-        BLOCK_M=block_m,
+        BLOCK_M=TILE_TOKENS,
         BLOCK_N=config.block_n,
         BLOCK_K=block_k,
         STAGES=config.num_stages,
         QUADS=quads,
-        DTYPE=dtype,
+        DTYPE=dot_dtype(x.dtype),
         PDL=has_dependent_launch(x.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

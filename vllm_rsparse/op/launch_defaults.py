@@ -167,7 +167,8 @@ def tiles_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
     With 64 tokens on the H200, the four linears of Llama-3-8B take, in the order
     above, 57.7, 29.8, 18.3 and 11.8 us in fp8, sum 117.6 (best of each 117.2), and
     57.4, 36.2, 21.0 and 15.4 in int4, sum 130.0 (127.3). Two programs of any of these
-    tiles fit into the shared memory of a Hopper, one into the 99 KB of other devices.
+    tiles fit into a Hopper's shared memory; compiled for other devices, one takes at
+    most 66 of the 99 KB that they have.
 
     Args:
         n: output features of the (fused) layer on this rank.
