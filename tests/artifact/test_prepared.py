@@ -92,3 +92,9 @@ def test_what_is_no_prepared_directory(tmp_path, config, message):
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(ArtifactError, match=message):
         open_artifact(tmp_path)
+
+
+def test_an_artifact_alone_is_no_prepared_directory(write_artifact, tmp_path):
+    write_artifact(tmp_path, {"model.layers.0.mlp.up_proj": (8, 16, 0, False)})
+    with pytest.raises(ArtifactError, match="an artifact without its model; pass the"):
+        PreparedDirectory.open(tmp_path)

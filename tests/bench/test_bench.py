@@ -266,3 +266,23 @@ def test_command_refuses_a_linear(
 ) -> None:
     assert cli.main(["bench", *options]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("fast", "VLLM_RSPARSE_BACKEND is 'fast'; allowed are auto"),
+        ("cpu-torch", "cpu-torch"),
+    ],
+)
+def test_the_backend_that_is_asked_for_is_measured_or_refused(
+    backend: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vllm_rsparse.bench.bandwidth._BYTES", 2**20)
+    monkeypatch.setenv("VLLM_RSPARSE_BACKEND", backend)
+    command = ["bench", "--n", "64", "--k", "128", "--weights", "int4"]
+    assert cli.main(command) == 1
+    assert message in capsys.readouterr().err

@@ -244,6 +244,7 @@ def test_no_artifact(doctor: Any, tmp_path: Path) -> None:
         ("VLLM_RSPARSE_BACKEND", "fast", 1, "backend", "allowed are auto"),
         ("VLLM_RSPARSE_BACKEND", "fast", 1, "one layer", "reason of 'backend'"),
         ("VLLM_RSPARSE_MAX_SPARSE_TOKENS", "-1", 1, "backend", "integer >= 0"),
+        ("VLLM_RSPARSE_METRICS_INTERVAL", "x", 1, "backend", "integer >= 0"),
         ("VLLM_RSPARSE_MAX_SPARSE_TOKENS", "0", 0, "backend", "served dense"),
     ],
 )

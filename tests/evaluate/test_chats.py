@@ -122,7 +122,11 @@ def test_passages_do_not_depend_on_those_they_run_with(
 
 
 def test_a_quantized_base_is_compared_with_the_model_it_was_made_from(
-    write_prepared: Any, pyllama: Path, tmp_path: Path, chat: Path
+    write_prepared: Any,
+    pyllama: Path,
+    tmp_path: Path,
+    chat: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Its weights are the reference's, rounded: thresholds that keep all lose that."""
     directory = write_prepared("all", constant(-1.0))
@@ -136,6 +140,8 @@ def test_a_quantized_base_is_compared_with_the_model_it_was_made_from(
     rows = [r for r in other["results"] if r["domain"] == "code"]
     assert [row["artifact_sha256"] is None for row in rows] == [True, False]
     assert rows[0]["kl_divergence"] == rows[1]["kl_divergence"] > 0
+    head = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["all", "(dense)", "all"] for line in head)
     assert other["protocol"]["reference"] == str(pyllama)
 
 
@@ -154,8 +160,17 @@ def test_answers_are_kept_and_taken_from_the_file(
     second = evaluate(directory, chat, "--answers", str(kept))
     assert len(first["results"]) == 2
     assert second["results"] == first["results"][:1]
-    chat.write_text(json.dumps(PROMPTS[0]))
     arguments = ["--chat", str(chat), "--answers", str(kept), "--device", "cpu"]
+    length = ("--answer-tokens", str(TOKENS))
+    for edited, fault in (
+        (document | {"answers": [{"domain": "a"}]}, "answers[0]: key 'prompt' is miss"),
+        ({"asked": document["asked"]}, "key 'answers' is missing; remove it, or give"),
+    ):
+        kept.write_text(json.dumps(edited))
+        assert main(["evaluate", str(directory), *arguments, *length]) == 1
+        assert f"--answers {kept}: {fault}" in capsys.readouterr().err
+    kept.write_text(json.dumps(document))
+    chat.write_text(json.dumps(PROMPTS[0]))
     assert main(["evaluate", str(directory), *arguments]) == 1
     assert "holds the answers of another model" in capsys.readouterr().err
 
@@ -168,6 +183,8 @@ def test_answers_are_kept_and_taken_from_the_file(
         ("[]", 'line 1: expected an object with "prompt"'),
         ('{"text": "a"}', 'line 1: expected an object with "prompt"'),
         ('{"prompt": 3}', "line 1: prompt must be a string, got 3"),
+        ('{"prompt": ""}', "line 1: is an empty prompt; leave it out"),
+        ('{"prompt": "a", "messages": []}', 'line 1: has "prompt" and "messages"'),
         ('{"messages": [{"role": "user"}]}', "messages[0].content must be a string"),
         (
             '{"messages": [{"role": "assistant", "content": "a"}]}',

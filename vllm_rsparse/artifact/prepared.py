@@ -45,6 +45,11 @@ class PreparedDirectory:
             ArtifactError: not a prepared directory, or the artifact is damaged.
         """
         _require_directory(path)
+        if holds_artifact(path):
+            raise ArtifactError(
+                f"{path}: is an artifact without its model; pass the prepared directory"
+                " that contains it"
+            )
         where = path / "config.json"
         config = read_json(where, ArtifactError, f"; {GIVE}")
         if "quantization_config" not in config:

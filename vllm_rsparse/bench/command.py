@@ -144,11 +144,14 @@ def run(args: argparse.Namespace) -> int:
     output = _output(args)
     dtype = getattr(torch, args.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backend = resolve_backend("auto", device)
+    backend = resolve_backend(envs.backend(), device, envs.BACKEND)
     if args.tune:
         _tune(args, [budgets[0] for budgets in measured], dtype, device)
     bandwidth = read_bandwidth(device)
-    print(f"{device_name()}: reads {bandwidth / 1e9:.0f} GB/s", file=sys.stderr)
+    print(
+        f"{device_name()}: backend {backend.label}, reads {bandwidth / 1e9:.0f} GB/s",
+        file=sys.stderr,
+    )
     rows = []
     for weights in dict.fromkeys(budgets[0].format for budgets in measured):
         of_format = [

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from vllm_rsparse import __version__
+from vllm_rsparse import __version__, envs
 from vllm_rsparse.artifact.prepared import PreparedDirectory
 from vllm_rsparse.doctor.finding import Finding, Level
 from vllm_rsparse.releases import installed, supported_vllm, supports_vllm
@@ -118,6 +118,9 @@ def backend(directory: Path | None = None) -> Iterator[Finding]:
     Args:
         directory: of a prepared model whose settings apply; None for a model whose
             config has no settings.
+
+    Raises:
+        SettingError: a setting, or the interval of the metrics, cannot be used.
     """
     from vllm.platforms import current_platform
 
@@ -137,6 +140,7 @@ def backend(directory: Path | None = None) -> Iterator[Finding]:
         weights = format_of(settings.weights or info.weights, info)
         read = 1 - info.achieved_sparsity
         route = choose_route([settings.route], device, read, weights)
+    envs.metrics_interval()  # refuses what would stop the server
     yield Finding(
         Level.WARN if route.policy.always_dense else Level.OK,
         "backend",

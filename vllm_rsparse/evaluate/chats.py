@@ -9,10 +9,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from pydantic import StrictInt, StrictStr
+from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from vllm_rsparse.arguments import writing
@@ -20,7 +22,7 @@ from vllm_rsparse.errors import SettingError
 from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.measure import Passage
 from vllm_rsparse.texts.prompts import Prompt
-from vllm_rsparse.validation import read_json
+from vllm_rsparse.validation import CONFIG, read_json, validate
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ SHORTEST = 2
 _OTHER_FILE = "; remove it, or give another file"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CONFIG)
 class Answer:
     """A prompt with the dense model's answer.
 
@@ -41,14 +43,27 @@ class Answer:
         answer: tokens, with the one that ends it if it was reached.
     """
 
-    domain: str
-    prompt: list[int]
-    answer: list[int]
+    domain: StrictStr
+    prompt: list[StrictInt]
+    answer: list[StrictInt]
 
     @property
     def passage(self) -> Passage:
         """The prompt dense, the answer counted."""
         return Passage(torch.tensor(self.prompt + self.answer), len(self.prompt))
+
+
+@dataclass(frozen=True, config=CONFIG)
+class _Kept:
+    """The file of kept answers.
+
+    Attributes:
+        asked: digest of what the answers depend on.
+        answers: to the prompts, in their order.
+    """
+
+    asked: StrictStr
+    answers: list[Answer]
 
 
 def answers_of(
@@ -98,7 +113,8 @@ def _read(file: Path, asked: str) -> list[Answer]:
             f"--answers {file}: holds the answers of another model, to other prompts or"
             f" of another length{_OTHER_FILE}"
         )
-    return [Answer(**one) for one in document["answers"]]
+    name = f"--answers {file}"
+    return validate(_Kept, document, name, SettingError, _OTHER_FILE).answers
 
 
 def _digest(model: SwitchableModel, prompts: Sequence[Prompt], tokens: int) -> str:

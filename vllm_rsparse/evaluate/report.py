@@ -43,7 +43,7 @@ def chat_table(domains: Mapping[str, Sequence["Loss"]]) -> str:
         domains: losses of the same candidates in each domain; at least one.
     """
     columns = [*zip(*domains.values(), strict=True)]
-    rows = [["", *(Path(losses[0].directory).name for losses in columns)]]
+    rows = [["", *(_name(losses[0]) for losses in columns)]]
     for name, losses in domains.items():
         shown = (f"{x.kl_divergence:.4f} ± {_error(x)}" for x in losses)
         rows.append([f"KL(dense || sparse), {name}", *shown])
@@ -64,6 +64,12 @@ def chat_table(domains: Mapping[str, Sequence["Loss"]]) -> str:
     counted = (str(sum(x.tokens for x in losses)) for losses in columns)
     rows.append(["tokens counted", *counted])
     return align(rows)
+
+
+def _name(loss: "Loss") -> str:
+    """The directory's name; that of the base, which has the same, is marked."""
+    dense = " (dense)" if loss.artifact_sha256 is None else ""
+    return Path(loss.directory).name + dense
 
 
 def _error(loss: "Loss") -> str:

@@ -105,5 +105,6 @@ class LoadTimeFormat(ABC):
             other = ONLY_AS.get(base, AS_STORED)
             raise SettingError(
                 f"weights {self.name} are made from {' or '.join(self.bases)} weights,"
-                f" but {what} has {base}; use weights {other}"
+                f" but {what} has {base}; use --weights {other} to prepare, or the key"
+                f" weights = {other} to serve"
             )

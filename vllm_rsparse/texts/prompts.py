@@ -47,6 +47,8 @@ def read_prompts(file: Path, tokenizer: Any, option: str = "--chat") -> list[Pro
             where = f"{name}, line {number}"
             value = parse_json(line, where, CheckpointError)
             ids = prompt_ids(tokenizer, _messages(value, where), where)
+            if not ids:
+                raise CheckpointError(f"{where}: is an empty prompt; leave it out")
             prompts.append(Prompt(str(value.get("domain", "chat")), ids))
     return prompts
 
@@ -85,6 +87,10 @@ def _messages(value: Any, where: str) -> Sequence[Mapping[str, Any]]:
         raise CheckpointError(
             f'{where}: expected an object with "prompt" (text) or "messages" (a chat'
             f" that ends with the user's message), got {shown(value)}"
+        )
+    if value.keys() >= {"prompt", "messages"}:
+        raise CheckpointError(
+            f'{where}: has "prompt" and "messages"; leave one of them out'
         )
     if "prompt" in value:
         text = value["prompt"]
