@@ -191,7 +191,7 @@ def test_int8_is_served_in_planes_only(tiny_llama: Path, tmp_path: Path) -> None
     write_quantized(tiny_llama, base, "int8-channel")
     with pytest.raises(PrepareError, match=r"is stored in int8.*--weights int8-planes"):
         prepare(_options(base, tmp_path / "out", "as-stored"))
-    with pytest.raises(SettingError, match="has int8; use weights int8-planes"):
+    with pytest.raises(SettingError, match="has int8; use --weights int8-planes"):
         prepare(_options(base, tmp_path / "out", "fp8"))
 
 
