@@ -168,9 +168,18 @@ def test_weights_in_arguments(tmp_path: Path) -> None:
 
 
 def test_either_all_files_have_a_weight_or_none(tmp_path: Path) -> None:
-    file = tmp_path / "a.txt"
+    file, other = tmp_path / "a.txt", tmp_path / "b.txt"
     file.write_text("a")
-    first, second = read_sources([TextFile(file, 1), TextFile(file, 2)], "--data")
+    other.write_text("b")
+    first, second = read_sources([TextFile(file, 1), TextFile(other, 2)], "--data")
     assert (first.weight, second.weight) == (1, 2)
     with pytest.raises(CheckpointError, match=r"a\.txt: has no weight, but other"):
-        read_sources([file, TextFile(file, 2)], "--data")
+        read_sources([file, TextFile(other, 2)], "--data")
+
+
+def test_a_file_does_not_count_twice(tmp_path: Path) -> None:
+    file, link = tmp_path / "a.txt", tmp_path / "b.txt"
+    file.write_text("a")
+    link.symlink_to(file)
+    with pytest.raises(CheckpointError, match=r"--data .*b\.txt: is given twice"):
+        read_sources([file, link], "--data")

@@ -161,8 +161,12 @@ def test_weights_are_shares_of_the_windows(tokenizer: Any, tmp_path: Path) -> No
     assert len({tuple(window) for window in text.windows[:, :8].tolist()}) > 2
 
 
-def test_a_weight_that_gives_no_window(tokenizer: Any, text_file: Path) -> None:
-    files = TextFile(text_file, 100), TextFile(text_file, 1)
+def test_a_weight_that_gives_no_window(
+    tokenizer: Any, text_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.py"
+    other.write_bytes(text_file.read_bytes())
+    files = TextFile(text_file, 100), TextFile(other, 1)
     with pytest.raises(CheckpointError, match=r"gives it 0\.04 of 4 windows, so none"):
         _load(tokenizer, *files)
 

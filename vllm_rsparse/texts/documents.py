@@ -117,9 +117,18 @@ def read_sources(files: Iterable[Path | TextFile], option: str) -> list[Source]:
 
     Raises:
         CheckpointError: a file is missing, empty, not text, or not JSONL of one of the
-            two schemas; or only some of the files have a weight.
+            two schemas; a file is given twice, or only some have a weight.
     """
     named = [file if isinstance(file, TextFile) else TextFile(file) for file in files]
+    seen: set[Path] = set()
+    for file in named:
+        path = file.path.resolve()
+        if path in seen:
+            raise CheckpointError(
+                f"{option} {file.path}: is given twice, so its text would count twice;"
+                " give it once"
+            )
+        seen.add(path)
     bare = [file for file in named if file.weight is None]
     if bare and len(bare) < len(named):
         raise CheckpointError(
