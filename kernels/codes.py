@@ -200,22 +200,24 @@ def decode_e4m3(byte):
 
 @triton.jit
 def dot_operand(words, CODE: tl.constexpr, W: tl.constexpr, DTYPE: tl.constexpr):
-    """The words of 16 channels as [columns, 16], the first operand of ``tl.dot``.
+    """The words of 16 channels, [warps, columns, 16]: the first operand of ``tl.dot``.
 
     Args:
-        words: int32 [4, 8, 4, W]: channel 4i + j of the sixteen at [i, :, j], the words
-            of a row in their order over [8, W].
+        words: int32 [4, 8, warps, 4, W]: channel 4i + j of the sixteen at
+            [i, :, :, j], the words of a row in their order over [warps, 8, W].
         CODE: the format.
         W: words of a row that one thread holds.
         DTYPE: of the operand.
 
-    Columns come in the order [W, codes of a word, 8], as the registers of the matrix
-    units want them; ``natural_order`` turns results back. The steps below rename
+    A warp's columns come in the order [W, codes of a word, 8], as the registers of the
+    matrix units want them; ``natural_order`` turns results back. The steps below rename
     registers and move nothing: a thread multiplies the 4 channels x W words that it
     holds (``tests/op/test_triton_compile.py`` counts the shuffles).
     """
-    # [4, 8, W, 2, 2]: pairs of channels in neighbouring registers.
-    pairs = tl.permute(tl.reshape(words, (4, 8, 2, 2, W)), (0, 1, 4, 2, 3))
+    WARPS: tl.constexpr = words.shape[2]
+    # [4, 8, warps, W, 2, 2]: pairs of channels in neighbouring registers.
+    pairs = tl.reshape(words, (4, 8, WARPS, 2, 2, W))
+    pairs = tl.permute(pairs, (0, 1, 2, 5, 3, 4))
     even, odd = tl.split(pairs)
     pairs = tl.join(even, odd)
     if CODE == INT4:
@@ -224,17 +226,22 @@ def dot_operand(words, CODE: tl.constexpr, W: tl.constexpr, DTYPE: tl.constexpr)
             tl.join(tl.join(c[0], c[1]), tl.join(c[2], c[3])),
             tl.join(tl.join(c[4], c[5]), tl.join(c[6], c[7])),
         )
-        codes = tl.permute(codes, (2, 7, 6, 5, 1, 0, 3, 4))
-        operand = tl.reshape(codes, (W * 64, 16))
+        codes = tl.permute(codes, (2, 3, 8, 7, 6, 1, 0, 4, 5))
+        operand = tl.reshape(codes, (WARPS, W * 64, 16))
     else:
         c = unpack_fp8(pairs, DTYPE)
         codes = tl.join(tl.join(c[0], c[1]), tl.join(c[2], c[3]))
-        codes = tl.permute(codes, (2, 6, 5, 1, 0, 3, 4))
-        operand = tl.reshape(codes, (W * 32, 16))
+        codes = tl.permute(codes, (2, 3, 7, 6, 1, 0, 4, 5))
+        operand = tl.reshape(codes, (WARPS, W * 32, 16))
     return operand
 
 
 @triton.jit
 def natural_order(sums, COLUMNS: tl.constexpr, TOKENS: tl.constexpr):
-    """[columns, tokens] of ``dot_operand``'s order as [8, columns / 8, tokens]."""
-    return tl.permute(tl.reshape(sums, (COLUMNS // 8, 8, TOKENS)), (1, 0, 2))
+    """[warps, columns, tokens] in ``dot_operand``'s order, sorted.
+
+    The result is [warps, 8, COLUMNS / 8, tokens]; COLUMNS are those of a warp.
+    """
+    WARPS: tl.constexpr = sums.shape[0]
+    sums = tl.reshape(sums, (WARPS, COLUMNS // 8, 8, TOKENS))
+    return tl.permute(sums, (0, 2, 1, 3))

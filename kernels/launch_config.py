@@ -17,7 +17,7 @@ class LaunchConfig:
         block_k: input channels of one loop iteration.
         split_k: programs that take turns on the channels of a column tile. Above 1 the
             partial sums go through a workspace and a second launch adds them.
-        num_warps: warps of a program.
+        num_warps: warps of a program. Those of a packed one divide its columns.
         num_stages: with ``use_dot``, loop iterations whose loads are in flight.
         use_dot: multiply on the matrix units, 16 tokens at a time; otherwise on the
             vector units, up to 4 at a time.
@@ -47,10 +47,10 @@ class LaunchConfig:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.use_dot and self.listed:
             raise ValueError("use_dot masks channels in place, listed must be false")
-        if self.packed and (self.use_dot or self.listed or self.num_warps != 1):
+        if self.packed and (self.use_dot or self.listed):
             raise ValueError(
-                "packed has one warp and its own way to list and multiply: use_dot and"
-                " listed must be false and num_warps 1"
+                "packed has its own way to list and multiply: use_dot and listed must"
+                " be false"
             )
         if self.packed and self.block_k not in (32, 64, 128):
             raise ValueError(f"packed needs block_k 32, 64 or 128, got {self.block_k}")

@@ -2,19 +2,20 @@
 # mypy: disable-error-code="no-untyped-def"
 """Device code: sums over channels of int4 and fp8 weights on the matrix units.
 
-A program is one warp. It multiplies the words that its threads load, without a detour
+Each warp of a program multiplies the words that its threads load, without a detour
 through shared memory: columns are the rows of the first operand, tokens the columns of
-the second (``codes.dot_operand``).
+the second (``codes.dot_operand``). The warps have different columns and one list.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .codes import natural_order
+from .codes import INT4, natural_order
 from .group_list import list_groups
+from .packed_groups import fetch_groups
 from .packed_steps import sum_steps
-from .packing import STEP, Bounds, GroupLists, Words
+from .packing import STEP, UNIT_ROWS, Bounds, GroupLists, Words
 from .sums import count_tiles, store_factor_tile
 from .tiles import Range, Split, locate_tile
 
@@ -71,15 +72,21 @@ def packed_kernel(
             return
     COLUMNS: tl.constexpr = PACKING.columns
     WORDS: tl.constexpr = PACKING.words
-    KEPT_SLOTS: tl.constexpr = 4 if PACKING.spread else PACKING.tokens
+    GROUPED: tl.constexpr = PACKING.grouped
+    KEPT_SLOTS: tl.constexpr = 1 if GROUPED else 4 if PACKING.spread else PACKING.tokens
     shard, begin_n, end_n = locate_tile(tile - factor_tiles, 0, shard_sizes, COLUMNS)
-    begin_word = begin_n // (COLUMNS // 8 // WORDS)
+    # Columns of a thread, of a word and of a warp.
+    WIDTH: tl.constexpr = COLUMNS // PACKING.warps // 8
+    begin_word = begin_n // (WIDTH // WORDS)
     if PACKING.aligned:
-        begin_n = tl.multiple_of(begin_n, COLUMNS // 8)
+        begin_n = tl.multiple_of(begin_n, WIDTH)
         begin_word = tl.multiple_of(begin_word, WORDS)
     mine = Bounds(group_m * TOKENS, tokens)
     if PACKING.sparse:
         LENGTH: tl.constexpr = PACKING.length
+        UNIT: tl.constexpr = UNIT_ROWS if GROUPED else STEP
+        if GROUPED and PACKING.code == INT4:
+            fetch_groups(scales, Bounds(begin_n, end_n), split, x.k, PACKING)
         program = (group_m * split.count + split.index).to(tl.int64)
         program = program * tl.num_programs(1) + tile
         second_ptr = lists.second_ptr
@@ -88,7 +95,7 @@ def packed_kernel(
         lists = GroupLists(
             lists.row_ptr + program * LENGTH,
             lists.value_ptr + program * (LENGTH * TOKENS),
-            lists.head_ptr + program * (LENGTH // STEP),
+            lists.head_ptr + program * (LENGTH // UNIT),
             second_ptr,
         )
         steps = list_groups(
@@ -121,11 +128,12 @@ def packed_kernel(
     )
     if PACKING.pdl:
         gdc_launch_dependents()
-    # Back to the natural order of columns: [8, columns / 8, tokens].
-    sums = natural_order(sums, COLUMNS, KEPT_SLOTS)
-    offs_n = begin_n + (tl.arange(0, 8) * (COLUMNS // 8))[:, None, None]
-    offs_n = offs_n + tl.arange(0, COLUMNS // 8)[None, :, None]
-    slot = tl.arange(0, KEPT_SLOTS)[None, None, :]
+    # Back to the natural order of columns: [warps, 8, columns of a thread, tokens].
+    sums = natural_order(sums, 8 * WIDTH, KEPT_SLOTS)
+    lane = tl.arange(0, 8)[None, :, None, None]
+    offs_n = (tl.arange(0, PACKING.warps)[:, None, None, None] * 8 + lane) * WIDTH
+    offs_n = begin_n + offs_n + tl.arange(0, WIDTH)[None, None, :, None]
+    slot = tl.arange(0, KEPT_SLOTS)[None, None, None, :]
     offs_m = group_m * TOKENS + slot
     row = (split.index * tokens + offs_m).to(tl.int64)
     tl.store(

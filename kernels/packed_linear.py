@@ -11,7 +11,7 @@ from .codes import FP8, INT4
 from .launch_config import MOST_LISTED, LaunchConfig
 from .packed import packed_kernel
 from .packed_scales import SCALE_BLOCK
-from .packing import STEP, GroupLists, Packing, Scales, Words
+from .packing import SLOTS, STEP, UNIT_ROWS, GroupLists, Packing, Scales, Words
 from .rsparse_linear import (
     dot_dtype,
     finish,
@@ -63,9 +63,12 @@ def packed_linear(
     planes = weight.format.planes
     if sparse:
         split_k = max(split_k, triton.cdiv(planes * k, MOST_LISTED))
+    grouped = sparse and tokens == 1 and weight.format.code != FP8.value
+    if grouped:
+        split_k = max(split_k, triton.cdiv(blocks, SLOTS.value))
     pdl = has_dependent_launch(x.device)
     # Columns of a thread.
-    width = config.block_n // 8
+    width = config.block_n // config.num_warps // 8
     blocks_each = triton.next_power_of_2(max(1, triton.cdiv(blocks, split_k)))
     starts = [sum(shard_sizes[:index]) for index in range(len(shard_sizes))]
     packing = Packing(
@@ -73,10 +76,13 @@ def packed_linear(
         planes=planes,
         sparse=sparse,
         tokens=block_m,
-        spread=block_m <= 4,
+        spread=block_m <= 4 and not grouped,
+        grouped=grouped,
+        warps=config.num_warps,
         columns=config.block_n,
         words=width // codes_per_word(weight),
-        at_once=config.num_stages,
+        half=max(1, config.num_stages // 2),
+        halves=min(2, config.num_stages),
         group=weight.group,
         span=span,
         blocks=blocks_each,
@@ -113,7 +119,7 @@ def packed_linear(
     lists = GroupLists(None, None, None, None)
     if sparse:
         programs = tiles * split_k * groups_m
-        lists = _workspace(programs * packing.length, x, block_m, weight)
+        lists = _workspace(programs * packing.length, x, packing, weight)
     data, pitch = rows_of(weight, words=True)
     per_column = weight.format.code == FP8.value
     packed_kernel[(groups_m, tiles, split_k)](
@@ -131,7 +137,7 @@ def packed_linear(
         PACKING=packing,
         FACTOR_TILING=factor_tiling,
         DTYPE=dot_dtype(x.dtype),
-        num_warps=1,
+        num_warps=config.num_warps,
         num_stages=1,
         **launch_options(x.device),
     )
@@ -140,23 +146,26 @@ def packed_linear(
     return out
 
 
-def _workspace(rows: int, x: Tensor, tokens: int, weight: StoredWeight) -> GroupLists:
+def _workspace(
+    rows: int, x: Tensor, packing: Packing, weight: StoredWeight
+) -> GroupLists:
     """Lists for all programs of a launch, uninitialised; see ``list_groups``.
 
     Args:
         rows: of all lists together.
         x: gives dtype and device of the values.
-        tokens: of a program.
+        packing: of the programs.
         weight: of two planes with zero points, the sums of the second are listed too.
     """
     steps = rows // STEP.value
+    units = rows // UNIT_ROWS.value if packing.grouped else steps
     second = None
     if weight.format.planes > 1 and weight.zeros is not None:
-        second = x.new_empty(steps * tokens, dtype=torch.float32)
+        second = x.new_empty(steps * packing.tokens, dtype=torch.float32)
     return GroupLists(
         x.new_empty(rows, dtype=torch.int32),
-        x.new_empty(rows * tokens),
-        x.new_empty(steps, dtype=torch.int32),
+        x.new_empty(rows * packing.tokens),
+        x.new_empty(units, dtype=torch.int32),
         second,
     )
 

@@ -24,8 +24,8 @@ def multiply_step(words, x, acc, PACKING: tl.constexpr, DTYPE: tl.constexpr):
     """Add the products of 16 channels: their words by their x."""
     CODE: tl.constexpr = PACKING.code
     WORDS: tl.constexpr = PACKING.words
-    slots: tl.constexpr = acc.shape[1]
-    second = tl.reshape(tl.permute(x, (0, 3, 2, 1)), (STEP, slots))
+    second = tl.permute(x, (2, 0, 4, 3, 1))
+    second = tl.reshape(second, (acc.shape[0], STEP, acc.shape[2]))
     if CODE != INT4:
         second = scale_fp8_input(second, DTYPE)
     first = dot_operand(words, CODE, WORDS, DTYPE)
@@ -54,47 +54,51 @@ def scaled_block(
     plane has zero points of its own, the two sums of x are told apart.
 
     Args of note:
-        acc: float32 [columns, slots], sums over the block.
-        x_sum: float32 [4, 8, slots / 8], sums of the x that went into them.
+        acc: float32 [warps, columns, slots], sums over the block.
+        x_sum: float32 [4, 8, warps, slots / 8], sums of the x that went into them.
         step: the block's last.
         head: of this step.
         columns: the ``Bounds`` of the tile.
     """
     SPREAD: tl.constexpr = PACKING.spread
     TOKENS: tl.constexpr = PACKING.tokens
-    tile: tl.constexpr = acc.shape[0]
-    slots: tl.constexpr = acc.shape[1]
+    warps: tl.constexpr = acc.shape[0]
+    tile: tl.constexpr = acc.shape[1]
+    slots: tl.constexpr = acc.shape[2]
     group = _group(head, PACKING)
     if SPREAD:
-        sums, _odd = tl.split(tl.reshape(acc, (tile, 4, 2)))
+        sums, _odd = tl.split(tl.reshape(acc, (warps, tile, 4, 2)))
     else:
         sums = acc
     if PACKING.code == FP8_BLOCK:
         blocks_n = (scales.n + SCALE_BLOCK - 1) // SCALE_BLOCK
-        sums *= tl.load(scales.ptr + group * blocks_n + columns.begin // SCALE_BLOCK)
+        column = columns.begin + tl.arange(0, warps)[:, None, None] * tile
+        # A warp past the end of the shard takes any; its sums are not stored.
+        place = tl.minimum(column // SCALE_BLOCK, blocks_n - 1)
+        sums *= tl.load(scales.ptr + group * blocks_n + place)
     else:
         offset = int4_offset(DTYPE)
         scale, zero = _scales(scales, group, columns, PACKING)
-        # [8, slots / 8] -> [slots]
-        x_token = tl.permute(tl.sum(x_sum, axis=0), (1, 0))
+        # [8, warps, slots / 8] -> [warps, slots]
+        x_token = tl.permute(tl.sum(x_sum, axis=0), (1, 2, 0))
         if SPREAD:
-            x_token, _odd = tl.split(tl.reshape(x_token, (4, 2)))
+            x_token, _odd = tl.split(tl.reshape(x_token, (warps, 4, 2)))
         else:
-            x_token = tl.reshape(x_token, (slots,))
-            scale = _for_slots(scale, tile, slots)
-            zero = _for_slots(zero, tile, slots)
+            x_token = tl.reshape(x_token, (warps, slots))
+            scale = _for_slots(scale, slots)
+            zero = _for_slots(zero, slots)
         if PACKING.planes > 1 and scales.zero_ptr is not None:
             if PACKING.sparse:
                 token = tl.arange(0, 4 if SPREAD else slots)
                 second = lists.second_ptr + step * TOKENS + token
-                second = tl.load(second, mask=token < TOKENS, other=0.0)
+                second = tl.load(second, mask=token < TOKENS, other=0.0)[None, :]
             else:
                 # Of all channels: a sixteenth of the first plane's.
                 second = x_token * (1.0 / (PLANE_STEPS + 1))
-            sums -= (offset * x_token + 8.0 * second)[None, :]
-            sums -= zero * (x_token - second)[None, :]
+            sums -= (offset * x_token + 8.0 * second)[:, None, :]
+            sums -= zero * (x_token - second)[:, None, :]
         else:
-            sums -= (offset + zero) * x_token[None, :]
+            sums -= (offset + zero) * x_token[:, None, :]
         sums *= scale
     return sums
 
@@ -107,10 +111,12 @@ def fetch_scales(scales, head, head_before, columns, PACKING: tl.constexpr):
     the end of the block, and the program would wait there for memory.
     """
     WORDS: tl.constexpr = PACKING.words
-    quad = tl.arange(0, 4)[:, None, None]
-    lane = tl.arange(0, 8)[None, :, None]
-    part = lane * (8 * WORDS) + quad % WORDS * 8 + tl.arange(0, 8)[None, None, :]
-    begins = tl.broadcast_to(head_before & 1, (1, 1, 1)) != 0
+    quad = tl.arange(0, 4)[:, None, None, None]
+    lane = tl.arange(0, 8)[None, :, None, None]
+    warp = tl.arange(0, PACKING.warps)[None, None, :, None]
+    part = (warp * 8 + lane) * (8 * WORDS) + quad % WORDS * 8
+    part = part + tl.arange(0, 8)[None, None, None, :]
+    begins = tl.broadcast_to(head_before & 1, (1, 1, 1, 1)) != 0
     row = scales.ptr + _group(head, PACKING).to(tl.int64) * scales.n + columns.begin
     mask = (part < columns.end - columns.begin) & begins
     tl.load(row + part, mask=mask, volatile=True)
@@ -125,26 +131,31 @@ def _group(head, PACKING: tl.constexpr):
 
 
 @triton.jit
-def _for_slots(per_column, COLUMNS: tl.constexpr, SLOTS: tl.constexpr):
-    """[columns, 4], four times the same, as [columns, SLOTS] in the layout of sums."""
-    wide = per_column[:, None, :, None]
-    wide = tl.broadcast_to(wide, (COLUMNS, SLOTS // 8, 4, 2))
-    return tl.reshape(wide, (COLUMNS, SLOTS))
+def _for_slots(per_column, SLOTS: tl.constexpr):
+    """[warps, columns, 4], four times the same, as [warps, columns, SLOTS]."""
+    warps: tl.constexpr = per_column.shape[0]
+    columns: tl.constexpr = per_column.shape[1]
+    wide = per_column[:, :, None, :, None]
+    wide = tl.broadcast_to(wide, (warps, columns, SLOTS // 8, 4, 2))
+    return tl.reshape(wide, (warps, columns, SLOTS))
 
 
 @triton.jit
 def _scales(scales, group, columns, PACKING: tl.constexpr):
     """A group's scales and zero points in the order of ``dot_operand``.
 
-    float32 [64 W, 4]: every one of the four threads that share a column has its own.
+    float32 [warps, 64 W, 4]: every one of the four threads that share a column has its
+    own.
     """
     W: tl.constexpr = PACKING.words
+    WARPS: tl.constexpr = PACKING.warps
     EVEN_N: tl.constexpr = PACKING.even_n
     width = columns.end - columns.begin
-    quad = tl.arange(0, 4)[:, None, None]
-    lane = tl.arange(0, 8)[None, :, None]
-    code = tl.arange(0, 8)[None, None, :]
-    inner = quad * 0 + lane * (8 * W) + code
+    quad = tl.arange(0, 4)[:, None, None, None]
+    lane = tl.arange(0, 8)[None, :, None, None]
+    warp = tl.arange(0, WARPS)[None, None, :, None]
+    code = tl.arange(0, 8)[None, None, None, :]
+    inner = quad * 0 + (warp * 8 + lane) * (8 * W) + code
     row = scales.ptr + group.to(tl.int64) * scales.n + columns.begin
     parts = _load_scales(row, inner, width, EVEN_N)
     if W >= 2:
@@ -154,26 +165,27 @@ def _scales(scales, group, columns, PACKING: tl.constexpr):
         more = _load_scales(row, inner + 16, width, EVEN_N)
         last = _load_scales(row, inner + 24, width, EVEN_N)
         parts = tl.join(parts, tl.join(more, last))
-    # [4, 8, code, low, high] -> [high, low, code, 8, 4]
+    # [4, 8, warps, code, low, high] -> [warps, high, low, code, 8, 4]
     if W == 1:
-        parts = tl.reshape(tl.permute(parts, (2, 1, 0)), (64, 4))
+        parts = tl.permute(parts, (2, 3, 1, 0))
     elif W == 2:
-        parts = tl.reshape(tl.permute(parts, (3, 2, 1, 0)), (128, 4))
+        parts = tl.permute(parts, (2, 4, 3, 1, 0))
     else:
-        parts = tl.reshape(tl.permute(parts, (4, 3, 2, 1, 0)), (256, 4))
+        parts = tl.permute(parts, (2, 5, 4, 3, 1, 0))
+    parts = tl.reshape(parts, (WARPS, 64 * W, 4))
     if scales.zero_ptr is None:
-        zeros = tl.full((64 * W, 4), 8.0, dtype=tl.float32)
+        zeros = tl.full((WARPS, 64 * W, 4), 8.0, dtype=tl.float32)
     else:
-        words = lane * W + tl.arange(0, W)[None, None, :]
-        words = tl.broadcast_to(words, (4, 8, W))
+        words = (warp * 8 + lane) * W + tl.arange(0, W)[None, None, None, :]
+        words = tl.broadcast_to(words, (4, 8, WARPS, W))
         row = (
             scales.zero_ptr + group.to(tl.int64) * (scales.n // 8) + columns.begin // 8
         )
         packed = tl.load(row + words, mask=words < width // 8, other=0)
-        shifts = 4 * tl.arange(0, 8)[None, None, None, :]
-        codes = (packed[:, :, :, None] >> shifts) & 15
-        codes = tl.permute(codes, (2, 3, 1, 0)).to(tl.float32)
-        zeros = tl.reshape(codes, (64 * W, 4))
+        shifts = 4 * tl.arange(0, 8)[None, None, None, None, :]
+        codes = (packed[:, :, :, :, None] >> shifts) & 15
+        codes = tl.permute(codes, (2, 3, 4, 1, 0)).to(tl.float32)
+        zeros = tl.reshape(codes, (WARPS, 64 * W, 4))
     return parts.to(tl.float32), zeros
 
 

@@ -7,6 +7,10 @@ import triton.language as tl
 
 # Channels of one step: what one instruction of the matrix units multiplies.
 STEP = tl.constexpr(16)
+# Channels of a step that one thread holds.
+UNIT_ROWS = tl.constexpr(4)
+# Columns of the second operand of the matrix units.
+SLOTS = tl.constexpr(8)
 
 
 class Words(NamedTuple):
@@ -43,6 +47,54 @@ class Bounds(NamedTuple):
     end: Any
 
 
+class Source(NamedTuple):
+    """What a program reads, and its last step."""
+
+    x: Any
+    words: Any
+    lists: Any
+    final: Any
+    split: Any
+
+
+class Places(NamedTuple):
+    """Where a thread reads in a step, with masks.
+
+    Attributes:
+        channel: int32 [4, 8, warps, 4], rows from the first of a step.
+        slot: int32 [1, 8, 1, slots / 8, 1], the slots of a thread.
+        column: int32 [4, 8, warps, W], words from the tile's first column.
+        column_mask: of these.
+        x_offset: int32 [4, 8, warps, slots / 8, 4], from the x of a step.
+        x_inner: the channel of these in the step.
+        live: whether the slot has a token.
+    """
+
+    channel: Any
+    slot: Any
+    column: Any
+    column_mask: Any
+    x_offset: Any
+    x_inner: Any
+    live: Any
+
+
+class Loaded(NamedTuple):
+    """Words, x and heads of some steps: a tuple of each."""
+
+    words: Any
+    inputs: Any
+    heads: Any
+
+
+class Sums(NamedTuple):
+    """Sums over finished blocks, scaled; over the current one; and of its x."""
+
+    total: Any
+    acc: Any
+    x_sum: Any
+
+
 class Packing(NamedTuple):
     """Constants of a compiled packed program; numbers, for the reason of ``Tiling``.
 
@@ -54,10 +106,15 @@ class Packing(NamedTuple):
         tokens: of the program.
         spread: up to four tokens take the even ones of the eight slots that the matrix
             units have. A thread's sums of the odd ones are never scaled or kept.
-        columns: of a tile.
+        warps: of a program, which divide its columns.
+        grouped: of one token, each of the eight slots takes another block of channels,
+            so that blocks are scaled together at the end; at most eight blocks.
+        columns: of a tile, of all warps.
         words: words of a row that a thread loads at once, 1, 2 or 4; eight threads
-            share a row.
-        at_once: steps of 16 channels whose words are in flight together, 1, 2 or 4.
+            of a warp share a row.
+        half: steps of 16 channels whose words are loaded together, 1 or 2.
+        halves: 2 where the words of the next half are on the way while one is
+            multiplied, otherwise 1.
         group: channels that share a row of scales, 0 for scales per column, which
             ``finish_kernel`` applies.
         span: channels of one block; a program takes blocks in turns with the splits.
@@ -74,9 +131,12 @@ class Packing(NamedTuple):
     sparse: bool
     tokens: int
     spread: bool
+    grouped: bool
+    warps: int
     columns: int
     words: int
-    at_once: int
+    half: int
+    halves: int
     group: int
     span: int
     blocks: int

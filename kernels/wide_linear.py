@@ -44,7 +44,15 @@ def wide_linear(
         bias: [N] or None.
         config: ``packed`` is set. ``block_k`` is not used: an iteration takes as many
             channels as ``num_stages`` has steps in flight, 32 or 64.
+
+    Raises:
+        ValueError: the configuration has several warps.
     """
+    if config.num_warps != 1:
+        raise ValueError(
+            f"num_warps is {config.num_warps}, but a packed program of"
+            f" {_FEWEST_TOKENS} tokens or more has one warp"
+        )
     tokens, k = x.shape
     n = weight.n
     out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)

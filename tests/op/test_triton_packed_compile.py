@@ -39,7 +39,8 @@ def call(case):
     made = make_case(case["tokens"], 512, sizes, ranks, dtype, store=store)
     weight, bias = made.operands.weight, made.bias
     columns = 32 * codes_per_word(weight)
-    packed = LaunchConfig(columns, 64, 2, 1, 1, False, packed=True)
+    warps = case.get("warps", 1)
+    packed = LaunchConfig(warps * columns, 64, 2, warps, 1, False, packed=True)
     if case["sparse"]:
         triton_backend.rsparse_linear(*made.args(), packed)
     else:
@@ -76,12 +77,24 @@ SPARSE = [
     for weight in WEIGHTS
     for tokens, even in ((1, True), (2, False), (8, False))
 ]
+# One token, four warps of a program.
+WARPS = [
+    {
+        "weight": weight,
+        "dtype": "bfloat16",
+        "tokens": 1,
+        "even": True,
+        "sparse": True,
+        "warps": 4,
+    }
+    for weight in ("w4a16-g128", "awq", "fp8-block", "int8-planes")
+]
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, str]]:
     """PTX of every kernel by its name, by case."""
-    cases = DENSE + SPARSE
+    cases = DENSE + SPARSE + WARPS
     made = compile_all(CALL, cases)
     return {str(case): one for case, one in zip(cases, made, strict=True)}
 
@@ -90,9 +103,9 @@ def compiled() -> dict[str, dict[str, str]]:
 def test_words_become_operands_where_they_are(case, compiled):
     made = compiled[str(case)]
     packed = made["packed_kernel"]
-    # 16 bytes a thread: the four channels of a step.
+    # 16 bytes a thread: the four channels of a step, before the loop and in it.
     loads = re.findall(r"ld\.global\.L1::evict_first\S*\.v4\.b32.*", packed)
-    assert len(loads) == 4
+    assert len(loads) == 8
     # One instruction for 16 columns and 8 slots; eight threads share four words each.
     columns = 128 if "fp8" in case["weight"] else 256
     assert packed.count("mma.sync.aligned.m16n8k16") == columns // 16
@@ -132,3 +145,13 @@ def test_words_for_32_tokens_become_operands_where_they_are(case, compiled):
 @pytest.mark.parametrize("case", SPARSE, ids=str)
 def test_sparse_compiles(case, compiled):
     assert "mma.sync.aligned.m16n8k16" in compiled[str(case)]["packed_kernel"]
+
+
+@pytest.mark.parametrize("case", WARPS, ids=str)
+def test_warps_pass_nothing_on_in_the_loop(case, compiled):
+    packed = compiled[str(case)]["packed_kernel"]
+    loads = re.findall(r"ld\.global\.L1::evict_first\S*\.v4\.b32.*", packed)
+    assert len(loads) == 8
+    if TRITON < (3, 7):
+        begin, end = packed.index(loads[0]), packed.rindex("mma.sync")
+        assert not re.search(r"shfl\.sync|(st|ld)\.shared|bar\.sync", packed[begin:end])

@@ -308,7 +308,7 @@ def test_refuses_shards_that_share_a_word():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_warps": 2}, {"listed": True}, {"block_k": 16}], ids=str
+    "wrong", [{"use_dot": True}, {"listed": True}, {"block_k": 16}], ids=str
 )
 def test_refuses_configurations(wrong):
     right = LaunchConfig(128, 64, 1, 1, 1, False, packed=True)

@@ -234,12 +234,14 @@ def test_shipped_tables_are_valid(path: Path) -> None:
     assert len({(e.problem, e.tokens) for e in entries}) == len(entries) > 0
 
 
-def test_a_program_with_several_blocks_has_several_steps_in_flight() -> None:
-    one = sparse_default(6144, 4096, "int4", 1, 132)
-    assert (one.split_k * one.block_k, one.num_stages) == (4096, 1)
-    several = sparse_default(28672, 4096, "int4", 1, 132)
-    assert several.split_k * several.block_k < 4096
-    assert several.num_stages == 4
+def test_warps_of_one_token_are_resident_all_at_once() -> None:
+    small = sparse_default(6144, 4096, "int4", 1, 132)
+    assert small.split_k * small.block_k == 4096  # one block of channels a program
+    large = sparse_default(28672, 4096, "int4", 1, 132)
+    launched = 28672 // large.block_n * large.split_k * large.num_warps
+    # Registers allow 12 warps a multiprocessor with four steps in flight.
+    assert large.num_stages == 4
+    assert 6 * 132 < launched <= 12 * 132
 
 
 @pytest.mark.parametrize("tokens", [1, 2])

@@ -57,13 +57,13 @@ _MASKED_BYTES: list[_Kind] = [
         (256, 64, 2),
     )
 ]
-# Columns of a packed program: 8 or 16 bytes a thread, 8 threads a row.
+# Columns of a packed warp: 8 or 16 bytes a thread, 8 threads a row.
 _PACKED_COLUMNS = {"int4": (256, 128), "int8-planes": (256, 128)}
 _PACKED_BYTE_COLUMNS = (128, 64)
 # Steps of 16 channels whose words are in flight together: for programs of one block of
 # channels, and of several, where one step was never the fastest
 # (docs/notes/kernels-quantized.md).
-_STEPS_OF_ONE, _STEPS_OF_MORE = (1, 2), (2, 4)
+_STEPS_OF_ONE, _STEPS_OF_MORE = (1, 2, 4), (2, 4)
 # Tokens from which the alternative of the packed kernel is tried on the dense route.
 _FEWEST_DOT_TOKENS = 8
 # (block_n, block_k, warps, stages) of the kernel that widens tiles: by bits, and for
@@ -86,8 +86,9 @@ _SCALED_TILES = (
     (128, 128, 8, 2),
     (256, 64, 8, 3),
 )
-# Programs of a packed launch, a multiprocessor: registers allow 12 at a time.
-_PACKED_PROGRAMS = (4, 28)
+# Warps of a packed launch, a multiprocessor: registers allow 8 to 16 at a time.
+_PACKED_WARPS = (4, 28)
+_WARPS_OF_ONE_TOKEN = (1, 4)
 
 
 def candidates(layer: Layer, tokens: int, processors: int) -> list[LaunchConfig]:
@@ -104,7 +105,7 @@ def candidates(layer: Layer, tokens: int, processors: int) -> list[LaunchConfig]
     default = sparse_default(layer.n, layer.k, kind, tokens, processors)
     found = dict.fromkeys([default, *_vector_or_dot(layer, kind, tokens, processors)])
     if kind in PACKABLE:
-        found |= dict.fromkeys(_packed(layer, kind, processors))
+        found |= dict.fromkeys(_packed(layer, kind, tokens, processors))
     return sorted(found, key=lambda config: _distance(config, default))
 
 
@@ -133,7 +134,7 @@ def _packed_dense(
     layer: Layer, kind: str, tokens: int, processors: int
 ) -> Iterator[LaunchConfig]:
     """Of the packed kernel without lists; programs that take as many blocks each."""
-    fewest, most = (processors * programs for programs in _PACKED_PROGRAMS)
+    fewest, most = (processors * warps for warps in _PACKED_WARPS)
     columns = {*_PACKED_COLUMNS.get(kind, _PACKED_BYTE_COLUMNS), 64}
     steps_tried: tuple[int, ...] = (2, 4)
     if tokens > PACKED_DENSE_TOKENS:
@@ -200,32 +201,37 @@ def _vector_or_dot(
             )
 
 
-def _packed(layer: Layer, kind: str, processors: int) -> Iterator[LaunchConfig]:
+def _packed(
+    layer: Layer, kind: str, tokens: int, processors: int
+) -> Iterator[LaunchConfig]:
     """Of the packed kernel: programs that all take as many blocks of channels.
 
-    And those whose programs are just all resident at once, even if some take a block
-    more than others.
+    And those whose warps are just all resident at once, even if some take a block more
+    than others.
     """
     planes = format_of_name(layer.format).planes
     group = layer.group if 0 < layer.group < layer.k else 128
-    fewest, most = (processors * programs for programs in _PACKED_PROGRAMS)
-    for block_n in _PACKED_COLUMNS.get(kind, _PACKED_BYTE_COLUMNS):
+    fewest, most = (processors * warps for warps in _PACKED_WARPS)
+    columns = _PACKED_COLUMNS.get(kind, _PACKED_BYTE_COLUMNS)
+    several = _WARPS_OF_ONE_TOKEN if tokens == 1 else (1,)
+    for block_n, warps in ((c * warps, warps) for c in columns for warps in several):
         tiles = _tiles(layer, block_n)
         for block_k in sorted({min(64, group), min(128, group)}):
             blocks = -(-layer.k // block_k)
             least = max(1, -(-planes * layer.k // MOST_LISTED))
-            resident = 12 * processors // tiles
+            resident = 12 * processors // (tiles * warps)
             splits = {
                 split_k
                 for split_k in range(least, blocks + 1)
                 if blocks % split_k == 0 or split_k == resident
             }
             for split_k in sorted(splits):
-                if not fewest <= tiles * split_k <= most and split_k < blocks:
+                launched = tiles * split_k * warps
+                if not fewest <= launched <= most and split_k < blocks:
                     continue
                 for steps in _STEPS_OF_ONE if split_k == blocks else _STEPS_OF_MORE:
                     yield LaunchConfig(
-                        block_n, block_k, split_k, 1, steps, False, packed=True
+                        block_n, block_k, split_k, warps, steps, False, packed=True
                     )
 
 

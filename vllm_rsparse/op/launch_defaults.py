@@ -33,6 +33,8 @@ _LISTED_ELEMENTS = 80 * 2**20
 # A layer of more columns a multiprocessor has more tiles of 64 columns than programs
 # run at once: on the H200 from 16,896 columns on.
 _MANY_COLUMNS = 128
+# Channels that share a scale; the most of a packed block.
+SCALED_CHANNELS = 128
 # Multiprocessors of an H100 and an H200. Defaults fit this number and are scaled.
 PROCESSORS = 132
 
@@ -51,6 +53,8 @@ def sparse_default(
     """
     if kind == "float8_e4m3fn" and tokens <= VECTOR_TOKENS:
         return fp8_config(n, k, tokens, processors)
+    if kind in _PACKED_COLUMNS and tokens == 1:
+        return one_token_config(n, k, kind, processors)
     if kind in _PACKED_COLUMNS:
         return packed_config(n, k, kind, processors)
     return default_config(n, k, tokens, processors)
@@ -79,8 +83,49 @@ def fp8_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig:
     return LaunchConfig(block_n, block_k, split_k, 1, 1, False)
 
 
+def one_token_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
+    """A packed configuration for one token, from what won on the H200.
+
+    All warps of a launch should be resident: 16 to a multiprocessor with one or two
+    steps in flight, 12 with four. 28672 x 4096 in int4, 75% kept, takes 22.0 us with
+    896 warps of four steps, 24.6 with 1,792; of one step, 3,584 warps take 22.2. Layers
+    of few columns take one block of channels a program: 4096 x 14336 takes 13.2 us, and
+    14.6 with two.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        kind: of the weight, packable and not fp8 with scales per channel.
+        processors: multiprocessors of the device.
+    """
+    block_k = SCALED_CHANNELS
+    blocks = -(-k // block_k)
+    few = 220 * processors // PROCESSORS
+    # Columns of a warp: 16 bytes a thread of eight, or half of that.
+    columns = 128
+    if kind in _FOUR_BIT and n * k >= _SMALL_ELEMENTS:
+        columns = _PACKED_COLUMNS[kind]
+    warps = 4
+    while warps > 1 and -(-n // (warps * columns)) * blocks < few:
+        warps //= 2
+    block_n = warps * columns
+    tiles = -(-n // block_n)
+    split_k = blocks
+    if kind == "fp8-block":
+        split_k, stages = _even_splits(tiles, blocks, 2 * few), 2
+    elif n * k >= _LISTED_ELEMENTS:
+        split_k, stages = _even_splits(tiles, blocks, few), 4
+        if kind == "int8-planes":
+            block_k, stages = block_k // 2, 2
+    elif columns == _PACKED_COLUMNS[kind]:
+        stages = 1
+    else:
+        stages = 2 if kind == "int8-planes" else 4
+    return LaunchConfig(block_n, block_k, split_k, warps, stages, False, packed=True)
+
+
 def packed_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
-    """A configuration of the sparse route for int4 and fp8, from what won on the H200.
+    """A configuration of the sparse route for two tokens or more of int4 and fp8.
 
     A program is one warp. Registers allow 12 of them per multiprocessor and 6 are
     enough; a layer that would have fewer is divided into shorter blocks of channels.
@@ -88,9 +133,6 @@ def packed_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
     in int4 with four blocks a program, 28672 x 4096 took 27.5, 22.3 and 20.3 us with
     one, two and four steps (the first two on an H100); 6144 x 4096 with one block took
     7.3 us with one and 7.9 with two.
-
-    Planes list the channels of both in one program and run int4's loop over them, so
-    they take int4's configurations. These were not timed with planes.
 
     Args:
         n: output features of the (fused) layer on this rank.
