@@ -38,8 +38,8 @@ class Model:
             layers.set_layer(case.operands.thresholds, number)
             self.layers.append((number, names, case.operands))
 
-    def register(self, counters: Counters) -> None:
-        for number, names, operands in self.layers:
+    def register(self, counters: Counters, reverse: bool = False) -> None:
+        for number, names, operands in self.layers[:: -1 if reverse else 1]:
             counters.register(number, names, operands)
 
     def step(self, x: torch.Tensor, limit: int = 2) -> torch.Tensor:
@@ -89,9 +89,15 @@ def scrape(collector: Exporter) -> dict[tuple[str, ...], float]:
     }
 
 
-def count(directory: Path, model: Model, interval: int = 1, rank: int = 0) -> None:
+def count(
+    directory: Path,
+    model: Model,
+    interval: int = 1,
+    rank: int = 0,
+    reverse: bool = False,
+) -> None:
     counters = Counters(Settings(directory, interval), rank)
-    model.register(counters)
+    model.register(counters, reverse)
     observers._observers.clear()
     observers.add_observer(counters.observe)
 
@@ -171,6 +177,20 @@ def test_the_output_layer_counts_in_steps_of_the_layers(tmp_path: Path) -> None:
     kept = int((x.abs() > case.operands.thresholds).sum())
     assert samples["sampled_channels_kept_total", "lm_head"] == kept
     assert samples["dense_bytes", "lm_head"] == 40 * K * 4
+
+
+def test_a_step_begins_with_the_layer_called_first(tmp_path: Path) -> None:
+    # Loaded in another order, as weights are that are quantized while they load.
+    model = Model()
+    count(tmp_path, model, interval=2, reverse=True)
+    x = torch.randn(1, K)
+    model.step(x)  # sampled
+    model.step(torch.randn(1, K))  # not, from its first layer on
+    samples = scrape(Exporter(tmp_path))
+    assert samples["step_tokens_count", "sparse"] == 2
+    for kind, (seen, kept, _) in model.expected(x).items():
+        assert samples["sampled_channels_total", kind] == seen
+        assert samples["sampled_channels_kept_total", kind] == kept
 
 
 def test_every_so_many_sparse_steps_are_sampled(tmp_path: Path) -> None:

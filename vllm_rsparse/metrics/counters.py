@@ -70,7 +70,7 @@ class Counters:
         operands: SparseOperands,
         last: bool = False,
     ) -> None:
-        """Register a loaded layer; the first is called once per step and counts steps.
+        """Register a loaded layer.
 
         Args:
             layer: its number (``op.layers``). A layer that is reloaded keeps its place.
@@ -89,17 +89,22 @@ class Counters:
             rows.append(list(self._kinds).index(label))
         if last:
             self._last = layer
-        elif self._first is None:
-            self._first = layer
         rows *= weight.format.planes
         self._rows[layer] = torch.tensor(rows, device=weight.device)
 
     def observe(
         self, layer: int, x: Tensor, operands: SparseOperands, dense: bool
     ) -> None:
-        """Count one call of the op; never synchronises with the device."""
+        """Count one call of the op; never synchronises with the device.
+
+        A step begins with the layer that was called first of all. That need not be the
+        one that was loaded first: weights that are quantized while they load arrive in
+        the order of the checkpoint's files.
+        """
         if layer not in self._rows or x.shape[0] == 0:
             return
+        if self._first is None and layer != self._last:
+            self._first = layer
         if layer == self._first:
             self._count_step(x, dense)
         if self._sampling and not dense:
