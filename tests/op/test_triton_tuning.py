@@ -107,15 +107,28 @@ def test_a_missing_folder_of_tables_is_named(
 
 def test_formats_and_groups_have_entries_of_their_own(config_dir: Path) -> None:
     packed = LaunchConfig(256, 64, 2, 1, 2, use_dot=False, packed=True)
-    made = TunedEntry(64, 256, "int4", 1, packed, 5.0, 9.0, group=128)
+    made = TunedEntry(64, 256, "int4", 2, packed, 5.0, 9.0, group=128)
     other = replace(made, group=64, config=replace(packed, split_k=4))
     write(config_dir / "GPU.json", entry(1, 4), made, other)
-    # Both serve any number of tokens.
-    for tokens in (1, 16):
+    # Both serve any larger number of tokens.
+    for tokens in (2, 16):
         assert look_up(tokens, kind="int4", group=128) == packed
         assert look_up(tokens, kind="int4", group=64).split_k == 4
-    untuned = look_up(1, kind="int4", group=32)
-    assert untuned == sparse_default(64, 256, "int4", 1, 132)
+    untuned = look_up(2, kind="int4", group=32)
+    assert untuned == sparse_default(64, 256, "int4", 2, 132)
+
+
+def test_one_token_of_scaled_formats_has_entries_of_its_own(config_dir: Path) -> None:
+    packed = LaunchConfig(256, 64, 2, 1, 2, use_dot=False, packed=True)
+    two = TunedEntry(64, 256, "int4", 2, packed, 5.0, 9.0, group=128)
+    write(config_dir / "GPU.json", two)
+    default = sparse_default(64, 256, "int4", 1, 132)
+    assert look_up(1, kind="int4", group=128) == default
+    tuning.forget_tables()
+    one = replace(two, tokens=1, config=replace(packed, block_n=1024, num_warps=4))
+    write(config_dir / "GPU.json", one)
+    assert look_up(1, kind="int4", group=128).num_warps == 4
+    assert look_up(2, kind="int4", group=128).num_warps == 1
 
 
 @pytest.mark.parametrize(

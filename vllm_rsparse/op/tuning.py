@@ -19,6 +19,7 @@ from vllm_rsparse.op.launch_defaults import (
     sparse_default,
 )
 from vllm_rsparse.op.tables import (
+    PACKED_ONLY,
     DENSE,
     SPARSE,
     Problem,
@@ -75,16 +76,21 @@ def device_of(device: torch.device) -> Device:
 def launch_config(device: Device, problem: Problem, tokens: int) -> LaunchConfig:
     """The configuration for a shape: the tuned one of the nearest number of tokens.
 
+    One token of weights with scales per group has a loop of its own in the packed
+    kernel, so entries for more tokens do not apply to it, nor its own to them.
+
     Args:
         device: where the kernels run.
         problem: the layer's shape and format.
         tokens: rows of the call.
     """
+    grouped = problem.kind in PACKED_ONLY
     candidates = _tuned(
         device,
         lambda entry: (
             (entry.problem, entry.route) == (problem, SPARSE)
             and (entry.config.use_dot or entry.config.packed or tokens <= VECTOR_TOKENS)
+            and (not grouped or (entry.tokens == 1) == (tokens == 1))
         ),
     )
     if candidates:
