@@ -19,8 +19,8 @@ from vllm_rsparse.op.launch_defaults import (
     sparse_default,
 )
 from vllm_rsparse.op.tables import (
-    PACKED_ONLY,
     DENSE,
+    PACKED_ONLY,
     SPARSE,
     Problem,
     Table,
