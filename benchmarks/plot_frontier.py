@@ -6,7 +6,7 @@
 Left: KL divergence against bits read per weight, all measured on one real model. Right:
 the same rows against milliseconds a token in vLLM on the shapes of Llama-3-8B. Engines
 were timed at two kept fractions per format; milliseconds of other sparsities lie on the
-line through both (hollow where that extrapolates).
+line through both (hollow where that extrapolates). The planes' fractions are of bits.
 """
 
 import json
@@ -19,8 +19,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
-COLOURS = {"bf16": "tab:grey", "fp8": "tab:blue", "int4": "tab:orange"}
-NAMES = {"bf16": "bf16", "fp8": "FP8", "int4": "INT4"}
+COLOURS = {
+    "bf16": "tab:grey",
+    "fp8": "tab:blue",
+    "int4": "tab:orange",
+    "planes": "tab:green",
+}
+NAMES = {"bf16": "bf16", "fp8": "FP8", "int4": "INT4", "planes": "two planes"}
+SHAPE = "llama-3-8b"
+# The engines of a format, by what they keep.
+TIMED = {
+    "fp8": ("fp8-s0.35-shared", "fp8-s0.5-shared"),
+    "int4": ("int4-s0.35-shared", "int4-s0.5-shared"),
+    "planes": ("int8-planes-0.85:0.15-shared", "int8-planes-0.7:0.05-shared"),
+}
 RECIPE = "best"
 
 Row = dict[str, Any]
@@ -38,21 +50,32 @@ def curve(rows: list[Row], base: str) -> list[Row]:
 
 
 def milliseconds() -> dict[str, tuple[float, list[tuple[float, float]]]]:
-    """By format: dense milliseconds a token, and (kept fraction, milliseconds)."""
+    """By format: dense milliseconds a token, and (kept fraction, milliseconds).
+
+    Planes have no dense engine.
+    """
     found = {}
     # Later rows are of later versions.
-    rows = {r["engine"]: r for r in read("bench_serve_quantized_NVIDIA_H200.json")}
-    for base in ("fp8", "int4"):
-        timed = [rows[f"{base}-s{s}-shared"] for s in (0.35, 0.5)]
+    rows = {
+        row["engine"]: row
+        for row in read("bench_serve_quantized_NVIDIA_H200.json")
+        if row["shape"] == SHAPE
+    }
+    for base, engines in TIMED.items():
+        timed = [rows[engine] for engine in engines]
         points = [(r["kept_fraction"], r["decode_ms"]["1"]["median"]) for r in timed]
-        found[base] = (rows[base]["decode_ms"]["1"]["median"], points)
+        dense = rows[base]["decode_ms"]["1"]["median"] if base in rows else 0.0
+        found[base] = (dense, points)
     return found
 
 
 def annotate(axes: plt.Axes, row: Row, x: float) -> None:
-    """Write a row's sparsity next to its point."""
+    """Write a row's sparsity, or the bits that planes read, next to its point."""
+    text = f"{row['target']:.0%}" if row["target"] else "dense"
+    if row["base"] == "planes":
+        text = f"{row['target']:g} bits"
     axes.annotate(
-        f"{row['target']:.0%}" if row["target"] else "dense",
+        text,
         (x, row["kl_mean"]),
         xytext=(5, 3),
         textcoords="offset points",
