@@ -67,7 +67,7 @@ def scaled_groups(
 
 @triton.jit
 def fetch_groups(scales, columns, split, k, PACKING: tl.constexpr):
-    """Ask for the scales and zero points of all blocks: into L2, before the loop.
+    """Ask for the scales of all blocks: into L2, before the loop.
 
     Volatile to be issued at all, as nothing uses the values.
     """

@@ -43,15 +43,13 @@ def rows_of(weight: StoredWeight, words: bool = False) -> tuple[Tensor, int]:
 def widens_by_bits(x: Tensor, weight: StoredWeight) -> bool:
     """Whether ``widen.py`` makes codes elements of x's type, rounded once.
 
-    Scales of int4 must be numbers of that type. Elements of fp8-block and the two codes
-    of int8-planes are multiplied by their scales in float32.
+    Scales of int4 and int8-planes must be numbers of that type; those of fp8 and
+    fp8-block leave the sum.
     """
-    if weight.format.code == FP8.value:
+    if not is_four_bit(weight):
         return True
-    scales = weight.scales
-    if weight.format.code != INT4.value or scales is None:
-        return False
-    return x.dtype in (scales.dtype, torch.float32)
+    assert weight.scales is not None
+    return x.dtype in (weight.scales.dtype, torch.float32)
 
 
 def column_scales(weight: StoredWeight) -> Tensor | None:

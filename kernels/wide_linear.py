@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight
 
-from .codes import FP8
+from .codes import FP8, INT4
 from .launch_config import LaunchConfig
 from .packed_wide import Wide, wide_kernel
 from .packing import STEP, Scales, Words
@@ -29,8 +29,10 @@ _FEWEST_TOKENS = 17
 
 def takes_wide(x: Tensor, weight: StoredWeight) -> bool:
     """Whether ``wide_linear`` takes the call; ``packed_linear`` takes all."""
-    whole = weight.format.code == FP8.value or weight.group % (2 * STEP.value) == 0
-    return x.shape[0] >= _FEWEST_TOKENS and whole and widens_by_bits(x, weight)
+    code = weight.format.code
+    whole = weight.group % (2 * STEP.value) == 0
+    takes = code == FP8.value or (code == INT4.value and whole)
+    return x.shape[0] >= _FEWEST_TOKENS and takes and widens_by_bits(x, weight)
 
 
 def wide_linear(

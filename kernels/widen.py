@@ -11,7 +11,7 @@ NaN (0x7f) becomes 480 here too.
 import triton
 import triton.language as tl
 
-from .codes import decode_e4m3
+from .codes import PLANE_STEPS, decode_e4m3
 
 
 @triton.jit
@@ -150,6 +150,51 @@ def unpack_quads(halves, DTYPE: tl.constexpr):
             (halves >> 8 & 15).to(DTYPE),
             (halves >> 12 & 15).to(DTYPE),
         )
+
+
+@triton.jit
+def join_planes(first, zero, second, DTYPE: tl.constexpr):
+    """``first - zero + (second - 8) / 16`` of two planes' codes, in DTYPE; exact.
+
+    The codes and the zero point come with ``int4_offset``. The result counts in
+    sixteenths and lies between -16 and 16, for which eight bits of mantissa are enough.
+    """
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, u, minus, one, steps, eight;
+            mov.b32 minus, 0xbf80bf80;
+            mov.b32 one, 0x3f803f80;
+            mov.b32 steps, 0x3d803d80;
+            mov.b32 eight, 0xc308c308;
+            fma.rn.bf16x2 t, $2, minus, $1;
+            fma.rn.bf16x2 u, $3, one, eight;
+            fma.rn.bf16x2 $0, u, steps, t;
+            }""",
+            "=r,r,r,r",
+            [first, zero, second],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    elif tl.float16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, u, steps, eight;
+            mov.b32 steps, 0x2c002c00;
+            mov.b32 eight, 0x64086408;
+            sub.rn.f16x2 t, $1, $2;
+            sub.rn.f16x2 u, $3, eight;
+            fma.rn.f16x2 $0, u, steps, t;
+            }""",
+            "=r,r,r,r",
+            [first, zero, second],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return first - zero + (second - 8) * (1.0 / PLANE_STEPS)
 
 
 @triton.jit

@@ -171,7 +171,9 @@ class TestDense:
         assert takes_wide(case.x, case.operands.weight)
         self.check(case, config)
 
-    @pytest.mark.parametrize("weight", ["int4-asym-g32", "int4-channel", "fp8"])
+    @pytest.mark.parametrize(
+        "weight", ["int4-asym-g32", "int4-channel", "fp8", "fp8-block", "int8-planes"]
+    )
     @pytest.mark.parametrize(
         ("tokens", "columns", "channels", "splits"),
         [(33, 64, 128, 5), (63, 128, 128, 1), (5, 256, 64, 2)],
@@ -180,11 +182,10 @@ class TestDense:
         case = case_of(weight, tokens, 256, [168], [0])
         self.check(case, LaunchConfig(columns, channels, splits, 4, 3, use_dot=True))
 
-    @pytest.mark.parametrize("weight", ["fp8-block", "int8-planes", "int4-awq"])
     @pytest.mark.parametrize("tokens", [32, 33])
-    def test_what_is_scaled_in_float32_takes_smaller_tiles(self, weight, tokens):
+    def test_scales_of_another_type_take_smaller_tiles(self, tokens):
         # In bfloat16 also where it is interpreted: there AWQ's scales are in float16.
-        case = case_of(weight, tokens, 128, [72], [0], dtype=torch.bfloat16)
+        case = case_of("int4-awq", tokens, 128, [72], [0], dtype=torch.bfloat16)
         stored = case.operands.weight
         assert not takes_wide(case.x, stored)
         config = triton_backend._dense_config(case.x, stored)

@@ -16,6 +16,7 @@ from vllm_rsparse.op import tables, tuning
 from vllm_rsparse.op.launch_defaults import (
     default_config,
     dense_config,
+    packed_dense_tokens,
     sparse_default,
 )
 from vllm_rsparse.op.tables import Problem, TunedEntry
@@ -273,17 +274,18 @@ def test_fp8_is_masked_in_place_unless_there_is_much_to_read(
 @pytest.mark.parametrize("processors", [20, 132])
 @pytest.mark.parametrize(("n", "k"), [(8, 32), (4096, 14336), (51200, 5120)])
 def test_dense_defaults_by_tokens(n: int, k: int, processors: int, kind: str) -> None:
+    most = packed_dense_tokens(kind)
     few, wide, many = (
-        dense_config(n, k, kind, tokens, processors) for tokens in (16, 17, 33)
+        dense_config(n, k, kind, tokens, processors) for tokens in (most, 17, 33)
     )
     assert few.packed
+    assert dense_config(n, k, kind, most + 1, processors) == wide
     assert many.use_dot
     assert dense_config(n, k, kind, 32, processors) == wide
     assert dense_config(n, k, kind, 64, processors) == many
     # Packed beyond 16 tokens: int4, and fp8 with more tiles than programs run at once.
     many_columns = kind == "float8_e4m3fn" and n > 128 * processors
     assert wide.packed == (kind == "int4" or many_columns)
-    if kind in ("int4", "float8_e4m3fn"):
-        # Channels are split into no more programs than run at once.
-        tiles = -(-n // many.block_n)
-        assert many.split_k == 1 or tiles * many.split_k <= 2 * processors
+    # Channels are split into no more programs than run at once.
+    tiles = -(-n // many.block_n)
+    assert many.split_k == 1 or tiles * many.split_k <= 2 * processors

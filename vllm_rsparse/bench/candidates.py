@@ -13,8 +13,8 @@ from vllm_rsparse.op.launch_defaults import (
     DENSE_TOKENS,
     PACKED_DENSE_TOKENS,
     VECTOR_TOKENS,
+    WIDE_KINDS,
     WIDE_TOKENS,
-    WIDENED_BY_BITS,
     dense_config,
     sparse_default,
 )
@@ -66,8 +66,7 @@ _PACKED_BYTE_COLUMNS = (128, 64)
 _STEPS_OF_ONE, _STEPS_OF_MORE = (1, 2, 4), (2, 4)
 # Tokens from which the alternative of the packed kernel is tried on the dense route.
 _FEWEST_DOT_TOKENS = 8
-# (block_n, block_k, warps, stages) of the kernel that widens tiles: by bits, and for
-# formats that it scales in float32, which need more registers and shared memory.
+# (block_n, block_k, warps, stages) of the kernel that widens tiles.
 _DENSE_TILES = (
     (64, 64, 4, 4),
     (64, 128, 4, 3),
@@ -76,15 +75,6 @@ _DENSE_TILES = (
     (128, 128, 4, 3),
     (128, 128, 8, 3),
     (256, 64, 4, 3),
-)
-_SCALED_TILES = (
-    (64, 64, 4, 3),
-    (128, 32, 4, 4),
-    (128, 64, 4, 2),
-    (128, 64, 4, 3),
-    (128, 64, 8, 3),
-    (128, 128, 8, 2),
-    (256, 64, 8, 3),
 )
 # Warps of a packed launch, a multiprocessor: registers allow 8 to 16 at a time.
 _PACKED_WARPS = (4, 28)
@@ -122,11 +112,11 @@ def dense_candidates(layer: Layer, tokens: int, processors: int) -> list[LaunchC
         return []
     default = dense_config(layer.n, layer.k, kind, tokens, processors)
     found = dict.fromkeys([default])
-    most = WIDE_TOKENS if kind in WIDENED_BY_BITS else PACKED_DENSE_TOKENS
+    most = WIDE_TOKENS if kind in WIDE_KINDS else PACKED_DENSE_TOKENS
     if tokens <= most:
         found |= dict.fromkeys(_packed_dense(layer, kind, tokens, processors))
     if tokens >= _FEWEST_DOT_TOKENS:
-        found |= dict.fromkeys(_dot_dense(layer, kind, processors))
+        found |= dict.fromkeys(_dot_dense(layer, processors))
     return sorted(found, key=lambda config: _distance(config, default))
 
 
@@ -153,10 +143,9 @@ def _packed_dense(
                     )
 
 
-def _dot_dense(layer: Layer, kind: str, processors: int) -> Iterator[LaunchConfig]:
+def _dot_dense(layer: Layer, processors: int) -> Iterator[LaunchConfig]:
     """Of the kernel that widens tiles."""
-    known = _DENSE_TILES if kind in WIDENED_BY_BITS else _SCALED_TILES
-    for block_n, block_k, warps, stages in known:
+    for block_n, block_k, warps, stages in _DENSE_TILES:
         tiles = -(-layer.n // block_n)
         # Powers of two, and as many programs as run at once, two a multiprocessor.
         for split_k in sorted({1, 2, 4, 8, 16, max(1, 2 * processors // tiles)}):

@@ -26,8 +26,8 @@ _SMALL_ELEMENTS = 40 * 10**6
 PACKED_DENSE_TOKENS = 16
 WIDE_TOKENS = 32
 DENSE_TOKENS = 64
-# Kinds that ``kernels/widen.py`` widens, where scales have x's type.
-WIDENED_BY_BITS = ("int4", "float8_e4m3fn")
+# Kinds that ``wide_linear`` reads.
+WIDE_KINDS = ("int4", "float8_e4m3fn")
 # Layers of this many elements are listed by default, as most of them were on the H200.
 _LISTED_ELEMENTS = 80 * 2**20
 # A layer of more columns a multiprocessor has more tiles of 64 columns than programs
@@ -162,7 +162,7 @@ def dense_config(
         tokens: rows of the call, at most ``DENSE_TOKENS``.
         processors: multiprocessors of the device.
     """
-    if tokens <= PACKED_DENSE_TOKENS:
+    if tokens <= packed_dense_tokens(kind):
         # Fewer columns with more tokens: registers hold the sums of both.
         block_n = _PACKED_COLUMNS[kind] // (2 if kind in _FOUR_BIT else 1)
         block_n //= 2 if tokens > 8 else 1
@@ -175,12 +175,19 @@ def dense_config(
         return LaunchConfig(
             block_n, 128, split_k, 1, 2 if few else 4, False, packed=True
         )
-    if kind not in WIDENED_BY_BITS:
-        return scaled_tiles_config(n, k, kind, processors)
     many = n > _MANY_COLUMNS * processors
-    if tokens <= WIDE_TOKENS and (kind in _FOUR_BIT or many):
+    if kind in WIDE_KINDS and tokens <= WIDE_TOKENS and (kind in _FOUR_BIT or many):
         return wide_config(n, k, processors)
     return tiles_config(n, k, kind, processors)
+
+
+def packed_dense_tokens(kind: str) -> int:
+    """Tokens up to which the packed kernel reads the whole weight.
+
+    Two planes are twice the rows for it, while ``dense_kernel`` joins them: from 9
+    tokens on by their counts of instructions, not timed.
+    """
+    return 8 if kind == "int8-planes" else PACKED_DENSE_TOKENS
 
 
 def wide_config(n: int, k: int, processors: int) -> LaunchConfig:
@@ -210,24 +217,27 @@ def tiles_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
     above, 57.7, 29.8, 18.3 and 11.8 us in fp8, sum 117.6 (best of each 117.2), and
     57.4, 36.2, 21.0 and 15.4 in int4, sum 130.0 (127.3). Two programs of any of these
     tiles fit into a Hopper's shared memory; compiled for other devices, one takes at
-    most 66 of the 99 KB that they have.
+    most 66 of the 99 KB that they have. fp8-block and int8-planes were not timed.
 
     Args:
         n: output features of the (fused) layer on this rank.
         k: input features.
-        kind: of the weight, one of ``WIDENED_BY_BITS``.
+        kind: of the weight.
         processors: multiprocessors of the device.
     """
     block_n, block_k = (128, 128) if kind in _FOUR_BIT else (64, 128)
     if n > _MANY_COLUMNS * processors:
         block_n, block_k = 256, 64
+    if kind == "fp8-block":
+        # Registers for the product of a block of channels next to the sums.
+        block_n, block_k = min(128, block_n), 128
     most = max(1, k // block_k)
     split_k = min(most, max(1, 2 * processors // -(-n // block_n)))
     return LaunchConfig(block_n, block_k, split_k, 4, 3, True)
 
 
 def scaled_tiles_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
-    """A configuration of ``dense_kernel`` for weights that are scaled in float32.
+    """A configuration of ``dense_kernel`` where scales are not of x's type.
 
     The tiles of ``tiles_config`` would not fit into registers.
 

@@ -10,17 +10,21 @@ from torch.nn import functional
 
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.fp8 import FP8
-from vllm_rsparse.formats.int4 import INT4
 from vllm_rsparse.kernels import quantized_linear
 from vllm_rsparse.kernels.fp8_product import ALIGNMENT, fp8_product
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.rsparse_linear import rsparse_linear as launch
-from vllm_rsparse.kernels.stored_rows import codes_per_word, is_packable, widens_by_bits
+from vllm_rsparse.kernels.stored_rows import (
+    codes_per_word,
+    is_four_bit,
+    is_packable,
+    widens_by_bits,
+)
 from vllm_rsparse.op.launch_defaults import (
     DENSE_TOKENS,
-    PACKED_DENSE_TOKENS,
     default_config,
     dense_config,
+    packed_dense_tokens,
     scaled_tiles_config,
 )
 from vllm_rsparse.op.operands import OperandError, SparseOperands, check_input
@@ -103,11 +107,11 @@ def _dense_config(x: Tensor, weight: StoredWeight) -> LaunchConfig:
     device = device_of(x.device)
     shape = weight.n, weight.k, weight.kind
     if (
-        tokens > PACKED_DENSE_TOKENS
-        and weight.format is INT4
+        tokens > packed_dense_tokens(weight.kind)
+        and is_four_bit(weight)
         and not widens_by_bits(x, weight)
     ):
-        # Tables and defaults of int4 are for scales of x's type.
+        # Tables and defaults are for scales of x's type.
         return scaled_tiles_config(*shape, device.processors)
     config = dense_launch_config(device, Problem.of(weight), tokens)
     if config is None:
