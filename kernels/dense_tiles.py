@@ -16,16 +16,10 @@ from .weight_tiles import block_scales, tile_of_quads, wide_tile
 
 @triton.jit
 def dense_kernel(
-    x_ptr,
-    weight_ptr,
-    scale_ptr,
-    zero_ptr,
+    x,
+    weight,
     partial_ptr,
     tokens,
-    n,
-    k,
-    pitch,
-    stride_xm,
     CODE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -40,33 +34,33 @@ def dense_kernel(
 
     Neighbouring programs take the same tile of the weight for other tokens, so that
     memory is read once and the L2 cache serves the rest.
+
+    Args of note:
+        x: the ``Input``.
+        weight: the ``Codes``; of int4 and planes that are read by QUADS as int16.
     """
+    n, k = weight.n, weight.k
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     begin_n = tl.program_id(1) * BLOCK_N
     split = tl.program_id(2)
     splits = tl.num_programs(2)
     offs_n = begin_n + tl.arange(0, BLOCK_N)
     mask_m = (offs_m < tokens)[:, None]
-    x_row_ptr = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    x_row_ptr = x.ptr + offs_m.to(tl.int64)[:, None] * x.stride_m
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     if PDL:
         gdc_wait()
     for begin_k in tl.range(split * BLOCK_K, k, splits * BLOCK_K, num_stages=STAGES):
         offs_k = begin_k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < k
-        x = tl.load(
+        values = tl.load(
             x_row_ptr + offs_k[None, :], mask=mask_m & mask_k[None, :], other=0.0
         )
         if QUADS:
             tile = tile_of_quads(
-                weight_ptr,
-                scale_ptr,
-                zero_ptr,
+                weight,
                 begin_k,
                 begin_n,
-                n,
-                k,
-                pitch,
                 CODE,
                 GROUP,
                 BLOCK_N,
@@ -75,14 +69,9 @@ def dense_kernel(
             )
         else:
             tile = wide_tile(
-                weight_ptr,
-                scale_ptr,
-                zero_ptr,
+                weight,
                 begin_k,
                 begin_n,
-                n,
-                k,
-                pitch,
                 CODE,
                 GROUP,
                 BLOCK_N,
@@ -91,10 +80,10 @@ def dense_kernel(
             ).to(DTYPE)
         if CODE == FP8_BLOCK:
             # The scale leaves the sum over its block of channels.
-            scale = block_scales(scale_ptr, begin_k // GROUP, offs_n, n)
-            acc += tl.dot(x.to(DTYPE), tile, input_precision="ieee") * scale
+            scale = block_scales(weight, begin_k // GROUP, offs_n)
+            acc += tl.dot(values.to(DTYPE), tile, input_precision="ieee") * scale
         else:
-            acc = tl.dot(x.to(DTYPE), tile, acc, input_precision="ieee")
+            acc = tl.dot(values.to(DTYPE), tile, acc, input_precision="ieee")
     if PDL:
         gdc_launch_dependents()
     if QUADS:
@@ -110,31 +99,22 @@ def dense_kernel(
 
 @triton.jit
 def dequantise_kernel(
-    weight_ptr,
-    scale_ptr,
-    zero_ptr,
+    weight,
     column_scale_ptr,
     out_ptr,
-    n,
-    k,
-    pitch,
     CODE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The weight in ``out``'s type, stored [K, N]."""
+    """The weight, ``Codes``, in ``out``'s type, stored [K, N]."""
+    n, k = weight.n, weight.k
     begin_k = tl.program_id(0) * BLOCK_K
     begin_n = tl.program_id(1) * BLOCK_N
     tile = wide_tile(
-        weight_ptr,
-        scale_ptr,
-        zero_ptr,
+        weight,
         begin_k,
         begin_n,
-        n,
-        k,
-        pitch,
         CODE,
         GROUP,
         BLOCK_N,

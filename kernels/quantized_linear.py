@@ -24,6 +24,8 @@ from .rsparse_linear import (
     launch_options,
 )
 from .stored_rows import column_scales, is_four_bit, rows_of, widens_by_bits
+from .tiles import Input
+from .weight_tiles import Codes
 from .wide_linear import takes_wide, wide_linear
 
 # Tokens of a program of ``dense_kernel``: rows that Hopper's matrix units take at once.
@@ -114,16 +116,10 @@ def dense_linear(
     elif not is_four_bit(weight):
         data = data.view(torch.uint8)
     dense_kernel[grid](
-        x,
-        data,
-        weight.scales,
-        zeros,
+        Input(x, x.stride(0), k),
+        Codes(data, weight.scales, zeros, n, k, pitch),
         partial,
         tokens,
-        n,
-        k,
-        pitch,
-        x.stride(0),
         CODE=weight.format.code,
         GROUP=group,
         BLOCK_M=TILE_TOKENS,
@@ -149,14 +145,9 @@ def dequantise(weight: StoredWeight, dtype: torch.dtype) -> Tensor:
     block_k = 32
     data, pitch = rows_of(weight)
     dequantise_kernel[(triton.cdiv(k, block_k), triton.cdiv(n, 256))](
-        data,
-        weight.scales,
-        weight.zeros,
+        Codes(data, weight.scales, weight.zeros, n, k, pitch),
         column_scales(weight),
         out,
-        n,
-        k,
-        pitch,
         CODE=weight.format.code,
         GROUP=group,
         BLOCK_N=256,

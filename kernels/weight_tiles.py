@@ -2,6 +2,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Device code: tiles of int4 and fp8 weights as the numbers that they stand for."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -10,16 +12,25 @@ from .packed_scales import SCALE_BLOCK
 from .widen import join_planes, scale_codes, unpack_quads, widen_fp8
 
 
+class Codes(NamedTuple):
+    """A stored weight: codes [k, n], ``pitch`` elements between rows, and their scales.
+
+    Scales and zero points are pointers or None, as the format has them.
+    """
+
+    ptr: Any
+    scale_ptr: Any
+    zero_ptr: Any
+    n: Any
+    k: Any
+    pitch: Any
+
+
 @triton.jit
 def wide_tile(
-    weight_ptr,
-    scale_ptr,
-    zero_ptr,
+    weight,
     begin_k,
     begin_n,
-    n,
-    k,
-    pitch,
     CODE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -34,6 +45,7 @@ def wide_tile(
     they are float8_e4m3fn where it is None: the conversion of the instruction set,
     which keeps NaN and issues at a sixteenth of the rate.
     """
+    n, k, pitch = weight.n, weight.k, weight.pitch
     offs_k = begin_k + tl.arange(0, BLOCK_K)
     mask_k = (offs_k < k)[:, None]
     offs_n = begin_n + tl.arange(0, BLOCK_N)
@@ -46,23 +58,27 @@ def wide_tile(
         rows = offs_k.to(tl.int64)[:, None]
         mask = mask_k & mask_w
         words = tl.load(
-            weight_ptr + rows * pitch + words_n[None, :], mask=mask, other=0
+            weight.ptr + rows * pitch + words_n[None, :], mask=mask, other=0
         )
         codes = (words[:, :, None] >> shifts[None, None, :]) & 15
         codes = tl.reshape(codes, (BLOCK_K, BLOCK_N))
-        if zero_ptr is None:
+        if weight.zero_ptr is None:
             codes -= 8
         else:
             packed = tl.load(
-                zero_ptr + group * (n // 8) + words_n[None, :], mask=mask_w, other=0
+                weight.zero_ptr + group * (n // 8) + words_n[None, :],
+                mask=mask_w,
+                other=0,
             )
             zeros = (packed[:, :, None] >> shifts[None, None, :]) & 15
             codes -= tl.reshape(zeros, (1, BLOCK_N))
-        scale = tl.load(scale_ptr + group * n + offs_n[None, :], mask=mask_n, other=0.0)
+        scale = tl.load(
+            weight.scale_ptr + group * n + offs_n[None, :], mask=mask_n, other=0.0
+        )
         tile = codes.to(tl.float32)
         if CODE == INT8_PLANES:
             words = tl.load(
-                weight_ptr + (rows + k) * pitch + words_n[None, :], mask=mask, other=0
+                weight.ptr + (rows + k) * pitch + words_n[None, :], mask=mask, other=0
             )
             rest = (words[:, :, None] >> shifts[None, None, :]) & 15
             rest = tl.reshape(rest, (BLOCK_K, BLOCK_N)) - 8
@@ -71,34 +87,29 @@ def wide_tile(
     else:
         offsets = offs_k.to(tl.int64)[:, None] * pitch + offs_n[None, :]
         if DTYPE is None:
-            tile = tl.load(weight_ptr + offsets, mask=mask_k & mask_n, other=0.0)
+            tile = tl.load(weight.ptr + offsets, mask=mask_k & mask_n, other=0.0)
         else:
-            tile = tl.load(weight_ptr + offsets, mask=mask_k & mask_n, other=0)
+            tile = tl.load(weight.ptr + offsets, mask=mask_k & mask_n, other=0)
             tile = widen_fp8(tile, DTYPE)
         if CODE == FP8_BLOCK and DTYPE is None:
-            scale = block_scales(scale_ptr, begin_k // GROUP, offs_n, n)
+            scale = block_scales(weight, begin_k // GROUP, offs_n)
             tile = tile.to(tl.float32) * scale
     return tile
 
 
 @triton.jit
-def block_scales(scale_ptr, group, offs_n, n):
+def block_scales(weight, group, offs_n):
     """fp8-block's scales of a block of channels by column, float32 [1, columns]."""
-    blocks_n = (n + SCALE_BLOCK - 1) // SCALE_BLOCK
+    blocks_n = (weight.n + SCALE_BLOCK - 1) // SCALE_BLOCK
     place = group * blocks_n + offs_n // SCALE_BLOCK
-    return tl.load(scale_ptr + place, mask=offs_n < n, other=0.0)[None, :]
+    return tl.load(weight.scale_ptr + place, mask=offs_n < weight.n, other=0.0)[None, :]
 
 
 @triton.jit
 def tile_of_quads(
-    halves_ptr,
-    scale_ptr,
-    zero_ptr,
+    weight,
     begin_k,
     begin_n,
-    n,
-    k,
-    pitch,
     CODE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -111,6 +122,7 @@ def tile_of_quads(
     the same codes of neighbouring halves, as one instruction unpacks them. Scales are
     of the type DTYPE.
     """
+    n, k, pitch = weight.n, weight.k, weight.pitch
     QUARTER: tl.constexpr = BLOCK_N // 4
     offs_k = begin_k + tl.arange(0, BLOCK_K)
     group = begin_k // GROUP
@@ -119,27 +131,27 @@ def tile_of_quads(
     rows = offs_k.to(tl.int64)[:, None]
     place = rows * pitch + offs_h[None, :]
     mask = (offs_k < k)[:, None] & mask_h
-    halves = tl.load(halves_ptr + place, mask=mask, other=0)
+    halves = tl.load(weight.ptr + place, mask=mask, other=0)
     c0, c1, c2, c3 = unpack_quads(halves, DTYPE)
     offs_n = begin_n + tl.arange(0, BLOCK_N)
-    scale = tl.load(scale_ptr + group * n + offs_n, mask=offs_n < n, other=0.0)
+    scale = tl.load(weight.scale_ptr + group * n + offs_n, mask=offs_n < n, other=0.0)
     scale = tl.reshape(scale.to(DTYPE), (1, QUARTER, 2, 2))
     even, odd = tl.split(scale)
     s0, s2 = tl.split(even)
     s1, s3 = tl.split(odd)
-    if zero_ptr is None:
+    if weight.zero_ptr is None:
         z0 = tl.full((1, QUARTER), int4_offset(DTYPE) + 8.0, dtype=DTYPE)
         z1 = z0
         z2 = z0
         z3 = z0
     else:
         zeros = tl.load(
-            zero_ptr + group * (n // 4) + offs_h[None, :], mask=mask_h, other=0
+            weight.zero_ptr + group * (n // 4) + offs_h[None, :], mask=mask_h, other=0
         )
         z0, z1, z2, z3 = unpack_quads(zeros, DTYPE)
     if CODE == INT8_PLANES:
         place = (rows + k) * pitch + offs_h[None, :]
-        halves = tl.load(halves_ptr + place, mask=mask, other=0)
+        halves = tl.load(weight.ptr + place, mask=mask, other=0)
         d0, d1, d2, d3 = unpack_quads(halves, DTYPE)
         c0 = join_planes(c0, z0, d0, DTYPE)
         c1 = join_planes(c1, z1, d1, DTYPE)
