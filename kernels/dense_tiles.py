@@ -11,6 +11,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .codes import FP8, FP8_BLOCK
+from .sums import store_partial
+from .tiles import Range, Split
 from .weight_tiles import block_scales, tile_of_quads, wide_tile
 
 
@@ -42,15 +44,16 @@ def dense_kernel(
     n, k = weight.n, weight.k
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     begin_n = tl.program_id(1) * BLOCK_N
-    split = tl.program_id(2)
-    splits = tl.num_programs(2)
+    split = Split(tl.program_id(2), tl.num_programs(2))
     offs_n = begin_n + tl.arange(0, BLOCK_N)
     mask_m = (offs_m < tokens)[:, None]
     x_row_ptr = x.ptr + offs_m.to(tl.int64)[:, None] * x.stride_m
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     if PDL:
         gdc_wait()
-    for begin_k in tl.range(split * BLOCK_K, k, splits * BLOCK_K, num_stages=STAGES):
+    for begin_k in tl.range(
+        split.index * BLOCK_K, k, split.count * BLOCK_K, num_stages=STAGES
+    ):
         offs_k = begin_k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < k
         values = tl.load(
@@ -58,25 +61,11 @@ def dense_kernel(
         )
         if QUADS:
             tile = tile_of_quads(
-                weight,
-                begin_k,
-                begin_n,
-                CODE,
-                GROUP,
-                BLOCK_N,
-                BLOCK_K,
-                DTYPE,
+                weight, begin_k, begin_n, CODE, GROUP, BLOCK_N, BLOCK_K, DTYPE
             )
         else:
             tile = wide_tile(
-                weight,
-                begin_k,
-                begin_n,
-                CODE,
-                GROUP,
-                BLOCK_N,
-                BLOCK_K,
-                DTYPE,
+                weight, begin_k, begin_n, CODE, GROUP, BLOCK_N, BLOCK_K, DTYPE
             ).to(DTYPE)
         if CODE == FP8_BLOCK:
             # The scale leaves the sum over its block of channels.
@@ -89,12 +78,8 @@ def dense_kernel(
     if QUADS:
         acc = tl.reshape(acc, (BLOCK_M, 4, BLOCK_N // 4))
         acc = tl.reshape(tl.permute(acc, (0, 2, 1)), (BLOCK_M, BLOCK_N))
-    row = (split * tokens + offs_m[:, None]).to(tl.int64)
-    tl.store(
-        partial_ptr + row * n + offs_n[None, :],
-        acc,
-        mask=mask_m & (offs_n < n)[None, :],
-    )
+    rows, columns = Range(offs_m, tokens), Range(offs_n, n)
+    store_partial(partial_ptr, acc, split, rows, columns, 0, n)
 
 
 @triton.jit
@@ -111,16 +96,7 @@ def dequantise_kernel(
     n, k = weight.n, weight.k
     begin_k = tl.program_id(0) * BLOCK_K
     begin_n = tl.program_id(1) * BLOCK_N
-    tile = wide_tile(
-        weight,
-        begin_k,
-        begin_n,
-        CODE,
-        GROUP,
-        BLOCK_N,
-        BLOCK_K,
-        None,
-    )
+    tile = wide_tile(weight, begin_k, begin_n, CODE, GROUP, BLOCK_N, BLOCK_K, None)
     offs_k = begin_k + tl.arange(0, BLOCK_K)
     offs_n = begin_n + tl.arange(0, BLOCK_N)
     if CODE == FP8:

@@ -16,12 +16,13 @@ from .rsparse_linear import (
     dot_dtype,
     finish,
     has_dependent_launch,
+    input_of,
     launch_options,
     rows_at_once,
     tiles_of,
 )
 from .stored_rows import codes_per_word, column_scales, rows_of
-from .tiles import Input, Matrix, Tiling
+from .tiles import Matrix, Tiling
 
 # Ranks of V that a program sums.
 RANK_BLOCK_N = 64
@@ -54,8 +55,6 @@ def packed_linear(
     out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
     if tokens == 0 or n == 0:
         return out
-    if k > 0 and x.stride(1) != 1:
-        x = x.contiguous()
     sparse = thresholds is not None
     span = min(SCALE_BLOCK.value, _span(weight), config.block_k)
     blocks = triton.cdiv(k, span)
@@ -123,7 +122,7 @@ def packed_linear(
     data, pitch = rows_of(weight, words=True)
     per_column = weight.format.code == FP8.value
     packed_kernel[(groups_m, tiles, split_k)](
-        Input(x, x.stride(0), k),
+        input_of(x),
         Words(data, pitch),
         Scales(None if per_column else weight.scales, weight.zeros, n),
         thresholds,

@@ -89,7 +89,8 @@ def sum_steps(
         # A tensor, also where the interpreter counts with Python's own integers.
         zero = final * 0
         source = Source(x, words, lists, final, split)
-        places = Places(inner, slot, columns_w, mask_w, x_offset, inner_x, live)
+        unit = tl.broadcast_to(quad, (4, 8, WARPS, 1))[:, :, :, :, None]
+        places = Places(inner, unit, slot, columns_w, mask_w, x_offset, inner_x, live)
         ahead = _plan(source, zero, places, PACKING)
         first = _load(source, places, zero, ahead, PACKING)
         last_head = zero + 1
@@ -200,9 +201,8 @@ def _plan(source, step, places, PACKING: tl.constexpr):
             listed = tl.minimum(here, final)
             row = tl.load(lists.row_ptr + listed * STEP + places.channel)
             if GROUPED:
-                unit = places.x_inner // UNIT_ROWS
-                unit = tl.max(unit, axis=4, keep_dims=True)
-                head = tl.load(lists.head_ptr + listed * (STEP // UNIT_ROWS) + unit)
+                unit = listed * (STEP // UNIT_ROWS) + places.unit
+                head = tl.load(lists.head_ptr + unit)
             else:
                 head = tl.load(lists.head_ptr + listed)
         else:

@@ -62,6 +62,7 @@ class Places(NamedTuple):
 
     Attributes:
         channel: int32 [4, 8, warps, 4], rows from the first of a step.
+        unit: int32 [4, 8, warps, 1, 1], which of a step's units the thread reads.
         slot: int32 [1, 8, 1, slots / 8, 1], the slots of a thread.
         column: int32 [4, 8, warps, W], words from the tile's first column.
         column_mask: of these.
@@ -71,6 +72,7 @@ class Places(NamedTuple):
     """
 
     channel: Any
+    unit: Any
     slot: Any
     column: Any
     column_mask: Any

@@ -21,10 +21,10 @@ from .rsparse_linear import (
     dot_dtype,
     finish_dense,
     has_dependent_launch,
+    input_of,
     launch_options,
 )
 from .stored_rows import column_scales, is_four_bit, rows_of, widens_by_bits
-from .tiles import Input
 from .weight_tiles import Codes
 from .wide_linear import takes_wide, wide_linear
 
@@ -95,8 +95,6 @@ def dense_linear(
     out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
     if tokens == 0 or n == 0:
         return out
-    if k > 0 and x.stride(1) != 1:
-        x = x.contiguous()
     group = weight.group or k
     block_k = config.block_k if group == k else min(config.block_k, group)
     partial = torch.empty(
@@ -116,7 +114,7 @@ def dense_linear(
     elif not is_four_bit(weight):
         data = data.view(torch.uint8)
     dense_kernel[grid](
-        Input(x, x.stride(0), k),
+        input_of(x),
         Codes(data, weight.scales, zeros, n, k, pitch),
         partial,
         tokens,

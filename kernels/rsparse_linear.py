@@ -69,8 +69,6 @@ def rsparse_linear(
     out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
     if tokens == 0 or n == 0:
         return out
-    if k > 0 and x.stride(1) != 1:
-        x = x.contiguous()
 
     rank_columns = sum(ranks)
     factors = rank_columns > 0
@@ -113,7 +111,7 @@ def rsparse_linear(
             torch.empty(length * tiling.block_m, dtype=x.dtype, device=x.device),
         )
     sums_kernel[(tiles, split_k, groups_m)](
-        Input(x, x.stride(0), k),
+        input_of(x),
         Matrix(matrix, matrix.stride(1), matrix.stride(0)),
         Matrix(v if factors else None, v.stride(1), v.stride(0)),
         thresholds,
@@ -258,6 +256,13 @@ def has_dependent_launch(device: torch.device) -> bool:
         and torch.cuda.get_device_capability(device) >= (9, 0)
         and not triton.knobs.runtime.interpret
     )
+
+
+def input_of(x: Tensor) -> Input:
+    """x [M, K] as kernels take it: copied if its channels do not lie together."""
+    if x.shape[1] > 0 and x.stride(1) != 1:
+        x = x.contiguous()
+    return Input(x, x.stride(0), x.shape[1])
 
 
 def launch_options(device: torch.device) -> dict[str, bool]:

@@ -15,10 +15,11 @@ from .rsparse_linear import (
     dot_dtype,
     finish_dense,
     has_dependent_launch,
+    input_of,
     launch_options,
 )
 from .stored_rows import codes_per_word, column_scales, rows_of, widens_by_bits
-from .tiles import Constants, Input
+from .tiles import Constants
 
 # Sums of a program, columns times tokens: 128 registers a thread.
 _SUMS = 64 * 64
@@ -60,8 +61,6 @@ def wide_linear(
     out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
     if n == 0:
         return out
-    if x.stride(1) != 1:
-        x = x.contiguous()
     per_column = weight.format.code == FP8.value
     group = 0 if per_column else weight.group
     steps = 4 if config.num_stages >= 4 and group % 64 == 0 else 2
@@ -91,7 +90,7 @@ def wide_linear(
     data, pitch = rows_of(weight, words=True)
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(tokens, block_m), split_k)
     wide_kernel[grid](
-        Input(x, x.stride(0), k),
+        input_of(x),
         Words(data, pitch),
         Scales(None if per_column else weight.scales, weight.zeros, n),
         Constants(scales, None, bias),

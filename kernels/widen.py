@@ -3,7 +3,7 @@
 """Device code: codes as the numbers that they stand for, in the dtype of the operands.
 
 ``codes.py`` leaves powers of two, offsets and scales to x and to the sums, which is
-the least work for a few tokens. From 17 on there are so many sums that it is less work
+the least work for a few tokens. From 17 on, sums outnumber weights, and it is less work
 to finish the weights. A register holds two numbers, as in ``codes.py``, and the code of
 NaN (0x7f) becomes 480 here too.
 """
