@@ -11,7 +11,9 @@ Each model answers greedily in an engine of its own, the chat template applied.
 decode steps are sparse and prompts, which are longer, dense, as for a single user. Only
 a step that a new prompt joins is dense for all.
 
-With ``--at-once`` several models answer at the same time and share the GPU.
+With ``--at-once`` several models answer at the same time and share the GPU. An engine
+that fails leaves its model out; the exit status is then 1. The answers are kept in
+``OUT.answers.json``, by model.
 
 Answers run as programs, each in a subprocess with limits on time, memory and processes.
 Run this on a machine that may be lost.
@@ -150,7 +152,7 @@ def answer_apart(model: Path, args: argparse.Namespace) -> list[str]:
         return json.loads(result.read_text())
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT.json", type=Path)
     parser.add_argument("models", metavar="MODEL", type=Path, nargs="+")
@@ -169,11 +171,23 @@ def main() -> None:
     if args.worker:
         answers = answer_all(args.models[0], problems, args)
         args.out.write_text(json.dumps(answers))
-        return
+        return 0
     rows: list[dict[str, Any]] = []
+    kept: dict[str, list[str]] = {}
+    failed = 0
     engines = ThreadPoolExecutor(args.at_once)
-    answered = engines.map(lambda model: answer_apart(model, args), args.models)
-    for model, answers in zip(args.models, answered, strict=True):
+    running = [engines.submit(answer_apart, model, args) for model in args.models]
+    for model, engine in zip(args.models, running, strict=True):
+        try:
+            answers = engine.result()
+        except subprocess.CalledProcessError as error:
+            if model == args.models[0]:
+                raise  # the others are paired with the dense model
+            print(f"{model}: left out, the engine failed: {error}", file=sys.stderr)
+            failed = 1
+            continue
+        kept[model.name] = answers
+        args.out.with_suffix(".answers.json").write_text(json.dumps(kept, indent=1))
         sources = map(program, problems, answers)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             passed = list(pool.map(passes, sources))
@@ -188,7 +202,8 @@ def main() -> None:
         rows.append(row | {"each": passed})
         args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
         print(json.dumps(row), flush=True)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
