@@ -29,6 +29,25 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Which tests stay together where processes share the tests (``make test``).
+
+    A file's tests share its fixtures. Those that start vLLM are one group: an engine
+    needs free ports, which another that starts meanwhile could take, and one prepared
+    model and one import of vLLM serve them all. It takes the longest and goes first.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    items.sort(key=lambda item: item.get_closest_marker("serve") is None)
+    for item in items:
+        serve = item.get_closest_marker("serve") is not None
+        group = "serve" if serve else item.path.relative_to(ROOT / "tests").as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def _logs_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo between tests what registering the plug-in does to our logger.
