@@ -80,6 +80,7 @@ class OfflineEngines:
             environment = os.environ | {
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "OMP_NUM_THREADS": "1",
                 "TRITON_INTERPRET": "0",
                 "HF_HUB_OFFLINE": "1",
             }

@@ -7,6 +7,7 @@ exit status of the job's process.
 """
 
 import json
+import multiprocessing
 import os
 import sys
 import traceback
@@ -15,8 +16,16 @@ from typing import Any, NoReturn
 
 def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import vllm
+    import vllm.entrypoints.llm
     import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.model_executor.models import registry
+    from vllm.v1.executor import multiproc_executor
+
+    # Each of these would start Python anew: to look at a model's class that is not in
+    # vLLM's cache, and for each rank.
+    registry._run_in_subprocess = lambda inspect: inspect()
+    fork = multiprocessing.get_context("fork")
+    multiproc_executor.get_mp_context = lambda: fork
 
     for line in sys.stdin:
         child = os.fork()
@@ -46,13 +55,11 @@ def import_from(folder: str) -> None:
     """Make a stand-in of torchvision importable.
 
     By then transformers has found that it is not installed, and prepares images with
-    Pillow. vLLM would look at the model's class in a process without the stand-in.
+    Pillow.
     """
     import transformers.image_utils  # noqa: F401
-    from vllm.model_executor.models import registry
 
     sys.path.insert(0, folder)
-    registry._run_in_subprocess = lambda inspect: inspect()
 
 
 def with_image(prompt: Any) -> Any:
@@ -69,7 +76,12 @@ def with_image(prompt: Any) -> Any:
 def run(job: dict[str, Any]) -> None:
     """Write, for each prompt, what ``vllm.LLM`` chose and how likely it was."""
     os.environ |= job["env"]
+    import torch._dynamo
     from vllm import LLM, SamplingParams
+
+    # Where the model is eager vLLM still compiles helpers of its own, around sampling
+    # and the embedding, which takes each engine 3 s.
+    torch._dynamo.config.disable = job["engine"]["enforce_eager"]
 
     if job["torchvision"] is not None:
         import_from(job["torchvision"])

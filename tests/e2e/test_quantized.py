@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized checkpoints through ``prepare`` and ``vllm serve``, on the CPU's kernels.
+"""Quantized checkpoints through ``prepare`` and vLLM, on the CPU's kernels.
 
 The plain PyTorch model has the dequantised weights; float32 keeps greedy choices from
 hanging on rounding, and of vLLM's own methods compressed-tensors allows it.
@@ -24,10 +24,10 @@ from vllm_rsparse.testing.quantized import write_plain, write_quantized
 
 from .served import (
     ALWAYS,
+    NEW_TOKENS,
     PROMPTS,
     assert_same_scores,
     assert_same_tokens,
-    complete,
 )
 
 pytestmark = pytest.mark.serve
@@ -46,6 +46,16 @@ def quantized(pyllama, tmp_path_factory):
         return folder / "prepared", folder / "plain"
 
     return make
+
+
+MAX = "VLLM_RSPARSE_MAX_SPARSE_TOKENS"
+
+
+def one_at_a_time(offline, prepared, env, **engine):
+    """Greedy tokens of each prompt in steps of its own: its tokens, then one by one."""
+    sampling = {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    engine |= {"model": str(prepared), "max_model_len": 256, "max_num_seqs": 1}
+    return [found["tokens"] for found in offline.run(env, engine, PROMPTS, sampling)]
 
 
 UNIFORM = ("--sparsity", "0.4", "--recipe", "uniform")
@@ -77,7 +87,7 @@ def test_log_probabilities_equal_plain_pytorch(
 
 
 def test_tokens_of_two_planes_equal_plain_pytorch(
-    pyllama, tmp_path, serve, plain_pytorch
+    pyllama, tmp_path, offline, plain_pytorch
 ):
     """Prompts on the dense route, with eight bits; compiled."""
     prepared = tmp_path / "prepared"
@@ -89,22 +99,18 @@ def test_tokens_of_two_planes_equal_plain_pytorch(
         first[name], second = stored.format.dequantise_planes(stored)
         tensors[f"{name}.weight"] = first[name] + second
     write_plain(pyllama, tmp_path / "plain", tensors)
-    with serve(prepared, eager=False, VLLM_RSPARSE_MAX_SPARSE_TOKENS="1") as server:
-        tokens = [complete(server, prompt)[0] for prompt in PROMPTS]
+    tokens = one_at_a_time(offline, prepared, {MAX: "1"}, enforce_eager=False)
     reference = plain_pytorch(prepared, 1, weights=tmp_path / "plain", first=first)
     assert_same_tokens(tokens, reference)
     dense = plain_pytorch(prepared, limit=0, weights=tmp_path / "plain")
     assert tokens != [dense.generate(p, len(tokens[0]))[0] for p in PROMPTS]
 
 
-def test_two_ranks_with_prompts_on_the_dense_route(quantized, serve, plain_pytorch):
-    """Groups of 64 divide each rank's 192 of 384 input channels; compiled."""
+def test_two_ranks_with_prompts_on_the_dense_route(quantized, offline, plain_pytorch):
+    """Groups of 64 divide each rank's 192 of 384 input channels."""
     prepared, plain = quantized("w4a16-g64")
-    options = ("--tensor-parallel-size", "2")
-    with serve(prepared, *options, eager=False, OMP_NUM_THREADS="1") as server:
-        tokens = [complete(server, prompt)[0] for prompt in PROMPTS]
-        log = server.log_path.read_text()
-    assert "rsparse: backend cpu" in log
+    tokens = one_at_a_time(offline, prepared, {}, tensor_parallel_size=2)
+    assert "rsparse: backend cpu" in offline.log.read_text()
     assert_same_tokens(tokens, plain_pytorch(prepared, limit=1, weights=plain))
     dense = plain_pytorch(prepared, limit=0, weights=plain)
     assert tokens != [dense.generate(p, len(tokens[0]))[0] for p in PROMPTS]
@@ -126,17 +132,13 @@ def rounded(pyllama, prepared, target):
 
 
 def test_two_ranks_quantize_a_plain_checkpoint_while_loading(
-    pyllama, tmp_path, serve, plain_pytorch
+    pyllama, tmp_path, offline, plain_pytorch
 ):
     """Each rank of a row-parallel layer rounds its slice by the whole rows' scales."""
     prepared = tmp_path / "prepared"
     prepare(pyllama, prepared, "--weights", "fp8")
     plain = rounded(pyllama, prepared, tmp_path / "plain")
-    options = ("--tensor-parallel-size", "2")
-    with serve(
-        prepared, *options, OMP_NUM_THREADS="1", VLLM_RSPARSE_MAX_SPARSE_TOKENS=ALWAYS
-    ) as server:
-        tokens = [complete(server, prompt)[0] for prompt in PROMPTS]
+    tokens = one_at_a_time(offline, prepared, {MAX: ALWAYS}, tensor_parallel_size=2)
     assert_same_tokens(tokens, plain_pytorch(prepared, int(ALWAYS), weights=plain))
 
 

@@ -107,21 +107,14 @@ def test_chat_streamed_and_not(server):
     assert whole == plain.choices[0].text
 
 
-def test_two_tensor_parallel_ranks_give_the_same_tokens(serve, prepared, reference):
-    options = ("--tensor-parallel-size", "2")
-    env = {"VLLM_RSPARSE_MAX_SPARSE_TOKENS": ALWAYS, "OMP_NUM_THREADS": "1"}
-    with serve(prepared, *options, **env) as server:
-        tokens = [complete(server, p)[0] for p in PROMPTS]
-    assert_same_tokens(tokens, reference)
-
-
-def test_plain_checkpoint_with_artifact_and_default_route(
+def test_two_ranks_of_a_plain_checkpoint_with_artifact_and_default_route(
     serve, pyllama, prepared, plain_pytorch
 ):
     # One request at a time: the prompt goes dense in one step, each new token sparse.
     overrides = {"quant_method": "rsparse", "artifact": str(prepared / "rsparse")}
     options = ("--hf-overrides", json.dumps({"quantization_config": overrides}))
-    with serve(pyllama, *options) as server:
+    options += ("--tensor-parallel-size", "2")
+    with serve(pyllama, *options, OMP_NUM_THREADS="1") as server:
         tokens = [complete(server, p)[0] for p in PROMPTS]
         log = server.log_path.read_text()
     assert "sparse up to 2 tokens per step" in log
