@@ -2,15 +2,14 @@
 # mypy: disable-error-code="no-untyped-def"
 """Device code: all channels of int4 and fp8 weights, for more than a few tokens.
 
-``dense_kernel`` widens a tile to x's type and multiplies it with a block of tokens.
-``dequantise_kernel`` writes the widened weight, for the library's own product.
+A tile is widened to x's type and multiplied with a block of tokens.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .codes import FP8, FP8_BLOCK
+from .codes import FP8_BLOCK
 from .sums import store_partial
 from .tiles import Range, Split
 from .weight_tiles import block_scales, tile_of_quads, wide_tile
@@ -80,30 +79,3 @@ def dense_kernel(
         acc = tl.reshape(tl.permute(acc, (0, 2, 1)), (BLOCK_M, BLOCK_N))
     rows, columns = Range(offs_m, tokens), Range(offs_n, n)
     store_partial(partial_ptr, acc, split, rows, columns, 0, n)
-
-
-@triton.jit
-def dequantise_kernel(
-    weight,
-    column_scale_ptr,
-    out_ptr,
-    CODE: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The weight, ``Codes``, in ``out``'s type, stored [K, N]."""
-    n, k = weight.n, weight.k
-    begin_k = tl.program_id(0) * BLOCK_K
-    begin_n = tl.program_id(1) * BLOCK_N
-    tile = wide_tile(weight, begin_k, begin_n, CODE, GROUP, BLOCK_N, BLOCK_K, None)
-    offs_k = begin_k + tl.arange(0, BLOCK_K)
-    offs_n = begin_n + tl.arange(0, BLOCK_N)
-    if CODE == FP8:
-        scale = tl.load(column_scale_ptr + offs_n, mask=offs_n < n, other=0.0)
-        tile = tile.to(tl.float32) * scale[None, :]
-    tl.store(
-        out_ptr + offs_k.to(tl.int64)[:, None] * n + offs_n[None, :],
-        tile.to(out_ptr.dtype.element_ty),
-        mask=(offs_k < k)[:, None] & (offs_n < n)[None, :],
-    )

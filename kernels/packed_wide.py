@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .codes import INT4, int4_offset, unpack_fp8, unpack_int4
 from .packing import STEP
 from .programs import column_constants
-from .widen import rescale_fp8, scale_codes
+from .widen import int4_zeros, rescale_fp8, scale_codes, split_eight
 
 
 class Wide(NamedTuple):
@@ -85,7 +85,7 @@ def wide_kernel(
     lane = tl.arange(0, 8)[None, :, None, None]
     place = lane * WORDS
     if WORDS == 1 and tl.float32 != DTYPE:
-        place = _hide(place)
+        place = hide_order(place)
     column = quad * 0 + place + tl.arange(0, WORDS)[None, None, None, :]
     mask_n = column < (scales.n - begin_n) // (COLUMNS // 8 // WORDS)
     column += begin_n // (COLUMNS // 8 // WORDS)
@@ -135,7 +135,7 @@ def wide_kernel(
 
 
 @triton.jit
-def _hide(place):
+def hide_order(place):
     """The same numbers; the compiler does not see that they follow one another.
 
     It would otherwise let a thread load the words of several lanes.
@@ -182,14 +182,7 @@ def _load_scales(scales, first, begin_n, lane, WIDE: tl.constexpr, DTYPE: tl.con
         parts = tl.load(pointers)
     else:
         parts = tl.load(pointers, mask=begin_n + code < scales.n, other=0.0)
-    parts = tl.reshape(parts.to(DTYPE), (4, 8, W, 1, 1, 2, 2, 2))
-    p0, p1 = tl.split(parts)
-    p00, p10 = tl.split(p0)
-    p01, p11 = tl.split(p1)
-    s0, s4 = tl.split(p00)
-    s2, s6 = tl.split(p10)
-    s1, s5 = tl.split(p01)
-    s3, s7 = tl.split(p11)
+    parts = split_eight(tl.reshape(parts.to(DTYPE), (4, 8, W, 1, 1, 2, 2, 2)))
     if scales.zero_ptr is None:
         z = tl.full((1, 1, 1, 1, 1), int4_offset(DTYPE) + 8.0, dtype=DTYPE)
         zeros = (z, z, z, z, z, z, z, z)
@@ -197,19 +190,8 @@ def _load_scales(scales, first, begin_n, lane, WIDE: tl.constexpr, DTYPE: tl.con
         place = begin_n // 8 + inner // 8
         pointers = scales.zero_ptr + group * (scales.n // 8) + place
         packed = tl.load(pointers, mask=place < scales.n // 8, other=0)
-        packed = packed[:, :, :, :, None]
-        offset = int4_offset(DTYPE)
-        zeros = (
-            ((packed & 15).to(tl.float32) + offset).to(DTYPE),
-            ((packed >> 4 & 15).to(tl.float32) + offset).to(DTYPE),
-            ((packed >> 8 & 15).to(tl.float32) + offset).to(DTYPE),
-            ((packed >> 12 & 15).to(tl.float32) + offset).to(DTYPE),
-            ((packed >> 16 & 15).to(tl.float32) + offset).to(DTYPE),
-            ((packed >> 20 & 15).to(tl.float32) + offset).to(DTYPE),
-            ((packed >> 24 & 15).to(tl.float32) + offset).to(DTYPE),
-            ((packed >> 28 & 15).to(tl.float32) + offset).to(DTYPE),
-        )
-    return (s0, s1, s2, s3, s4, s5, s6, s7), zeros
+        zeros = int4_zeros(packed[:, :, :, :, None], DTYPE)
+    return parts, zeros
 
 
 @triton.jit

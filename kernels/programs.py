@@ -192,6 +192,7 @@ def finish_kernel(
 @triton.jit
 def finish_dense_kernel(
     partial_ptr,
+    row_scale_ptr,
     constants,
     out_ptr,
     splits,
@@ -209,6 +210,7 @@ def finish_dense_kernel(
 
     Args:
         partial_ptr: float32 [splits, tokens, n].
+        row_scale_ptr: float32 [tokens] that multiply a token's sums, or None.
         constants: the ``Constants``.
         out_ptr: [tokens, n].
         splits, tokens, n: sizes.
@@ -235,6 +237,9 @@ def finish_dense_kernel(
                 mask=mask & live,
                 other=0.0,
             )
+    if row_scale_ptr is not None:
+        scale = tl.load(row_scale_ptr + offs_m, mask=offs_m < tokens, other=0.0)
+        total *= scale[:, None]
     if constants.scale_ptr is not None:
         scale = tl.load(constants.scale_ptr + offs_n, mask=mask_n, other=0.0)
         total *= scale[None, :]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launchers for int4 and fp8 weights: sparse, dense, and dequantised to scratch.
+"""Launchers for int4 and fp8 weights: sparse, and dense with few tokens.
 
 The device code is in ``packed.py``, launched by ``packed_linear.py``, in
-``packed_wide.py``, launched by ``wide_linear.py``, and in ``dense_tiles.py``; README.md
-says which route is for what.
+``packed_wide.py``, launched by ``wide_linear.py``, in ``columns.py``, launched by
+``columns_linear.py``, and in ``dense_tiles.py``; README.md says which route is for
+what.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight
 
-from .dense_tiles import dense_kernel, dequantise_kernel
+from .columns_linear import columns_linear, takes_columns
+from .dense_tiles import dense_kernel
 from .launch_config import LaunchConfig
 from .packed_linear import packed_linear
 from .rsparse_linear import (
@@ -74,6 +76,8 @@ def dense_linear(
         bias: [N] or None.
         config: ``packed`` or ``use_dot``.
     """
+    if config.packed and takes_columns(x, weight, config):
+        return columns_linear(x, weight, bias, config)
     if config.packed and takes_wide(x, weight):
         return wide_linear(x, weight, bias, config)
     if config.packed:
@@ -133,23 +137,3 @@ def dense_linear(
     )
     finish_dense(partial, column_scales(weight), bias, out)
     return out
-
-
-def dequantise(weight: StoredWeight, dtype: torch.dtype) -> Tensor:
-    """The weight in ``dtype``: the [N, K] view of contiguous [K, N] storage."""
-    n, k = weight.n, weight.k
-    out = torch.empty(k, n, dtype=dtype, device=weight.device)
-    group = weight.group or k
-    block_k = 32
-    data, pitch = rows_of(weight)
-    dequantise_kernel[(triton.cdiv(k, block_k), triton.cdiv(n, 256))](
-        Codes(data, weight.scales, weight.zeros, n, k, pitch),
-        column_scales(weight),
-        out,
-        CODE=weight.format.code,
-        GROUP=group,
-        BLOCK_N=256,
-        BLOCK_K=block_k,
-        num_warps=4,
-    )
-    return out.t()

@@ -183,7 +183,11 @@ def finish(
 
 
 def finish_dense(
-    partial: Tensor, scales: Tensor | None, bias: Tensor | None, out: Tensor
+    partial: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    row_scales: Tensor | None = None,
 ) -> None:
     """``finish`` of the dense route, which has no factors and no correction.
 
@@ -192,12 +196,14 @@ def finish_dense(
         scales: float32 [N] that multiply the sums, or None.
         bias: [N] or None.
         out: [M, N], written.
+        row_scales: float32 [M, 1] that multiply the sums of a token, or None.
     """
     splits, tokens, n = partial.shape
     block_m = min(FINISH_DENSE_TOKENS, triton.next_power_of_2(tokens))
     grid = (triton.cdiv(n, FINISH_DENSE_COLUMNS), triton.cdiv(tokens, block_m))
     finish_dense_kernel[grid](
         partial,
+        row_scales,
         Constants(scales, None, bias),
         out,
         splits,

@@ -11,7 +11,7 @@ NaN (0x7f) becomes 480 here too.
 import triton
 import triton.language as tl
 
-from .codes import PLANE_STEPS, decode_e4m3
+from .codes import PLANE_STEPS, decode_e4m3, int4_offset
 
 
 @triton.jit
@@ -230,3 +230,67 @@ def scale_codes(codes, zero, scale, DTYPE: tl.constexpr):
         )
     else:
         return (codes - zero) * scale
+
+
+@triton.jit
+def turn_bytes(words, DTYPE: tl.constexpr):
+    """Four tensors of the words' shape: byte i as float8_e4m3fn, DTYPE on a GPU.
+
+    The last dimension, 4, is best that of neighbours in a thread's registers: their
+    bytes i, four input channels of one column, share a register then.
+    """
+    if tl.float8e4nv == DTYPE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d;
+            prmt.b32 a, $4, $5, 0x5140;
+            prmt.b32 b, $6, $7, 0x5140;
+            prmt.b32 c, $4, $5, 0x7362;
+            prmt.b32 d, $6, $7, 0x7362;
+            prmt.b32 $0, a, b, 0x5410;
+            prmt.b32 $1, a, b, 0x7632;
+            prmt.b32 $2, c, d, 0x5410;
+            prmt.b32 $3, c, d, 0x7632;
+            }""",
+            "=r,=r,=r,=r,r,r,r,r",
+            [words],
+            dtype=(tl.float8e4nv,) * 4,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return (
+            decode_e4m3(words).to(DTYPE),
+            decode_e4m3(words >> 8).to(DTYPE),
+            decode_e4m3(words >> 16).to(DTYPE),
+            decode_e4m3(words >> 24).to(DTYPE),
+        )
+
+
+@triton.jit
+def split_eight(codes):
+    """[..., 2, 2, 2], as a word's codes lie in memory: eight tensors [...]."""
+    c0, c1 = tl.split(codes)
+    c00, c10 = tl.split(c0)
+    c01, c11 = tl.split(c1)
+    s0, s4 = tl.split(c00)
+    s2, s6 = tl.split(c10)
+    s1, s5 = tl.split(c01)
+    s3, s7 = tl.split(c11)
+    return s0, s1, s2, s3, s4, s5, s6, s7
+
+
+@triton.jit
+def int4_zeros(words, DTYPE: tl.constexpr):
+    """The eight zero points of words, each of DTYPE and with ``int4_offset``."""
+    offset = int4_offset(DTYPE)
+    return (
+        ((words & 15).to(tl.float32) + offset).to(DTYPE),
+        ((words >> 4 & 15).to(tl.float32) + offset).to(DTYPE),
+        ((words >> 8 & 15).to(tl.float32) + offset).to(DTYPE),
+        ((words >> 12 & 15).to(tl.float32) + offset).to(DTYPE),
+        ((words >> 16 & 15).to(tl.float32) + offset).to(DTYPE),
+        ((words >> 20 & 15).to(tl.float32) + offset).to(DTYPE),
+        ((words >> 24 & 15).to(tl.float32) + offset).to(DTYPE),
+        ((words >> 28 & 15).to(tl.float32) + offset).to(DTYPE),
+    )

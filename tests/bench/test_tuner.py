@@ -52,8 +52,11 @@ def test_candidates_of_the_dense_route(name: str, tokens: int) -> None:
         assert configs[0] == dense_config(layer.n, layer.k, kind, tokens, 132)
         assert len(set(configs)) == len(configs) > 4
         assert all(config.packed != config.use_dot for config in configs)
-        most = 32 if name in ("int4", "fp8") else 16
-        assert any(config.packed for config in configs) == (tokens <= most)
+        most = 32 if name == "int4" else 16
+        packed = [config.num_warps for config in configs if config.packed]
+        assert (1 in packed) == (tokens <= most)
+        # The kernels of warpgroups.
+        assert (4 in packed) == (tokens > 1)
         assert any(config.use_dot for config in configs) == (tokens > 1)
 
 

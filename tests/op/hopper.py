@@ -22,8 +22,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from vllm_rsparse.kernels import packed_linear, quantized_linear, rsparse_linear
-from vllm_rsparse.kernels import wide_linear
+from vllm_rsparse.kernels import columns_linear, packed_linear, quantized_linear
+from vllm_rsparse.kernels import rsparse_linear, wide_linear
 
 class Hopper:
     def get_current_target(self):
@@ -45,7 +45,8 @@ def compile_only(kernel, *args, **options):
 driver.set_active(Hopper())
 knobs.runtime.jit_post_compile_hook = lambda **made: watched.add(made["fn"].name)
 JITFunction.run = compile_only
-for module in (packed_linear, quantized_linear, rsparse_linear, wide_linear):
+modules = packed_linear, quantized_linear, rsparse_linear, wide_linear, columns_linear
+for module in modules:
     module.has_dependent_launch = lambda device: True
 """
 AFTER = """

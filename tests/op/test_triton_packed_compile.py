@@ -19,6 +19,7 @@ CALL = """
 from vllm_rsparse.formats.checkpoints.parse import parse_scheme
 from vllm_rsparse.formats.int8_planes import encode_planes
 from vllm_rsparse.kernels.launch_config import LaunchConfig
+from vllm_rsparse.kernels.scratch_linear import dequantise
 from vllm_rsparse.kernels.stored_rows import codes_per_word
 from vllm_rsparse.op import triton_backend
 from vllm_rsparse.testing.cases import make_case
@@ -40,6 +41,15 @@ def call(case):
     weight, bias = made.operands.weight, made.bias
     columns = 32 * codes_per_word(weight)
     warps = case.get("warps", 1)
+    if case.get("columns"):
+        block_k = min(64, weight.group or 64)
+        config = LaunchConfig(256, block_k, 2, 4, 3, False, packed=True)
+        x, scales = made.x, None
+        if case["rounded"]:
+            x, scales = x.to(torch.float8_e4m3fn), torch.ones(len(x), 1)
+        columns_linear.columns_linear(x, weight, bias, config, scales)
+        dequantise(weight, dtype)
+        return
     packed = LaunchConfig(warps * columns, 64, 2, warps, 1, False, packed=True)
     if case["sparse"]:
         triton_backend.rsparse_linear(*made.args(), packed)
@@ -47,7 +57,7 @@ def call(case):
         triton_backend.dense_linear(made.x, weight, bias, packed)
         tiles = LaunchConfig(64, 32, 2, 4, 2, use_dot=True)
         triton_backend.dense_linear(made.x, weight, bias, tiles)
-        quantized_linear.dequantise(weight, dtype)
+        dequantise(weight, dtype)
         x = made.x.expand(32, -1).contiguous()
         if wide_linear.takes_wide(x, weight):
             wide = LaunchConfig(128, 128, 2, 1, 4, False, packed=True)
@@ -91,10 +101,28 @@ WARPS = [
 ]
 
 
+FOUR_BIT = ("w4a16-asym-g32", "int8-planes")
+# A warpgroup multiplies 64 tokens.
+COLUMNS = [
+    {
+        "weight": weight,
+        "dtype": "bfloat16",
+        "tokens": 64,
+        "even": True,
+        "columns": True,
+        "rounded": rounded,
+    }
+    for weight, rounded in (
+        *((weight, False) for weight in (*FOUR_BIT, "fp8-channel", "fp8-block")),
+        ("fp8-channel", True),
+    )
+]
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, str]]:
     """PTX of every kernel by its name, by case."""
-    cases = DENSE + SPARSE + WARPS
+    cases = DENSE + SPARSE + WARPS + COLUMNS
     made = compile_all(CALL, cases)
     return {str(case): one for case, one in zip(cases, made, strict=True)}
 
@@ -119,7 +147,8 @@ def test_words_become_operands_where_they_are(case, compiled):
     # Prompts keep NaN, by the conversion of the instruction set, which is slow.
     is_fp8 = "fp8" in case["weight"]
     assert "e4m3x2" not in made["dense_kernel"]
-    assert ("e4m3x2" in made["dequantise_kernel"]) == is_fp8
+    if is_fp8 or case["dtype"] == "float16":
+        assert ("e4m3x2" in made["dequantise_kernel"]) == is_fp8
     assert made["finish_dense_kernel"]
 
 
@@ -140,6 +169,26 @@ def test_words_for_32_tokens_become_operands_where_they_are(case, compiled):
     if TRITON < (3, 7):
         begin, end = wide.index("ld.global.L1::evict_first"), wide.rindex("mma.sync")
         assert not re.search(r"shfl\.sync|(st|ld)\.shared|matrix", wide[begin:end])
+
+
+@pytest.mark.parametrize("case", COLUMNS, ids=str)
+def test_words_become_operands_of_a_warpgroup_where_they_are(case, compiled):
+    made = compiled[str(case)]
+    columns = made["columns_kernel"]
+    kind = "e4m3.e4m3" if case["rounded"] else "bf16.bf16"
+    # 64 columns of 16 channels, or 32 of fp8, an instruction; the registers come first.
+    products = re.findall(
+        rf"wgmma\.mma_async\.\S*f32\.{kind} \{{[^}}]*\}}, \{{", columns
+    )
+    words, codes = (1, 8) if case["weight"] in FOUR_BIT else (2, 4)
+    channels = 32 if "g32" in case["weight"] else 64
+    steps = channels // (32 if case["rounded"] else 16)
+    assert len(products) == words * codes // 2 * steps
+    if TRITON < (3, 7):
+        assert "shfl.sync" not in columns
+    if case["weight"] in FOUR_BIT and case["dtype"] == "bfloat16":
+        # Sixteen bytes a thread.
+        assert "st.global.v4.b32" in made["dequantise_pairs_kernel"]
 
 
 @pytest.mark.parametrize("case", SPARSE, ids=str)

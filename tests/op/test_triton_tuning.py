@@ -279,13 +279,17 @@ def test_dense_defaults_by_tokens(n: int, k: int, processors: int, kind: str) ->
         dense_config(n, k, kind, tokens, processors) for tokens in (most, 17, 33)
     )
     assert few.packed
-    assert dense_config(n, k, kind, most + 1, processors) == wide
-    assert many.use_dot
+    assert few.num_warps == 1
     assert dense_config(n, k, kind, 32, processors) == wide
     assert dense_config(n, k, kind, 64, processors) == many
-    # Packed beyond 16 tokens: int4, and fp8 with more tiles than programs run at once.
-    many_columns = kind == "float8_e4m3fn" and n > 128 * processors
-    assert wide.packed == (kind == "int4" or many_columns)
+    # Bytes become operands of a warpgroup; int4 those of a warp, up to 32 tokens.
+    is_bytes = kind in ("float8_e4m3fn", "fp8-block")
+    assert (many.packed, many.num_warps) == (is_bytes, 4)
+    assert wide.packed == (kind != "int8-planes")
+    assert wide.num_warps == (1 if kind == "int4" else 4)
+    more = dense_config(n, k, kind, most + 1, processors)
+    assert more.packed
+    assert more.num_warps == (1 if kind == "int4" else 4)
     # Channels are split into no more programs than run at once.
     tiles = -(-n // many.block_n)
     assert many.split_k == 1 or tiles * many.split_k <= 2 * processors

@@ -11,9 +11,7 @@ from vllm_rsparse.formats.registry import format_of_name
 from vllm_rsparse.kernels.launch_config import MOST_LISTED, LaunchConfig
 from vllm_rsparse.op.launch_defaults import (
     DENSE_TOKENS,
-    PACKED_DENSE_TOKENS,
     VECTOR_TOKENS,
-    WIDE_KINDS,
     WIDE_TOKENS,
     dense_config,
     sparse_default,
@@ -76,6 +74,10 @@ _DENSE_TILES = (
     (128, 128, 8, 3),
     (256, 64, 4, 3),
 )
+# (words of a thread, channels, stages) of the kernel of warpgroups.
+_COLUMNS = ((1, 128, 3), (1, 128, 4), (2, 128, 3), (1, 64, 1), (1, 64, 3), (2, 64, 3))
+# From here on, a packed configuration of one warp is one of ``wide_linear``.
+_FEWEST_WIDE_TOKENS = 17
 # Warps of a packed launch, a multiprocessor: registers allow 8 to 16 at a time.
 _PACKED_WARPS = (4, 28)
 _WARPS_OF_ONE_TOKEN = (1, 4)
@@ -112,11 +114,11 @@ def dense_candidates(layer: Layer, tokens: int, processors: int) -> list[LaunchC
         return []
     default = dense_config(layer.n, layer.k, kind, tokens, processors)
     found = dict.fromkeys([default])
-    most = WIDE_TOKENS if kind in WIDE_KINDS else PACKED_DENSE_TOKENS
-    if tokens <= most:
+    if tokens <= (WIDE_TOKENS if kind == "int4" else _FEWEST_WIDE_TOKENS - 1):
         found |= dict.fromkeys(_packed_dense(layer, kind, tokens, processors))
     if tokens >= _FEWEST_DOT_TOKENS:
         found |= dict.fromkeys(_dot_dense(layer, processors))
+        found |= dict.fromkeys(_columns_dense(layer, kind, processors))
     return sorted(found, key=lambda config: _distance(config, default))
 
 
@@ -127,7 +129,7 @@ def _packed_dense(
     fewest, most = (processors * warps for warps in _PACKED_WARPS)
     columns = {*_PACKED_COLUMNS.get(kind, _PACKED_BYTE_COLUMNS), 64}
     steps_tried: tuple[int, ...] = (2, 4)
-    if tokens > PACKED_DENSE_TOKENS:
+    if tokens >= _FEWEST_WIDE_TOKENS:
         # 256 columns leave registers for the sums of 16 tokens, and two steps were
         # always slower with 64 tokens (docs/notes/kernels-quantized.md).
         columns -= {256}
@@ -146,12 +148,26 @@ def _packed_dense(
 def _dot_dense(layer: Layer, processors: int) -> Iterator[LaunchConfig]:
     """Of the kernel that widens tiles."""
     for block_n, block_k, warps, stages in _DENSE_TILES:
-        tiles = -(-layer.n // block_n)
-        # Powers of two, and as many programs as run at once, two a multiprocessor.
-        for split_k in sorted({1, 2, 4, 8, 16, max(1, 2 * processors // tiles)}):
-            programs = tiles * split_k / processors
-            if 0.9 <= programs <= 8 and split_k * block_k <= layer.k:
-                yield LaunchConfig(block_n, block_k, split_k, warps, stages, True)
+        for split_k in _splits(layer, block_n, block_k, processors):
+            yield LaunchConfig(block_n, block_k, split_k, warps, stages, True)
+
+
+def _columns_dense(layer: Layer, kind: str, processors: int) -> Iterator[LaunchConfig]:
+    """Of the kernel that multiplies words by warpgroups."""
+    for words, channels, stages in _COLUMNS:
+        block_n = words * 32 * (8 if kind in _PACKED_COLUMNS else 4)
+        block_k = min(channels, layer.group or channels)
+        for split_k in _splits(layer, block_n, block_k, processors):
+            yield LaunchConfig(block_n, block_k, split_k, 4, stages, False, packed=True)
+
+
+def _splits(layer: Layer, block_n: int, block_k: int, processors: int) -> Iterator[int]:
+    """Powers of two, and as many programs as run at once, two a multiprocessor."""
+    tiles = -(-layer.n // block_n)
+    for split_k in sorted({1, 2, 4, 8, 16, max(1, 2 * processors // tiles)}):
+        programs = tiles * split_k / processors
+        if 0.9 <= programs <= 8 and split_k * block_k <= layer.k:
+            yield split_k
 
 
 def kind_of_layer(layer: Layer) -> str:

@@ -20,14 +20,18 @@ _PACKED_COLUMNS = {
 _FOUR_BIT = ("int4", "int8-planes")
 # Up to this many elements the packed kernel takes blocks of 64 channels, not 128.
 _SMALL_ELEMENTS = 40 * 10**6
-# Tokens up to which the packed kernel reads a whole weight fastest, up to which
-# ``wide_linear`` does, and up to which a kernel that widens tiles does; beyond, the
-# weight is widened once for the library.
-PACKED_DENSE_TOKENS = 16
+# Tokens up to which the packed kernel reads a whole weight fastest, by kind; up to
+# which ``wide_linear`` does, which reads int4; and up to which any kernel that reads
+# the weight once does. Beyond, the weight is widened for the library.
+_PACKED_TOKENS = {"int4": 16, "int8-planes": 8, "float8_e4m3fn": 8, "fp8-block": 8}
 WIDE_TOKENS = 32
 DENSE_TOKENS = 64
-# Kinds that ``wide_linear`` reads.
-WIDE_KINDS = ("int4", "float8_e4m3fn")
+# Tokens up to which ``columns_linear`` multiplies planes: with 64, 28672 x 4096 takes
+# 87.7 us on the H200, and 80.6 with ``tiles_config``.
+_PLANES_COLUMNS_TOKENS = 16
+# Tokens up to which ``columns_linear`` beats the library's product of fp8, for which
+# the weight must be turned over first.
+ROUNDED_TOKENS = 512
 # Layers of this many elements are listed by default, as most of them were on the H200.
 _LISTED_ELEMENTS = 80 * 2**20
 # A layer of more columns a multiprocessor has more tiles of 64 columns than programs
@@ -169,14 +173,12 @@ def dense_config(
         enough = 1500 * processors // PROCESSORS
         blocks = -(-k // 128)
         split_k = _even_splits(-(-n // block_n), blocks, enough)
-        # FP8 on the H200: 10.8 instead of 12.1 us for 6144 x 4096 and 4 tokens; with
-        # 16, it pays only where a program has several blocks.
-        few = kind not in _FOUR_BIT and tokens > 8 and blocks < 4 * split_k
-        return LaunchConfig(
-            block_n, 128, split_k, 1, 2 if few else 4, False, packed=True
-        )
-    many = n > _MANY_COLUMNS * processors
-    if kind in WIDE_KINDS and tokens <= WIDE_TOKENS and (kind in _FOUR_BIT or many):
+        return LaunchConfig(block_n, 128, split_k, 1, 4, False, packed=True)
+    if kind not in _FOUR_BIT:
+        return columns_config(n, k, kind, tokens, processors)
+    if kind == "int8-planes" and tokens <= _PLANES_COLUMNS_TOKENS:
+        return columns_config(n, k, kind, tokens, processors)
+    if kind == "int4" and tokens <= WIDE_TOKENS:
         return wide_config(n, k, processors)
     return tiles_config(n, k, kind, processors)
 
@@ -184,10 +186,54 @@ def dense_config(
 def packed_dense_tokens(kind: str) -> int:
     """Tokens up to which the packed kernel reads the whole weight.
 
-    Two planes are twice the rows for it, while ``dense_kernel`` joins them: from 9
-    tokens on by their counts of instructions, not timed.
+    Two planes are twice the rows for it, while the other kernels join them.
     """
-    return 8 if kind == "int8-planes" else PACKED_DENSE_TOKENS
+    return _PACKED_TOKENS[kind]
+
+
+def columns_config(
+    n: int, k: int, kind: str, tokens: int, processors: int
+) -> LaunchConfig:
+    """A configuration of ``columns_linear`` where x is not rounded.
+
+    28672 x 4096 on the H200 takes 37.6 us with 16 tokens and 50.7 with 64 in fp8, 40.0
+    and 54.5 in fp8-block, and 63.1 with 16 in int8-planes.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        kind: of the weight, packable.
+        tokens: rows of the call.
+        processors: multiprocessors of the device.
+    """
+    if kind in _FOUR_BIT:
+        # A word of a thread is eight columns.
+        block_n, block_k, stages, each = 256, 64, 1, 4
+    else:
+        each = 3 if kind == "float8_e4m3fn" and tokens <= 16 else 2
+        block_n, block_k, stages = 128, 128, 3
+    split_k = _splits(n, k, block_n, block_k, each * processors)
+    return LaunchConfig(block_n, block_k, split_k, 4, stages, False, packed=True)
+
+
+def rounded_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig:
+    """A configuration of ``columns_linear`` for fp8 with x rounded to fp8.
+
+    28672 x 4096 on the H200 takes 31.1 us with 16 tokens and 34.9 with 64, 1.5 to 1.8
+    more for the rounding; vLLM's kernel takes 33.7 and 36.9.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        tokens: rows of the call, at most ``ROUNDED_TOKENS``.
+        processors: multiprocessors of the device.
+    """
+    block_n, block_k = 128, 128
+    # Programs of 128 tokens, of which two fit into shared memory with three stages.
+    stages = 4 if tokens <= 64 else 3
+    enough = 2 * processors // -(-tokens // 128)
+    split_k = _splits(n, k, block_n, block_k, enough)
+    return LaunchConfig(block_n, block_k, split_k, 4, stages, False, packed=True)
 
 
 def wide_config(n: int, k: int, processors: int) -> LaunchConfig:
@@ -195,9 +241,7 @@ def wide_config(n: int, k: int, processors: int) -> LaunchConfig:
 
     Registers allow 8 programs of 128 columns and 12 of 64. With 32 tokens on the H200,
     the four linears of Llama-3-8B in int4 take 43.4 (gate_up), 28.8 (down), 15.3 (qkv)
-    and 13.5 us (o), sum 101.0; the best configurations of each 100.1. gate_up in fp8
-    takes 47.2 us, and 57.7 with ``tiles_config``, which takes smaller layers in fp8: at
-    most its times for 64 tokens, sum 107.1.
+    and 13.5 us (o), sum 101.0; the best configurations of each 100.1.
 
     Args:
         n: output features of the (fused) layer on this rank.
@@ -214,10 +258,10 @@ def tiles_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
     """A configuration of ``dense_kernel``: up to two programs a multiprocessor.
 
     With 64 tokens on the H200, the four linears of Llama-3-8B take, in the order
-    above, 57.7, 29.8, 18.3 and 11.8 us in fp8, sum 117.6 (best of each 117.2), and
-    57.4, 36.2, 21.0 and 15.4 in int4, sum 130.0 (127.3). Two programs of any of these
-    tiles fit into a Hopper's shared memory; compiled for other devices, one takes at
-    most 66 of the 99 KB that they have. fp8-block and int8-planes were not timed.
+    above, 57.4, 36.2, 21.0 and 15.4 us in int4, sum 130.0 (best of each 127.3); gate_up
+    takes 80.6 in int8-planes. Two programs of any of these tiles fit into a Hopper's
+    shared memory; compiled for other devices, one takes at most 66 of the 99 KB that
+    they have. fp8 comes here where words of four columns do not divide its rows.
 
     Args:
         n: output features of the (fused) layer on this rank.
@@ -228,11 +272,7 @@ def tiles_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
     block_n, block_k = (128, 128) if kind in _FOUR_BIT else (64, 128)
     if n > _MANY_COLUMNS * processors:
         block_n, block_k = 256, 64
-    if kind == "fp8-block":
-        # Registers for the product of a block of channels next to the sums.
-        block_n, block_k = min(128, block_n), 128
-    most = max(1, k // block_k)
-    split_k = min(most, max(1, 2 * processors // -(-n // block_n)))
+    split_k = _splits(n, k, block_n, block_k, 2 * processors)
     return LaunchConfig(block_n, block_k, split_k, 4, 3, True)
 
 
@@ -253,6 +293,11 @@ def scaled_tiles_config(n: int, k: int, kind: str, processors: int) -> LaunchCon
     while -(-n // block_n) * split_k < enough and k >= 128 * split_k:
         split_k *= 2
     return LaunchConfig(block_n, 64, split_k, 4, stages, True)
+
+
+def _splits(n: int, k: int, block_n: int, block_k: int, most: int) -> int:
+    """Splits with no more than ``most`` programs, unless there are more tiles."""
+    return min(max(1, k // block_k), max(1, most // -(-n // block_n)))
 
 
 def _even_splits(tiles: int, blocks: int, enough: int) -> int:

@@ -6,14 +6,15 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.fp8 import FP8
 from vllm_rsparse.kernels import quantized_linear
-from vllm_rsparse.kernels.fp8_product import ALIGNMENT, fp8_product
+from vllm_rsparse.kernels.columns_linear import columns_linear
+from vllm_rsparse.kernels.fp8_product import ALIGNMENT, fp8_product, round_rows
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.rsparse_linear import rsparse_linear as launch
+from vllm_rsparse.kernels.scratch_linear import strip_linear
 from vllm_rsparse.kernels.stored_rows import (
     codes_per_word,
     is_four_bit,
@@ -22,10 +23,13 @@ from vllm_rsparse.kernels.stored_rows import (
 )
 from vllm_rsparse.op.launch_defaults import (
     DENSE_TOKENS,
+    ROUNDED_TOKENS,
     default_config,
     dense_config,
     packed_dense_tokens,
+    rounded_config,
     scaled_tiles_config,
+    tiles_config,
 )
 from vllm_rsparse.op.operands import OperandError, SparseOperands, check_input
 from vllm_rsparse.op.tables import Problem
@@ -80,8 +84,8 @@ def dense_linear(
     """x [M, K] times an int4 or fp8 weight; see ``reference.dense_linear``.
 
     Up to ``launch_defaults.DENSE_TOKENS`` tokens the stored weight is read once and
-    widened on the way; with more, it is widened into scratch [K, N] in x's type, which
-    lives for the call, and the library multiplies.
+    widened on the way; with more, strips of it are widened into scratch in x's type,
+    which lives for the call, and the library multiplies.
 
     Args:
         x: [M, K] as the weight's format allows; rows may lie apart.
@@ -94,8 +98,7 @@ def dense_linear(
     """
     check_input(x, weight, bias)
     if config is None and x.shape[0] > DENSE_TOKENS:
-        wide = quantized_linear.dequantise(weight, x.dtype)
-        return functional.linear(x, wide, bias)
+        return strip_linear(x, weight, bias)
     if config is None:
         config = _dense_config(x, weight)
     return quantized_linear.dense_linear(x, weight, bias, config)
@@ -117,7 +120,7 @@ def _dense_config(x: Tensor, weight: StoredWeight) -> LaunchConfig:
     if config is None:
         config = dense_config(*shape, tokens, device.processors)
     if config.packed and not _packable(weight, (weight.n,)):
-        config = dense_config(*shape, DENSE_TOKENS, device.processors)
+        config = tiles_config(*shape, device.processors)
     return config
 
 
@@ -126,19 +129,26 @@ def dense_quantised_linear(
 ) -> Tensor:
     """``dense_linear`` of an fp8 weight whose base model rounds x to fp8 too.
 
-    Many tokens go to the library's product of fp8, with x rounded as the base model's
-    own layer does (``reference.dense_quantised_linear``), where it has one: bfloat16 on
-    devices with matrix units for fp8. Other calls leave x as it is.
+    x is rounded as the base model's own layer does
+    (``reference.dense_quantised_linear``) and multiplied with the stored weight or, of
+    many tokens, by the library's product of fp8. This needs bfloat16 and a device with
+    matrix units for fp8; other calls leave x as it is.
     """
     check_input(x, weight, bias)
-    if x.shape[0] <= DENSE_TOKENS or not multiplies_fp8(x, weight):
+    if not multiplies_fp8(x, weight):
         return dense_linear(x, weight, bias)
+    tokens = x.shape[0]
+    if tokens <= ROUNDED_TOKENS:
+        processors = device_of(x.device).processors
+        config = rounded_config(weight.n, weight.k, tokens, processors)
+        rounded, scales = round_rows(x)
+        return columns_linear(rounded, weight, bias, config, scales)
     out = fp8_product(x, weight)
     return out if bias is None else out.add_(bias)
 
 
 def multiplies_fp8(x: Tensor, weight: StoredWeight) -> bool:
-    """Whether the library has a product of fp8 for these operands."""
+    """Whether there is a product of fp8 for these operands."""
     return (
         x.dtype == torch.bfloat16
         and weight.n % ALIGNMENT == 0

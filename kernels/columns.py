@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""Device code: all channels of int4 and fp8 weights on a warpgroup's matrix units.
+
+Columns of the weight are the rows of the first operand, which Hopper's ``wgmma`` takes
+from registers: words go from memory through the registers that unpack them to the
+matrix units, as in ``packed_wide.py``. The second operand is a tile of x in shared
+memory, which all warps of the program read.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .codes import FP8, FP8_BLOCK, INT8_PLANES, int4_offset, unpack_fp8, unpack_int4
+from .packed_scales import SCALE_BLOCK
+from .packed_wide import hide_order
+from .programs import column_constants
+from .widen import (
+    int4_zeros,
+    join_planes,
+    rescale_fp8,
+    scale_codes,
+    split_eight,
+    turn_bytes,
+)
+
+
+class Columns(NamedTuple):
+    """Constants of a compiled program; numbers, for the reason of ``Tiling``.
+
+    Attributes:
+        code: the format.
+        tokens: of a program.
+        warps: of a program, 4 or 8.
+        words: words of a row that a thread multiplies, 1, 2 or 4.
+        codes: of a word, 4 or 8.
+        channels: of an iteration.
+        stages: iterations whose loads are in flight. With 1, a thread loads its words
+            into registers; with more, they pass through shared memory.
+        group: channels that share scales; 0 for scales per column.
+        rounded: x is fp8, and so is the product.
+        pdl: programmatic dependent launch.
+    """
+
+    code: int
+    tokens: int
+    warps: int
+    words: int
+    codes: int
+    channels: int
+    stages: int
+    group: int
+    rounded: bool
+    pdl: bool
+
+
+@triton.jit
+def columns_kernel(
+    x,
+    x_scale_ptr,
+    words,
+    words_n,
+    scales,
+    constants,
+    out_ptr,
+    partial_ptr,
+    tokens,
+    COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Sums of a column tile over one part of the channels.
+
+    Neighbouring programs take the same words for other tokens.
+
+    Args:
+        x: the ``Input``, of fp8 where it is rounded.
+        x_scale_ptr: float32 [tokens], scales of rounded x, used where the output is
+            written; or None.
+        words: the ``Words``.
+        words_n: of a row.
+        scales: the ``Scales``; of fp8, the pointers are None.
+        constants: the ``Constants``, used where the output is written.
+        out_ptr: [tokens, n], written where partial_ptr is None.
+        partial_ptr: float32 [splits, tokens, n], or None.
+        tokens: rows of x.
+        COLUMNS: the ``Columns``.
+        DTYPE: of the operands that are multiplied.
+    """
+    TOKENS: tl.constexpr = COLUMNS.tokens
+    WARPS: tl.constexpr = COLUMNS.warps
+    W: tl.constexpr = COLUMNS.words
+    CHANNELS: tl.constexpr = COLUMNS.channels
+    CODES: tl.constexpr = COLUMNS.codes
+    WIDTH: tl.constexpr = 8 * WARPS * W * CODES
+    begin_m = tl.program_id(0) * TOKENS
+    begin_n = tl.program_id(1) * WIDTH
+    split = tl.program_id(2)
+    splits = tl.num_programs(2)
+    offs_m = begin_m + tl.arange(0, TOKENS)
+    offs_n = begin_n + tl.arange(0, WIDTH)
+    mask_m = offs_m < tokens
+    mask_n = offs_n < scales.n
+    x_ptr = x.ptr + offs_m.to(tl.int64)[:, None] * x.stride_m
+    acc = tl.zeros([WIDTH, TOKENS], dtype=tl.float32)
+    if COLUMNS.pdl:
+        gdc_wait()
+    for first in tl.range(
+        split * CHANNELS, x.k, splits * CHANNELS, num_stages=COLUMNS.stages
+    ):
+        channel = first + tl.arange(0, CHANNELS)
+        mask = mask_m[:, None] & (channel < x.k)[None, :]
+        values = tl.load(x_ptr + channel[None, :], mask=mask, other=0.0)
+        loaded = _load_words(
+            words, first, begin_n // CODES, words_n, x.k, 0, COLUMNS, DTYPE
+        )
+        if COLUMNS.code == FP8 or COLUMNS.code == FP8_BLOCK:
+            operand = _operand_of_bytes(loaded, COLUMNS, DTYPE)
+        else:
+            second = loaded
+            if COLUMNS.code == INT8_PLANES:
+                second = _load_words(
+                    words, first, begin_n // CODES, words_n, x.k, x.k, COLUMNS, DTYPE
+                )
+            group = first // COLUMNS.group
+            operand = _operand_of_nibbles(
+                loaded, second, scales, group, begin_n, COLUMNS, DTYPE
+            )
+        values = tl.trans(values).to(DTYPE)
+        if COLUMNS.code == FP8_BLOCK:
+            # The scale leaves the sum over its block of channels.
+            blocks_n = (scales.n + SCALE_BLOCK - 1) // SCALE_BLOCK
+            column = begin_n + _column_of_row(tl.arange(0, WIDTH), COLUMNS)
+            place = first // COLUMNS.group * blocks_n + column // SCALE_BLOCK
+            scale = tl.load(scales.ptr + place, mask=column < scales.n, other=0.0)
+            product = tl.dot(operand, values, input_precision="ieee")
+            acc += product * scale[:, None]
+        else:
+            acc = tl.dot(operand, values, acc, input_precision="ieee")
+    if COLUMNS.pdl:
+        gdc_launch_dependents()
+    # To the natural order, see ``_column_of_row``.
+    sums = tl.reshape(acc, (W, CODES // 2, WARPS, 2, 8, TOKENS))
+    sums = tl.reshape(tl.permute(sums, (2, 4, 0, 1, 3, 5)), (WIDTH, TOKENS))
+    sums = tl.trans(sums)
+    mask = mask_m[:, None] & mask_n[None, :]
+    if partial_ptr is None:
+        if x_scale_ptr is not None:
+            sums *= tl.load(x_scale_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
+        if constants.scale_ptr is not None:
+            scale = tl.load(constants.scale_ptr + offs_n, mask=mask_n, other=0.0)
+            sums *= scale[None, :]
+        sums += column_constants(constants, offs_n, mask_n)[None, :]
+        out = out_ptr + offs_m.to(tl.int64)[:, None] * scales.n + offs_n[None, :]
+        tl.store(out, sums.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        row = (split * tokens + offs_m).to(tl.int64)
+        place = partial_ptr + row[:, None] * scales.n + offs_n[None, :]
+        tl.store(place, sums, mask=mask)
+
+
+@triton.jit
+def _column_of_row(row, COLUMNS: tl.constexpr):
+    """The column of the tile that is this row of the operand and of the sums.
+
+    A warp holds rows r and r + 8 of each 16; a thread's columns lie together in memory.
+    """
+    WARPS: tl.constexpr = COLUMNS.warps
+    CODES: tl.constexpr = COLUMNS.codes
+    thread = row // 16 % WARPS * 8 + row % 8
+    code = row // (16 * WARPS) * 2 + row // 8 % 2
+    return thread * (COLUMNS.words * CODES) + code
+
+
+@triton.jit
+def _load_words(
+    words,
+    first,
+    begin_word,
+    words_n,
+    k,
+    rows_before,
+    COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Words of an iteration: int32 [4, 8, warps, steps, 2 J, W].
+
+    In a step of 8 J channels, thread [i, :, :] of four multiplies channels J i to
+    J i + J - 1 of each half: the order in which ``wgmma`` takes x from shared memory.
+
+    Args of note:
+        rows_before: of the planes before the one that is loaded.
+    """
+    WARPS: tl.constexpr = COLUMNS.warps
+    W: tl.constexpr = COLUMNS.words
+    J: tl.constexpr = 4 if COLUMNS.rounded else 2
+    STEPS: tl.constexpr = COLUMNS.channels // (8 * J)
+    ptr = words.ptr + rows_before * words.pitch
+    if COLUMNS.stages > 1:
+        # Rows as they lie in memory, for copies of 16 bytes.
+        channel = first + tl.arange(0, COLUMNS.channels)
+        column = begin_word + tl.arange(0, 8 * WARPS * W)
+        mask = (channel < k)[:, None] & (column < words_n)[None, :]
+        pointers = ptr + channel[:, None] * words.pitch + column[None, :]
+        loaded = tl.load(pointers, mask=mask, other=0)
+        loaded = tl.reshape(loaded, (STEPS, 2, 4, J, WARPS, 8, W))
+        loaded = tl.permute(loaded, (2, 5, 4, 0, 1, 3, 6))
+        return tl.reshape(loaded, (4, 8, WARPS, STEPS, 2 * J, W))
+    else:
+        quad = tl.arange(0, 4)[:, None, None, None, None, None]
+        lane = tl.arange(0, 8)[None, :, None, None, None, None]
+        warp = tl.arange(0, WARPS)[None, None, :, None, None, None]
+        step = tl.arange(0, STEPS)[None, None, None, :, None, None]
+        part = tl.arange(0, 2 * J)[None, None, None, None, :, None]
+        channel = first + step * (8 * J) + part // J * (4 * J) + quad * J + part % J
+        place = (warp * 8 + lane) * W
+        if W == 1 and tl.float32 != DTYPE:
+            place = hide_order(place)
+        column = begin_word + place + tl.arange(0, W)[None, None, None, None, None, :]
+        return tl.load(
+            ptr + channel * words.pitch + column,
+            mask=(channel < k) & (column < words_n),
+            other=0,
+            eviction_policy="evict_first",
+        )
+
+
+@triton.jit
+def _pairs(words, COLUMNS: tl.constexpr):
+    """[4, 8, warps, W, steps, 2, 2]: two channels in neighbouring registers."""
+    W: tl.constexpr = COLUMNS.words
+    STEPS: tl.constexpr = COLUMNS.channels // 16
+    pairs = tl.reshape(words, (4, 8, COLUMNS.warps, STEPS, 2, 2, W))
+    even, odd = tl.split(tl.permute(pairs, (0, 1, 2, 6, 3, 4, 5)))
+    return tl.join(even, odd)
+
+
+@triton.jit
+def _operand_of_bytes(words, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
+    """fp8 codes as numbers or, where x is rounded, as they are."""
+    WARPS: tl.constexpr = COLUMNS.warps
+    W: tl.constexpr = COLUMNS.words
+    if COLUMNS.rounded:
+        STEPS: tl.constexpr = COLUMNS.channels // 32
+        fours = tl.reshape(words, (4, 8, WARPS, STEPS, 2, 2, 2, W))
+        fours = tl.permute(fours, (0, 1, 2, 7, 3, 4, 5, 6))
+        even, odd = tl.split(fours)
+        c0, c2 = tl.split(even)
+        c1, c3 = tl.split(odd)
+        fours = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+        fours = tl.reshape(fours, (4, 8, WARPS, W, STEPS, 2, 4))
+        c0, c1, c2, c3 = turn_bytes(fours, DTYPE)
+    else:
+        c = unpack_fp8(_pairs(words, COLUMNS), DTYPE)
+        c0 = rescale_fp8(c[0], DTYPE)
+        c1 = rescale_fp8(c[1], DTYPE)
+        c2 = rescale_fp8(c[2], DTYPE)
+        c3 = rescale_fp8(c[3], DTYPE)
+    codes = tl.join(tl.join(c0, c1), tl.join(c2, c3))
+    codes = tl.permute(codes, (3, 8, 2, 7, 1, 4, 5, 0, 6))
+    return tl.reshape(codes, (8 * WARPS * W * 4, COLUMNS.channels))
+
+
+@triton.jit
+def _operand_of_nibbles(
+    words,
+    second,
+    scales,
+    group,
+    begin_n,
+    COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """int4 codes, or those of two planes, as numbers.
+
+    Args of note:
+        second: the second plane's words; unused for int4.
+    """
+    WARPS: tl.constexpr = COLUMNS.warps
+    W: tl.constexpr = COLUMNS.words
+    lane = tl.arange(0, 8)[None, :, None, None, None]
+    warp = tl.arange(0, WARPS)[None, None, :, None, None]
+    word = (warp * 8 + lane) * W + tl.arange(0, W)[None, None, None, :, None]
+    word = begin_n // 8 + word + tl.arange(0, 4)[:, None, None, None, None] * 0
+    column = word * 8 + tl.arange(0, 8)[None, None, None, None, :]
+    scale = tl.load(
+        scales.ptr + group * scales.n + column, mask=column < scales.n, other=0.0
+    )
+    scale = tl.reshape(scale.to(DTYPE), (4, 8, WARPS, W, 1, 1, 1, 2, 2, 2))
+    s = split_eight(scale)
+    if scales.zero_ptr is None:
+        zero = tl.full((1, 1, 1, 1, 1, 1, 1), int4_offset(DTYPE) + 8.0, dtype=DTYPE)
+        z = (zero, zero, zero, zero, zero, zero, zero, zero)
+    else:
+        count = scales.n // 8
+        packed = tl.load(
+            scales.zero_ptr + group * count + word, mask=word < count, other=0
+        )
+        z = int4_zeros(tl.reshape(packed, (4, 8, WARPS, W, 1, 1, 1)), DTYPE)
+    c = unpack_int4(_pairs(words, COLUMNS), DTYPE)
+    if COLUMNS.code == INT8_PLANES:
+        d = unpack_int4(_pairs(second, COLUMNS), DTYPE)
+        c = (
+            join_planes(c[0], z[0], d[0], DTYPE),
+            join_planes(c[1], z[1], d[1], DTYPE),
+            join_planes(c[2], z[2], d[2], DTYPE),
+            join_planes(c[3], z[3], d[3], DTYPE),
+            join_planes(c[4], z[4], d[4], DTYPE),
+            join_planes(c[5], z[5], d[5], DTYPE),
+            join_planes(c[6], z[6], d[6], DTYPE),
+            join_planes(c[7], z[7], d[7], DTYPE),
+        )
+        zero = tl.full((1, 1, 1, 1, 1, 1, 1), 0.0, dtype=DTYPE)
+        z = (zero, zero, zero, zero, zero, zero, zero, zero)
+    c0 = scale_codes(c[0], z[0], s[0], DTYPE)
+    c1 = scale_codes(c[1], z[1], s[1], DTYPE)
+    c2 = scale_codes(c[2], z[2], s[2], DTYPE)
+    c3 = scale_codes(c[3], z[3], s[3], DTYPE)
+    c4 = scale_codes(c[4], z[4], s[4], DTYPE)
+    c5 = scale_codes(c[5], z[5], s[5], DTYPE)
+    c6 = scale_codes(c[6], z[6], s[6], DTYPE)
+    c7 = scale_codes(c[7], z[7], s[7], DTYPE)
+    codes = tl.join(
+        tl.join(tl.join(c0, c1), tl.join(c2, c3)),
+        tl.join(tl.join(c4, c5), tl.join(c6, c7)),
+    )
+    codes = tl.permute(codes, (3, 9, 8, 2, 7, 1, 4, 5, 0, 6))
+    return tl.reshape(codes, (8 * WARPS * W * 8, COLUMNS.channels))

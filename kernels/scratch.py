@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""Device code: columns of int4 and fp8 weights as numbers in memory, for the library.
+
+A strip of columns at a time: scratch of a few dozen megabytes is read back from the L2
+cache, and overwritten there before it reaches memory.
+"""
+
+import triton
+import triton.language as tl
+
+from .codes import FP8
+from .halves import (
+    high_halves,
+    low_halves,
+    pairs_of_codes,
+    scale_pairs,
+    scale_plane_pairs,
+)
+from .weight_tiles import wide_tile
+
+
+@triton.jit
+def dequantise_kernel(
+    weight,
+    column_scale_ptr,
+    out_ptr,
+    begin,
+    end,
+    CODE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Columns [begin, end) of the weight, ``Codes``, in ``out``'s type."""
+    k = weight.k
+    begin_k = tl.program_id(0) * BLOCK_K
+    begin_n = begin + tl.program_id(1) * BLOCK_N
+    tile = wide_tile(weight, begin_k, begin_n, CODE, GROUP, BLOCK_N, BLOCK_K, None)
+    offs_k = begin_k + tl.arange(0, BLOCK_K)
+    offs_n = begin_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < end
+    if CODE == FP8:
+        scale = tl.load(column_scale_ptr + offs_n, mask=mask_n, other=0.0)
+        tile = tile.to(tl.float32) * scale[None, :]
+    place = offs_k.to(tl.int64)[:, None] * (end - begin) + (offs_n - begin)[None, :]
+    tl.store(
+        out_ptr + place,
+        tile.to(out_ptr.dtype.element_ty),
+        mask=(offs_k < k)[:, None] & mask_n[None, :],
+    )
+
+
+@triton.jit
+def dequantise_pairs_kernel(
+    weight,
+    second_ptr,
+    out_ptr,
+    begin_word,
+    words,
+    GROUP: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """``dequantise_kernel`` of int4 and planes in bfloat16, by operations on pairs.
+
+    Args of note:
+        weight: the ``Codes``; scales as int32, two a word.
+        second_ptr: words of the second plane, or None.
+        out_ptr: int32 [K, 4 words], two numbers an element.
+        begin_word: the first word of a row that is read.
+        words: of a row that are read.
+        BLOCK_K: divides GROUP, or GROUP is K.
+    """
+    n, k = weight.n, weight.k
+    begin_k = tl.program_id(0) * BLOCK_K
+    offs_k = begin_k + tl.arange(0, BLOCK_K)
+    inner = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    offs_w = begin_word + inner
+    mask_w = inner < words
+    mask = (offs_k < k)[:, None] & mask_w[None, :]
+    rows = offs_k.to(tl.int64)[:, None]
+    place = rows * weight.pitch + offs_w[None, :]
+    codes = tl.load(
+        weight.ptr + place, mask=mask, other=0, eviction_policy="evict_first"
+    )
+    group = begin_k // GROUP
+    quarters = offs_w[:, None] * 4 + tl.arange(0, 4)[None, :]
+    scale = tl.load(
+        weight.scale_ptr + group * (n // 2) + quarters, mask=mask_w[:, None], other=0
+    )
+    even, odd = tl.split(tl.reshape(scale, (1, BLOCK_W, 2, 2)))
+    s01, s45 = tl.split(even)
+    s23, s67 = tl.split(odd)
+    s0 = low_halves(s01, s45, BITS)
+    s1 = high_halves(s01, s45, BITS)
+    s2 = low_halves(s23, s67, BITS)
+    s3 = high_halves(s23, s67, BITS)
+    if weight.zero_ptr is None:
+        # Zero point 8.
+        z0 = tl.full((1, BLOCK_W), 0x43084308, dtype=tl.int32)
+        z1 = z0
+        z2 = z0
+        z3 = z0
+    else:
+        zeros = weight.zero_ptr + group * (n // 8) + offs_w
+        packed = tl.load(zeros, mask=mask_w, other=0)[None, :]
+        z0, z1, z2, z3 = pairs_of_codes(packed, BITS)
+    c0, c1, c2, c3 = pairs_of_codes(codes, BITS)
+    if second_ptr is None:
+        c0 = scale_pairs(c0, z0, s0, BITS)
+        c1 = scale_pairs(c1, z1, s1, BITS)
+        c2 = scale_pairs(c2, z2, s2, BITS)
+        c3 = scale_pairs(c3, z3, s3, BITS)
+    else:
+        second = tl.load(
+            second_ptr + place, mask=mask, other=0, eviction_policy="evict_first"
+        )
+        d0, d1, d2, d3 = pairs_of_codes(second, BITS)
+        c0 = scale_plane_pairs(c0, z0, d0, s0, BITS)
+        c1 = scale_plane_pairs(c1, z1, d1, s1, BITS)
+        c2 = scale_plane_pairs(c2, z2, d2, s2, BITS)
+        c3 = scale_plane_pairs(c3, z3, d3, s3, BITS)
+    # (0, 4), (1, 5), (2, 6), (3, 7) become (0, 1), (2, 3), (4, 5), (6, 7).
+    front = tl.join(low_halves(c0, c1, BITS), low_halves(c2, c3, BITS))
+    back = tl.join(high_halves(c0, c1, BITS), high_halves(c2, c3, BITS))
+    pairs = tl.permute(tl.join(front, back), (0, 1, 3, 2))
+    pairs = tl.reshape(pairs, (BLOCK_K, BLOCK_W * 4))
+    columns = tl.program_id(1) * BLOCK_W * 4 + tl.arange(0, BLOCK_W * 4)
+    tl.store(
+        out_ptr + rows * (words * 4) + columns[None, :],
+        pairs,
+        mask=(offs_k < k)[:, None] & (columns < words * 4)[None, :],
+    )
+
+
+@triton.jit
+def turn_kernel(
+    rows_ptr, turned_ptr, n, k, begin, end, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Columns [begin, end) of bytes [K, n] as rows [columns, K]."""
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_n = begin + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_k = offs_k < k
+    mask_n = offs_n < end
+    tile = tl.load(
+        rows_ptr + offs_k.to(tl.int64)[:, None] * n + offs_n[None, :],
+        mask=mask_k[:, None] & mask_n[None, :],
+        other=0,
+        eviction_policy="evict_first",
+    )
+    tl.store(
+        turned_ptr + (offs_n - begin).to(tl.int64)[:, None] * k + offs_k[None, :],
+        tl.trans(tile),
+        mask=mask_n[:, None] & mask_k[None, :],
+    )

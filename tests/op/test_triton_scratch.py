@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strips of int4 and fp8 weights as numbers in scratch, and products with them.
+
+Interpreted on a machine without CUDA; with CUDA the same tests run on the device.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from vllm_rsparse.kernels import scratch_linear
+from vllm_rsparse.kernels.scratch_linear import (
+    dequantise_into,
+    strip_columns,
+    strip_linear,
+)
+from vllm_rsparse.op.reference import dense_linear as reference
+from vllm_rsparse.testing.cases import make_case, relative_error
+from vllm_rsparse.testing.tolerances import tolerance
+
+from .weights import WEIGHTS, store
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_strip_is_the_weight_rounded_once(name, dtype):
+    case = make_case(1, 128, [200], [0], dtype, device=DEVICE, store=store(name))
+    weight = case.operands.weight
+    if name == "int8-planes":
+        assert scratch_linear._by_pairs(case.x.new_empty(128, 64), weight, 0, 64) == (
+            dtype == torch.bfloat16
+        )
+    strip = torch.full((128, 64), float("nan"), dtype=dtype, device=DEVICE)
+    dequantise_into(strip, weight, 72)
+    expected = weight.dequantise()[72:136].t()
+    if name == "fp8" and DEVICE == "cpu" and dtype == torch.bfloat16:
+        # The interpreter cuts off where a device rounds.
+        assert relative_error(strip, expected) < 2 * tolerance(dtype)
+        return
+    # float32 scales of AWQ and fp8-block aside, a code times a scale is rounded once.
+    torch.testing.assert_close(
+        strip.float(), expected.to(dtype).float(), rtol=8e-3, atol=0
+    )
+    assert relative_error(strip, expected) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["int4-asym-g32", "fp8", "int8-planes"])
+def test_products_strip_by_strip(name, bias, monkeypatch):
+    monkeypatch.setattr(scratch_linear, "_STRIP_COLUMNS", 8)
+    monkeypatch.setattr(scratch_linear, "_strip_bytes", lambda device: 128 * 4 * 88)
+    case = make_case(
+        70, 128, [200], [0], torch.float32, device=DEVICE, store=store(name)
+    )
+    assert strip_columns(128 * 4, case.x.device) == 88
+    added = case.bias if bias else None
+    out = strip_linear(case.x, case.operands.weight, added)
+    exact = reference(case.x, case.operands.weight, added)
+    assert relative_error(out, exact) < tolerance(torch.float32)
