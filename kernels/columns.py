@@ -43,6 +43,7 @@ class Columns(NamedTuple):
         group: channels that share scales; 0 for scales per column.
         rounded: x is fp8, and so is the product.
         pdl: programmatic dependent launch.
+        ahead: iterations whose words are asked for while the launch before ends.
     """
 
     code: int
@@ -55,6 +56,7 @@ class Columns(NamedTuple):
     group: int
     rounded: bool
     pdl: bool
+    ahead: int
 
 
 @triton.jit
@@ -106,6 +108,7 @@ def columns_kernel(
     x_ptr = x.ptr + offs_m.to(tl.int64)[:, None] * x.stride_m
     acc = tl.zeros([WIDTH, TOKENS], dtype=tl.float32)
     if COLUMNS.pdl:
+        _fetch_ahead(words, split, splits, begin_n // CODES, words_n, x.k, COLUMNS)
         gdc_wait()
     for first in tl.range(
         split * CHANNELS, x.k, splits * CHANNELS, num_stages=COLUMNS.stages
@@ -172,6 +175,28 @@ def _column_of_row(row, COLUMNS: tl.constexpr):
     thread = row // 16 % WARPS * 8 + row % 8
     code = row // (16 * WARPS) * 2 + row // 8 % 2
     return thread * (COLUMNS.words * CODES) + code
+
+
+@triton.jit
+def _fetch_ahead(words, split, splits, begin_word, words_n, k, COLUMNS: tl.constexpr):
+    """Bring the first words into L2, which no launch before this one has written."""
+    CHANNELS: tl.constexpr = COLUMNS.channels
+    AHEAD: tl.constexpr = COLUMNS.ahead
+    # 32 words are a line of the cache.
+    LINES: tl.constexpr = COLUMNS.warps * COLUMNS.words // 4
+    column = begin_word + 32 * tl.arange(0, LINES)
+    for index in tl.static_range(AHEAD):
+        channel = (split + index * splits) * CHANNELS + tl.arange(0, CHANNELS)
+        live = (channel < k)[:, None] & (column < words_n)[None, :]
+        place = tl.where(live, channel[:, None] * words.pitch + column[None, :], 0)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [(words.ptr + place).to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

@@ -23,6 +23,8 @@ from .tiles import Constants
 
 # Warps that ``wgmma`` takes its first operand from.
 WARPGROUP = 4
+# Iterations whose words are asked for while the launch before this one ends.
+AHEAD = 2
 # Of a program. More tokens of rounded x take fewer registers than of x as it is.
 _FEWEST_TOKENS, _MOST_TOKENS, _MOST_ROUNDED = 16, 64, 128
 
@@ -86,6 +88,7 @@ def columns_linear(
         group=group,
         rounded=rounded,
         pdl=has_dependent_launch(x.device),
+        ahead=AHEAD,
     )
     scales = column_scales(weight)
     partial = None

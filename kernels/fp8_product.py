@@ -12,8 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from vllm_rsparse.formats.base import StoredWeight
+
+from .rsparse_linear import has_dependent_launch
 
 # The library's kernels need both dimensions to be multiples of this.
 ALIGNMENT = 16
@@ -74,6 +77,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
             x.stride(0),
             LARGEST=_LARGEST,
             BLOCK_K=triton.next_power_of_2(max(1, k)),
+            PDL=has_dependent_launch(x.device),
             num_warps=8,
         )
     return rounded, scales
@@ -109,8 +113,12 @@ def _round_kernel(
     stride_m,
     LARGEST: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        # The product may start; it waits for what is written here.
+        gdc_launch_dependents()
     offs_k = tl.arange(0, BLOCK_K)
     mask = offs_k < k
     x = tl.load(x_ptr + row * stride_m + offs_k, mask=mask, other=0.0).to(tl.float32)
