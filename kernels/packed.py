@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .codes import INT4, natural_order
+from .codes import natural_order
 from .group_list import list_groups
-from .packed_groups import fetch_groups
+from .packed_integers import load_scales
 from .packed_steps import sum_steps
 from .packing import STEP, UNIT_ROWS, Bounds, GroupLists, Words
 from .sums import count_tiles, store_factor_tile
@@ -73,6 +73,7 @@ def packed_kernel(
     COLUMNS: tl.constexpr = PACKING.columns
     WORDS: tl.constexpr = PACKING.words
     GROUPED: tl.constexpr = PACKING.grouped
+    INTEGER: tl.constexpr = PACKING.integer
     KEPT_SLOTS: tl.constexpr = 1 if GROUPED else 4 if PACKING.spread else PACKING.tokens
     shard, begin_n, end_n = locate_tile(tile - factor_tiles, 0, shard_sizes, COLUMNS)
     # Columns of a thread, of a word and of a warp.
@@ -82,21 +83,28 @@ def packed_kernel(
         begin_n = tl.multiple_of(begin_n, WIDTH)
         begin_word = tl.multiple_of(begin_word, WORDS)
     mine = Bounds(group_m * TOKENS, tokens)
+    early = ()
     if PACKING.sparse:
         LENGTH: tl.constexpr = PACKING.length
         UNIT: tl.constexpr = UNIT_ROWS if GROUPED else STEP
-        if GROUPED and PACKING.code == INT4:
-            fetch_groups(scales, Bounds(begin_n, end_n), split, x.k, PACKING)
+        if INTEGER:
+            early = load_scales(
+                scales, Bounds(begin_n, end_n), split, x.k, True, PACKING
+            )
         program = (group_m * split.count + split.index).to(tl.int64)
         program = program * tl.num_programs(1) + tile
         second_ptr = lists.second_ptr
         if second_ptr is not None:
             second_ptr += program * (LENGTH // STEP * TOKENS)
+        block_ptr = lists.block_ptr
+        if block_ptr is not None:
+            block_ptr += program * (3 * PACKING.blocks)
         lists = GroupLists(
             lists.row_ptr + program * LENGTH,
             lists.value_ptr + program * (LENGTH * TOKENS),
             lists.head_ptr + program * (LENGTH // UNIT),
             second_ptr,
+            block_ptr,
         )
         steps = list_groups(
             x,
@@ -106,6 +114,7 @@ def packed_kernel(
             mine,
             split,
             PACKING,
+            DTYPE,
         )
     else:
         SPAN: tl.constexpr = PACKING.span
@@ -123,6 +132,7 @@ def packed_kernel(
         Bounds(begin_n, end_n),
         mine,
         split,
+        early,
         PACKING,
         DTYPE,
     )

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight
 
-from .codes import FP8, INT4
+from .codes import FP8, FP8_BLOCK, INT4
+from .fixed_point import DIGITS
 from .launch_config import MOST_LISTED, LaunchConfig
 from .packed import packed_kernel
 from .packed_scales import SCALE_BLOCK
@@ -21,7 +22,7 @@ from .rsparse_linear import (
     rows_at_once,
     tiles_of,
 )
-from .stored_rows import codes_per_word, column_scales, rows_of
+from .stored_rows import codes_per_word, column_scales, is_four_bit, rows_of
 from .tiles import Matrix, Tiling
 
 # Ranks of V that a program sums.
@@ -62,9 +63,13 @@ def packed_linear(
     planes = weight.format.planes
     if sparse:
         split_k = max(split_k, triton.cdiv(planes * k, MOST_LISTED))
-    grouped = sparse and tokens == 1 and weight.format.code != FP8.value
+    integer = sparse and tokens == 1 and is_four_bit(weight) and x.itemsize == 2
+    grouped = integer or (
+        sparse and tokens == 1 and weight.format.code == FP8_BLOCK.value
+    )
     if grouped:
-        split_k = max(split_k, triton.cdiv(blocks, SLOTS.value))
+        slots = SLOTS.value // (DIGITS.value if integer else 1)
+        split_k = max(split_k, triton.cdiv(blocks, slots))
     pdl = has_dependent_launch(x.device)
     # Columns of a thread.
     width = config.block_n // config.num_warps // 8
@@ -77,6 +82,7 @@ def packed_linear(
         tokens=block_m,
         spread=block_m <= 4 and not grouped,
         grouped=grouped,
+        integer=integer,
         warps=config.num_warps,
         columns=config.block_n,
         words=width // codes_per_word(weight),
@@ -115,7 +121,7 @@ def packed_linear(
     partial = torch.empty(
         split_k, tokens, rank_columns + n, dtype=torch.float32, device=x.device
     )
-    lists = GroupLists(None, None, None, None)
+    lists = GroupLists(None, None, None, None, None)
     if sparse:
         programs = tiles * split_k * groups_m
         lists = _workspace(programs * packing.length, x, packing, weight)
@@ -159,13 +165,21 @@ def _workspace(
     steps = rows // STEP.value
     units = rows // UNIT_ROWS.value if packing.grouped else steps
     second = None
-    if weight.format.planes > 1 and weight.zeros is not None:
+    blocks = None
+    if packing.integer:
+        blocks = x.new_empty(
+            rows // packing.length * 3 * packing.blocks, dtype=torch.float32
+        )
+    elif weight.format.planes > 1 and weight.zeros is not None:
         second = x.new_empty(steps * packing.tokens, dtype=torch.float32)
     return GroupLists(
         x.new_empty(rows, dtype=torch.int32),
-        x.new_empty(rows * packing.tokens),
+        x.new_empty(
+            rows * packing.tokens, dtype=torch.int16 if packing.integer else x.dtype
+        ),
         x.new_empty(units, dtype=torch.int32),
         second,
+        blocks,
     )
 
 

@@ -24,7 +24,7 @@ def multiply_step(words, x, acc, PACKING: tl.constexpr, DTYPE: tl.constexpr):
     """Add the products of 16 channels: their words by their x."""
     CODE: tl.constexpr = PACKING.code
     WORDS: tl.constexpr = PACKING.words
-    second = tl.permute(x, (2, 0, 4, 3, 1))
+    second = tl.permute(x, (2, 0, 4, 5, 3, 1))
     second = tl.reshape(second, (acc.shape[0], STEP, acc.shape[2]))
     if CODE != INT4:
         second = scale_fp8_input(second, DTYPE)

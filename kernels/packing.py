@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import triton.language as tl
 
-# Channels of one step: what one instruction of the matrix units multiplies.
+# Channels of one step: what one instruction of the matrix units multiplies, in half
+# precision and in integers.
 STEP = tl.constexpr(16)
-# Channels of a step that one thread holds.
+INTEGER_STEP = tl.constexpr(32)
+# Neighbouring rows of a step that one thread holds.
 UNIT_ROWS = tl.constexpr(4)
 # Columns of the second operand of the matrix units.
 SLOTS = tl.constexpr(8)
@@ -38,6 +40,7 @@ class GroupLists(NamedTuple):
     value_ptr: Any
     head_ptr: Any
     second_ptr: Any
+    block_ptr: Any
 
 
 class Bounds(NamedTuple):
@@ -61,12 +64,14 @@ class Places(NamedTuple):
     """Where a thread reads in a step, with masks.
 
     Attributes:
-        channel: int32 [4, 8, warps, 4], rows from the first of a step.
-        unit: int32 [4, 8, warps, 1, 1], which of a step's units the thread reads.
-        slot: int32 [1, 8, 1, slots / 8, 1], the slots of a thread.
+        channel: int32 [4, 8, warps, H, 4], rows from the first of a step; a thread has
+            H units of four, 1 or, integer, 2.
+        unit: int32 [4, 8, warps, H, 1], which of a step's units they are.
+        slot: int32 [1, 8, 1, slots / 8, 1, 1], the slots of a thread; integer, the
+            blocks of the slots.
         column: int32 [4, 8, warps, W], words from the tile's first column.
         column_mask: of these.
-        x_offset: int32 [4, 8, warps, slots / 8, 4], from the x of a step.
+        x_offset: int32 [4, 8, warps, slots / 8, H, 4], from the x of a step.
         x_inner: the channel of these in the step.
         live: whether the slot has a token.
     """
@@ -111,10 +116,12 @@ class Packing(NamedTuple):
         warps: of a program, which divide its columns.
         grouped: of one token, each of the eight slots takes another block of channels,
             so that blocks are scaled together at the end; at most eight blocks.
+        integer: grouped, and x is fixed-point of two digits (``fixed_point.py``), each
+            of which takes a slot; at most four blocks.
         columns: of a tile, of all warps.
         words: words of a row that a thread loads at once, 1, 2 or 4; eight threads
             of a warp share a row.
-        half: steps of 16 channels whose words are loaded together, 1 or 2.
+        half: steps whose words are loaded together, 1 or 2.
         halves: 2 where the words of the next half are on the way while one is
             multiplied, otherwise 1.
         group: channels that share a row of scales, 0 for scales per column, which
@@ -134,6 +141,7 @@ class Packing(NamedTuple):
     tokens: int
     spread: bool
     grouped: bool
+    integer: bool
     warps: int
     columns: int
     words: int

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.stored_rows import codes_per_word
 from vllm_rsparse.op.reference import rsparse_linear as reference
@@ -19,13 +20,20 @@ from vllm_rsparse.testing.tolerances import tolerance
 from .weights import store
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Operands in half precision on a device; the interpreter multiplies in float32.
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-SCALED = ["int4-g64", "int4-asym-g32", "fp8-block", "int8-planes"]
+FOUR_BIT = ["int4-g64", "int4-asym-g32", "int8-planes"]
+SCALED = [*FOUR_BIT, "fp8-block"]
+# Triton's interpreter truncates to bfloat16.
+ROUNDINGS = 1 if DEVICE == "cuda" else 2
+SINGLE = LaunchConfig(128, 64, 1, 2, 2, False, packed=True)
 
 
-def case_of(name: str, *args, **options) -> Case:
-    return make_case(1, *args, dtype=DTYPE, device=DEVICE, store=store(name), **options)
+def case_of(name: str, *args, dtype: torch.dtype | None = None, **options) -> Case:
+    # Four-bit codes meet x in integers where x is in half precision. Of fp8-block, the
+    # interpreter multiplies in float32.
+    if dtype is None:
+        exact = DEVICE == "cpu" and name == "fp8-block"
+        dtype = torch.float32 if exact else torch.bfloat16
+    return make_case(1, *args, dtype=dtype, device=DEVICE, store=store(name), **options)
 
 
 def run(
@@ -43,7 +51,7 @@ def check_shards(out: torch.Tensor, case: Case) -> None:
     sizes = list(case.operands.shard_sizes)
     pairs = zip(out.split(sizes, 1), case.exact().split(sizes, 1), strict=True)
     for got, expected in pairs:
-        assert relative_error(got, expected) < tolerance(case.x.dtype)
+        assert relative_error(got, expected) < tolerance(case.x.dtype, ROUNDINGS)
 
 
 @pytest.mark.parametrize("weight", SCALED)
@@ -85,9 +93,67 @@ def test_what_is_dropped_leaves_no_trace(weight):
     expected = reference(case.x.float(), case.operands, None)
     case.x[0, 3] = float("inf")
     out = run(case, 2, 2, 64, 1, 2)
-    assert relative_error(out, expected) < tolerance(case.x.dtype)
+    assert relative_error(out, expected) < tolerance(case.x.dtype, ROUNDINGS)
     case.x[0, 200] = float("nan")
     assert run(case, 2, 2, 64, 1, 2).isnan().all()
+
+
+@pytest.mark.parametrize("weight", FOUR_BIT)
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float16, scale) for scale in (0.0, 1e-7, 1.0, 5e3)]
+    + [(torch.bfloat16, scale) for scale in (0.0, 1e-38, 1.0, 1e30)],
+)
+def test_x_of_any_size(weight, dtype, scale):
+    case = case_of(weight, 256, [128], [0], dtype=dtype, constants=False)
+    case.operands.thresholds.fill_(-1.0)
+    case.x.mul_(scale)
+    out = rsparse_linear(*case.args(), SINGLE).float()
+    exact = reference(case.x.float(), case.operands, None)
+    # Half of the smallest float16 for results that are not normal numbers.
+    smallest = 2.0**-24 if dtype == torch.float16 else 0.0
+    bound = tolerance(dtype, ROUNDINGS) * exact.norm() + smallest * exact.numel() ** 0.5
+    assert (out - exact).norm() <= bound
+
+
+@pytest.mark.parametrize("weight", FOUR_BIT)
+def test_one_large_x_costs_the_others_little(weight):
+    # A "massive activation": the others of its block are counted in its units.
+    case = case_of(weight, 256, [128], [0], constants=False)
+    case.operands.thresholds.fill_(-1.0)
+    case.x[0, 5] = 1000 * case.x.abs().max()
+    with_it = rsparse_linear(*case.args(), SINGLE).float()
+    exact = reference(case.x.float(), case.operands, None)
+    assert relative_error(with_it, exact) < tolerance(case.x.dtype, ROUNDINGS)
+    # Where the weights of the large one are zero, the others show what they lost: each
+    # x up to half a unit, in planes once more times half the codes of the second.
+    silence(case.operands.weight, 5)
+    out = rsparse_linear(*case.args(), SINGLE).float()
+    exact = reference(case.x.float(), case.operands, None)
+    block = case.operands.weight.group
+    reach = case.operands.weight.dequantise()[:, :block].abs().sum(1)
+    if weight == "int8-planes":
+        reach += 8 * block * case.operands.weight.scales[0].float()
+    half_unit = 2.0**-14 * case.x[0, 5].abs().float()
+    bound = half_unit * reach + torch.finfo(case.x.dtype).eps * exact.abs()
+    assert ((out - exact).abs() <= bound).all()
+
+
+def silence(weight: StoredWeight, channel: int) -> None:
+    """Make a channel's weights zero, by the codes of its zero points."""
+    middle = torch.tensor(-0x77777778, dtype=torch.int32)
+    planes = weight.data.view(-1, weight.k, weight.n // 8)
+    zeros = weight.zeros
+    planes[0, channel] = middle if zeros is None else zeros[channel // weight.group]
+    planes[1:, channel] = middle
+
+
+@pytest.mark.parametrize("weight", FOUR_BIT)
+@pytest.mark.parametrize("found", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_shows(weight, found):
+    case = case_of(weight, 256, [128], [0])
+    case.x[0, 200] = found
+    assert not rsparse_linear(*case.args(), SINGLE).isfinite().any()
 
 
 @pytest.mark.parametrize("weight", SCALED)

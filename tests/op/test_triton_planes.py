@@ -20,6 +20,7 @@ from vllm_rsparse.kernels.codes import INT4
 from vllm_rsparse.kernels.group_list import list_groups
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.packing import Bounds, GroupLists, Packing
+from vllm_rsparse.kernels.rsparse_linear import dot_dtype
 from vllm_rsparse.kernels.tiles import Input, Split
 from vllm_rsparse.op.reference import dense_linear as dense_reference
 from vllm_rsparse.op.triton_backend import dense_linear, rsparse_linear
@@ -174,7 +175,15 @@ def test_dense(tokens, block_k, dtype, symmetric):
 
 
 @triton.jit
-def _list_kernel(x, threshold_ptr, lists, steps_ptr, tokens, PACKING: tl.constexpr):
+def _list_kernel(
+    x,
+    threshold_ptr,
+    lists,
+    steps_ptr,
+    tokens,
+    PACKING: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     steps = list_groups(
         x,
         threshold_ptr,
@@ -183,6 +192,7 @@ def _list_kernel(x, threshold_ptr, lists, steps_ptr, tokens, PACKING: tl.constex
         Bounds(tl.program_id(1) * PACKING.tokens, tokens),
         Split(tl.program_id(0), tl.num_programs(0)),
         PACKING,
+        DTYPE,
     )
     tl.store(steps_ptr, steps)
 
@@ -204,7 +214,8 @@ def test_lists(tokens):
     heads = torch.full((length // 16,), -1, dtype=torch.int32)
     second = torch.full((length // 16, slots), 9.0)
     steps = torch.zeros(1, dtype=torch.int32)
-    lists = GroupLists(*(one.to(DEVICE) for one in (rows, values, heads, second)))
+    made = (one.to(DEVICE) for one in (rows, values, heads, second))
+    lists = GroupLists(*made, None)
     steps = steps.to(DEVICE)
     packing = Packing(
         code=INT4.value,
@@ -215,6 +226,7 @@ def test_lists(tokens):
         columns=64,
         words=1,
         grouped=False,
+        integer=False,
         warps=1,
         half=1,
         halves=1,
@@ -227,10 +239,10 @@ def test_lists(tokens):
         even_k=True,
         pdl=False,
     )
-    _list_kernel[(1,)](
-        Input(x.to(DEVICE), k, k), thresholds.to(DEVICE), lists, steps, tokens, packing
-    )
-    rows, values, heads, second = (one.cpu() for one in lists)
+    source = Input(x.to(DEVICE), k, k)
+    args = (source, thresholds.to(DEVICE), lists, steps, tokens, packing)
+    _list_kernel[(1,)](*args, dot_dtype(x.dtype))
+    rows, values, heads, second = (one.cpu() for one in lists[:4])
 
     wanted = x.float().abs() > thresholds[:, None]
     read = wanted.any(1)
@@ -259,3 +271,74 @@ def test_lists(tokens):
     # A block without rows has no steps.
     assert rows[step * 16 :].eq(-1).all()
     assert heads[step:].eq(-1).all()
+
+
+@pytest.mark.parametrize("warps", [1, 4])
+def test_lists_in_integers(warps):
+    """Units of four rows; each block's x in units of its own, as two digits."""
+    span, blocks, k = 64, 2, 100
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, k, generator=generator).bfloat16()
+    x[0, 70] = 1000
+    thresholds = torch.rand(2, k, generator=generator)
+    thresholds[:, 70] = -1.0
+    length = blocks * 2 * span
+    rows = torch.full((length,), -1, dtype=torch.int32)
+    values = torch.full((length,), 9, dtype=torch.int16)
+    heads = torch.full((length // 4,), -1, dtype=torch.int32)
+    sums = torch.full((3, blocks), float("nan"))
+    steps = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    rows, values, heads, sums = (one.to(DEVICE) for one in (rows, values, heads, sums))
+    lists = GroupLists(rows, values, heads, None, sums)
+    packing = Packing(
+        code=INT4.value,
+        planes=2,
+        sparse=True,
+        tokens=1,
+        spread=False,
+        grouped=True,
+        integer=True,
+        warps=warps,
+        columns=64 * warps,
+        words=1,
+        half=1,
+        halves=2,
+        group=span,
+        span=span,
+        blocks=blocks,
+        length=length,
+        aligned=True,
+        even_n=True,
+        even_k=False,
+        pdl=False,
+    )
+    source = Input(x.to(DEVICE), k, k)
+    args = (source, thresholds.to(DEVICE), lists, steps, 1, packing)
+    _list_kernel[(1,)](*args, dot_dtype(x.dtype), num_warps=warps)
+
+    wanted = x.float().abs() > thresholds
+    begin = 0
+    for block in range(blocks):
+        channels = torch.arange(block * span, min(k, (block + 1) * span))
+        here = [channels[wanted[plane, channels]] for plane in range(2)]
+        largest = x[0, torch.cat(here)].float().abs().max()
+        unit = 2.0 ** (largest.log2().floor() - 13)
+        assert sums[0, block] == unit
+        expected = [torch.round(x[0, here[0]] / unit), x[0, here[1]] / unit / 16]
+        expected[1] = torch.round(expected[1].float())
+        assert sums[1:, block].tolist() == [one.float().sum() for one in expected]
+        count = sum(map(len, here))
+        end = begin + -(-count // 4) * 4
+        listed = torch.cat([here[0], k + here[1]])
+        assert rows[begin : begin + count].tolist() == listed.tolist()
+        low = values[begin:end].to(torch.int8).int()
+        high = values[begin:end].int() >> 8
+        numbers = (256 * high + low)[:count]
+        assert numbers.tolist() == torch.cat(expected).int().tolist()
+        assert not values[begin + count : end].any()
+        assert heads[begin // 4 : end // 4].eq(block).all()
+        begin = end
+    # The last step is completed with rows of weight zero.
+    assert steps.item() == -(-begin // 32)
+    assert not values[begin : steps.item() * 32].any()
+    assert rows[: steps.item() * 32].ge(0).all()

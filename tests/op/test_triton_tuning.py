@@ -251,11 +251,20 @@ def test_shipped_tables_are_valid(path: Path) -> None:
 def test_warps_of_one_token_are_resident_all_at_once() -> None:
     small = sparse_default(6144, 4096, "int4", 1, 132)
     assert small.split_k * small.block_k == 4096  # one block of channels a program
-    large = sparse_default(28672, 4096, "int4", 1, 132)
-    launched = 28672 // large.block_n * large.split_k * large.num_warps
-    # Registers allow 12 warps a multiprocessor with four steps in flight.
-    assert large.num_stages == 4
-    assert 6 * 132 < launched <= 12 * 132
+    # Registers allow 16 warps a multiprocessor. More only where a program would have
+    # more than four blocks.
+    for n, k, kind in (
+        (28672, 4096, "int4"),
+        (28672, 4096, "int8-planes"),
+        (4096, 14336, "int8-planes"),
+        (5120, 8192, "int8-planes"),
+        (5120, 25600, "int4"),
+    ):
+        large = sparse_default(n, k, kind, 1, 132)
+        launched = n // large.block_n * large.split_k * large.num_warps
+        assert 6 * 132 < launched <= 16 * 132
+    wide = sparse_default(51200, 5120, "int4", 1, 132)
+    assert wide.split_k * 4 * wide.block_k == 5120
 
 
 @pytest.mark.parametrize("tokens", [1, 2])

@@ -18,6 +18,8 @@ _PACKED_COLUMNS = {
     "fp8-block": 128,
 }
 _FOUR_BIT = ("int4", "int8-planes")
+# Columns of a warp, with one token and blocks that are scaled.
+_ONE_TOKEN_COLUMNS = 128
 # Up to this many elements the packed kernel takes blocks of 64 channels, not 128.
 _SMALL_ELEMENTS = 40 * 10**6
 # Tokens up to which the packed kernel reads a whole weight fastest, by kind; up to
@@ -88,13 +90,9 @@ def fp8_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig:
 
 
 def one_token_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
-    """A packed configuration for one token, from what won on the H200.
+    """A packed configuration for one token of scaled blocks.
 
-    All warps of a launch should be resident: 16 to a multiprocessor with one or two
-    steps in flight, 12 with four. 28672 x 4096 in int4, 75% kept, takes 22.0 us with
-    896 warps of four steps, 24.6 with 1,792; of one step, 3,584 warps take 22.2. Layers
-    of few columns take one block of channels a program: 4096 x 14336 takes 13.2 us, and
-    14.6 with two.
+    Layers of few columns take fewer warps a program, so that there are more programs.
 
     Args:
         n: output features of the (fused) layer on this rank.
@@ -102,30 +100,32 @@ def one_token_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig
         kind: of the weight, packable and not fp8 with scales per channel.
         processors: multiprocessors of the device.
     """
-    block_k = SCALED_CHANNELS
-    blocks = -(-k // block_k)
-    few = 220 * processors // PROCESSORS
-    # Columns of a warp: 16 bytes a thread of eight, or half of that.
-    columns = 128
-    if kind in _FOUR_BIT and n * k >= _SMALL_ELEMENTS:
-        columns = _PACKED_COLUMNS[kind]
-    warps = 4
-    while warps > 1 and -(-n // (warps * columns)) * blocks < few:
+    blocks = -(-k // SCALED_CHANNELS)
+    programs = 220 * processors // PROCESSORS
+    four_bit = kind in _FOUR_BIT
+    # The loop of two planes with four warps takes 134 registers, with eight 128: 12 and
+    # 16 warps of a multiprocessor.
+    many = kind == "int8-planes" and n * k >= _LISTED_ELEMENTS
+    warps = 8 if many else 4
+    while warps > 1 and -(-n // (warps * _ONE_TOKEN_COLUMNS)) * blocks < programs:
         warps //= 2
-    block_n = warps * columns
+    block_n = warps * _ONE_TOKEN_COLUMNS
     tiles = -(-n // block_n)
-    split_k = blocks
-    if kind == "fp8-block":
-        split_k, stages = _even_splits(tiles, blocks, 2 * few), 2
-    elif n * k >= _LISTED_ELEMENTS:
-        split_k, stages = _even_splits(tiles, blocks, few), 4
-        if kind == "int8-planes":
-            block_k, stages = block_k // 2, 2
-    elif columns == _PACKED_COLUMNS[kind]:
-        stages = 1
+    if four_bit:
+        # All warps of a launch should be resident, and enough of them: 4096 x 14336 in
+        # int4 takes 9.6 us with 896 warps and 10.4 with 1,792 (50% kept), in planes
+        # 14.5 and 15.9 with 1,792 and 896 (4.16 bits).
+        enough = (1500 if kind == "int8-planes" else 880) * processors // PROCESSORS
+        fewest = -(-blocks // 4)
+        split_k = _even_splits(tiles * warps, blocks, enough, fewest)
+        if tiles * warps * split_k > 16 * processors:
+            # Fewer than would be enough, but all resident, if there is such a number.
+            resident = 16 * processors // (tiles * warps)
+            below = range(resident, fewest - 1, -1)
+            split_k = next((s for s in below if blocks % s == 0), split_k)
     else:
-        stages = 2 if kind == "int8-planes" else 4
-    return LaunchConfig(block_n, block_k, split_k, warps, stages, False, packed=True)
+        split_k = _even_splits(tiles, blocks, 2 * programs)
+    return LaunchConfig(block_n, SCALED_CHANNELS, split_k, warps, 2, False, packed=True)
 
 
 def packed_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
@@ -300,9 +300,9 @@ def _splits(n: int, k: int, block_n: int, block_k: int, most: int) -> int:
     return min(max(1, k // block_k), max(1, most // -(-n // block_n)))
 
 
-def _even_splits(tiles: int, blocks: int, enough: int) -> int:
+def _even_splits(tiles: int, blocks: int, enough: int, fewest: int = 1) -> int:
     """Fewest splits with enough programs that all take as many blocks of channels."""
-    for split_k in range(1, blocks):
+    for split_k in range(fewest, blocks):
         if blocks % split_k == 0 and tiles * split_k >= enough:
             return split_k
     return max(1, blocks)
