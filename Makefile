@@ -25,10 +25,10 @@ demo: venv ## Prepare a small chat model, serve it, ask it, time larger shapes (
 # `pytest` and not `python -m pytest`, which would put the repository root, and with it
 # the source folder `kernels/`, on sys.path.
 # With one thread each: two programs of two threads on two cores wait for one another's
-# threads, and take ten times as long. tests/conftest.py makes the groups, and their order.
+# threads, and take ten times as long. tests/processes.py has what stays together.
 test: venv ## Run all tests in two processes (PYTEST_ARGS="-k artifact" for some)
 	@OMP_NUM_THREADS=1 $(bin)/pytest --numprocesses $(TEST_PROCESSES) \
-		--dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+		--dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 serve-test: venv ## Run only the tests that start `vllm serve`
 	@$(bin)/pytest -m serve $(PYTEST_ARGS)

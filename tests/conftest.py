@@ -17,6 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from vllm_rsparse.artifact.tensors import JSON_NAME, TENSORS_NAME
 
+from .processes import (  # noqa: F401
+    pytest_collection_modifyitems,
+    pytest_xdist_make_scheduler,
+)
+
 # Without a GPU the kernels run in Triton's interpreter. Triton reads this when it is
 # first imported, and vLLM imports it: it must be set before any test module is.
 if not torch.cuda.is_available():
@@ -27,25 +32,6 @@ if not torch.cuda.is_available():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(
-    config: pytest.Config, items: list[pytest.Item]
-) -> None:
-    """Which tests stay together where processes share the tests (``make test``).
-
-    A file's tests share its fixtures. Those that start vLLM are one group: an engine
-    needs free ports, which another that starts meanwhile could take, and one prepared
-    model and one import of vLLM serve them all. It takes the longest and goes first.
-    """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    items.sort(key=lambda item: item.get_closest_marker("serve") is None)
-    for item in items:
-        serve = item.get_closest_marker("serve") is not None
-        group = "serve" if serve else item.path.relative_to(ROOT / "tests").as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)
