@@ -133,25 +133,3 @@ def dequantise_pairs_kernel(
         pairs,
         mask=(offs_k < k)[:, None] & (columns < words * 4)[None, :],
     )
-
-
-@triton.jit
-def turn_kernel(
-    rows_ptr, turned_ptr, n, k, begin, end, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Columns [begin, end) of bytes [K, n] as rows [columns, K]."""
-    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_n = begin + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_k = offs_k < k
-    mask_n = offs_n < end
-    tile = tl.load(
-        rows_ptr + offs_k.to(tl.int64)[:, None] * n + offs_n[None, :],
-        mask=mask_k[:, None] & mask_n[None, :],
-        other=0,
-        eviction_policy="evict_first",
-    )
-    tl.store(
-        turned_ptr + (offs_n - begin).to(tl.int64)[:, None] * k + offs_k[None, :],
-        tl.trans(tile),
-        mask=mask_n[:, None] & mask_k[None, :],
-    )

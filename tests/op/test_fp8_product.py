@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.fp8 import channel_scales, quantise_fp8
-from vllm_rsparse.kernels.fp8_product import round_rows, turned_rows
+from vllm_rsparse.kernels import fp8_product
+from vllm_rsparse.kernels.fp8_product import round_and_turn, round_rows
 from vllm_rsparse.op import reference, triton_backend
 from vllm_rsparse.op.launch_defaults import DENSE_TOKENS, ROUNDED_TOKENS
 from vllm_rsparse.testing.cases import relative_error
@@ -36,12 +37,18 @@ def rounded_by_torch(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scales).to(torch.float8_e4m3fn), scales
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 5])
 @pytest.mark.parametrize("shape", [(16, 16), (130, 67), (40, 256)], ids=str)
-def test_turned_rows(shape):
+def test_a_launch_rounds_the_input_and_turns_the_weight(shape, tokens, monkeypatch):
+    monkeypatch.setattr(fp8_product, "_PART_K", 64)
     weight = weight_of(*shape)
-    turned = turned_rows(weight)
+    x = inputs(tokens, 2 * shape[1], torch.float32)[:, : shape[1]]
+    rounded, scales, turned = round_and_turn(x, weight)
     assert turned.is_contiguous()
     assert torch.equal(turned.view(torch.uint8), weight.data.view(torch.uint8))
+    alone, expected = round_rows(x)
+    assert torch.equal(scales, expected)
+    assert torch.equal(rounded.view(torch.uint8), alone.view(torch.uint8))
 
 
 @pytest.mark.parametrize("k", [8, 48, 67])
