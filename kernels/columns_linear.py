@@ -23,8 +23,10 @@ from .tiles import Constants
 
 # Warps that ``wgmma`` takes its first operand from.
 WARPGROUP = 4
-# Iterations whose words are asked for while the launch before this one ends.
-AHEAD = 2
+# Iterations whose words are asked for while the launch before this one ends: on the
+# H200, the four linears of Llama-3-8B with x rounded, 64 tokens, take 94.7, 93.6, 95.8
+# and 99.2 us with none, one, two and three.
+AHEAD = 1
 # Of a program. More tokens of rounded x take fewer registers than of x as it is.
 _FEWEST_TOKENS, _MOST_TOKENS, _MOST_ROUNDED = 16, 64, 128
 

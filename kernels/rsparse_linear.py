@@ -162,7 +162,9 @@ def finish(
     factors = Matrix(None, 0, 0)
     if u is not None and columns > n:
         factors = Matrix(u, u.stride(1), u.stride(0))
-    finish_kernel[(tiles_of(shard_sizes, FINISH_BLOCK_N), tokens)](
+    # 4096 x 14336 in fp8, two tokens, 99 splits: 18.0 instead of 19.5 us (H200).
+    block_n = FINISH_BLOCK_N if splits <= 64 else FINISH_BLOCK_N // 2
+    finish_kernel[(tiles_of(shard_sizes, block_n), tokens)](
         partial,
         factors,
         Constants(scales, correction, bias),
@@ -174,7 +176,7 @@ def finish(
         tuple(shard_sizes),
         tuple(ranks),
         SPLITS_BLOCK=triton.next_power_of_2(splits),
-        BLOCK_N=FINISH_BLOCK_N,
+        BLOCK_N=block_n,
         BLOCK_R=min(FINISH_MAX_BLOCK_R, triton.next_power_of_2(max(1, *ranks))),
         PDL=has_dependent_launch(out.device),
         num_warps=4,

@@ -291,14 +291,15 @@ def test_dense_defaults_by_tokens(n: int, k: int, processors: int, kind: str) ->
     assert few.num_warps == 1
     assert dense_config(n, k, kind, 32, processors) == wide
     assert dense_config(n, k, kind, 64, processors) == many
-    # Bytes become operands of a warpgroup; int4 those of a warp, up to 32 tokens.
-    is_bytes = kind in ("float8_e4m3fn", "fp8-block")
-    assert (many.packed, many.num_warps) == (is_bytes, 4)
-    assert wide.packed == (kind != "int8-planes")
+    # Most become operands of a warpgroup; int4 those of a warp, from 17 to 32 tokens,
+    # and tiles beyond, as planes do where there are many columns.
+    tiles_again = kind == "int4" or (kind == "int8-planes" and n > 128 * processors)
+    assert (many.packed, many.num_warps) == (not tiles_again, 4)
+    assert wide.packed
     assert wide.num_warps == (1 if kind == "int4" else 4)
     more = dense_config(n, k, kind, most + 1, processors)
     assert more.packed
-    assert more.num_warps == (1 if kind == "int4" else 4)
+    assert more.num_warps == 4
     # Channels are split into no more programs than run at once.
     tiles = -(-n // many.block_n)
     assert many.split_k == 1 or tiles * many.split_k <= 2 * processors

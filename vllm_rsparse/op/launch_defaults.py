@@ -25,15 +25,13 @@ _SMALL_ELEMENTS = 40 * 10**6
 # Tokens up to which the packed kernel reads a whole weight fastest, by kind; up to
 # which ``wide_linear`` does, which reads int4; and up to which any kernel that reads
 # the weight once does. Beyond, the weight is widened for the library.
-_PACKED_TOKENS = {"int4": 16, "int8-planes": 8, "float8_e4m3fn": 8, "fp8-block": 8}
+_PACKED_TOKENS = {"int4": 8, "int8-planes": 8, "float8_e4m3fn": 8, "fp8-block": 8}
 WIDE_TOKENS = 32
 DENSE_TOKENS = 64
-# Tokens up to which ``columns_linear`` multiplies planes: with 64, 28672 x 4096 takes
-# 87.7 us on the H200, and 80.6 with ``tiles_config``.
-_PLANES_COLUMNS_TOKENS = 16
 # Tokens up to which ``columns_linear`` beats the library's product of fp8, for which
-# the weight must be turned over first.
-ROUNDED_TOKENS = 512
+# the weight must be turned over first: the four linears of Llama-3-8B on the H200 take
+# 187 and 323 us with 256 and 512 tokens, by the library 245 and 303.
+ROUNDED_TOKENS = 384
 # Layers of this many elements are listed by default, as most of them were on the H200.
 _LISTED_ELEMENTS = 80 * 2**20
 # A layer of more columns a multiprocessor has more tiles of 64 columns than programs
@@ -167,20 +165,19 @@ def dense_config(
         processors: multiprocessors of the device.
     """
     if tokens <= packed_dense_tokens(kind):
-        # Fewer columns with more tokens: registers hold the sums of both.
         block_n = _PACKED_COLUMNS[kind] // (2 if kind in _FOUR_BIT else 1)
-        block_n //= 2 if tokens > 8 else 1
         enough = 1500 * processors // PROCESSORS
         blocks = -(-k // 128)
         split_k = _even_splits(-(-n // block_n), blocks, enough)
         return LaunchConfig(block_n, 128, split_k, 1, 4, False, packed=True)
-    if kind not in _FOUR_BIT:
-        return columns_config(n, k, kind, tokens, processors)
-    if kind == "int8-planes" and tokens <= _PLANES_COLUMNS_TOKENS:
-        return columns_config(n, k, kind, tokens, processors)
-    if kind == "int4" and tokens <= WIDE_TOKENS:
+    many = n > _MANY_COLUMNS * processors
+    if kind == "int4" and 16 < tokens <= WIDE_TOKENS:
         return wide_config(n, k, processors)
-    return tiles_config(n, k, kind, processors)
+    if kind == "int4" and tokens > WIDE_TOKENS:
+        return tiles_config(n, k, kind, processors)
+    if kind == "int8-planes" and tokens > WIDE_TOKENS and many:
+        return tiles_config(n, k, kind, processors)
+    return columns_config(n, k, kind, tokens, processors)
 
 
 def packed_dense_tokens(kind: str) -> int:
@@ -196,8 +193,10 @@ def columns_config(
 ) -> LaunchConfig:
     """A configuration of ``columns_linear`` where x is not rounded.
 
-    28672 x 4096 on the H200 takes 37.6 us with 16 tokens and 50.7 with 64 in fp8, 40.0
-    and 54.5 in fp8-block, and 63.1 with 16 in int8-planes.
+    The four linears of Llama-3-8B on the H200 take 95.5 us with 16 tokens and 112.6
+    with 64 in fp8, 101.2 and 116.0 in fp8-block, 136.4 with 16 and 153.0 with 32 in
+    int8-planes, 94.6 with 16 in int4; with 64 in int8-planes 177.6, of which gate_up
+    takes 81.3 with ``tiles_config`` and would take 85.7.
 
     Args:
         n: output features of the (fused) layer on this rank.
@@ -208,10 +207,10 @@ def columns_config(
     """
     if kind in _FOUR_BIT:
         # A word of a thread is eight columns.
-        block_n, block_k, stages, each = 256, 64, 1, 4
+        block_n, block_k, stages = 256, 64, 1
     else:
-        each = 3 if kind == "float8_e4m3fn" and tokens <= 16 else 2
         block_n, block_k, stages = 128, 128, 3
+    each = 3 if tokens <= 16 else 2
     split_k = _splits(n, k, block_n, block_k, each * processors)
     return LaunchConfig(block_n, block_k, split_k, 4, stages, False, packed=True)
 
@@ -219,8 +218,10 @@ def columns_config(
 def rounded_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig:
     """A configuration of ``columns_linear`` for fp8 with x rounded to fp8.
 
-    28672 x 4096 on the H200 takes 31.1 us with 16 tokens and 34.9 with 64, 1.5 to 1.8
-    more for the rounding; vLLM's kernel takes 33.7 and 36.9.
+    The four linears of Llama-3-8B on the H200 take 82 us with 16 tokens and 94 with 64,
+    rounding included where it does not overlap; vLLM's kernels take 68 and 74 without
+    it. 28672 x 4096 takes 32.0 and 36.5, vLLM's 34.0 and 37.2: what is missing is in
+    the small layers, whose splits must be added.
 
     Args:
         n: output features of the (fused) layer on this rank.
@@ -233,6 +234,9 @@ def rounded_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig
     stages = 4 if tokens <= 64 else 3
     enough = 2 * processors // -(-tokens // 128)
     split_k = _splits(n, k, block_n, block_k, enough)
+    if tokens <= 16 and split_k > 1:
+        # 4096 x 14336: 23.7 instead of 28.3 us.
+        stages = 5
     return LaunchConfig(block_n, block_k, split_k, 4, stages, False, packed=True)
 
 

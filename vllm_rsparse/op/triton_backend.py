@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.fp8 import FP8
+from vllm_rsparse.formats.int4 import INT4
 from vllm_rsparse.kernels import quantized_linear
 from vllm_rsparse.kernels.columns_linear import columns_linear
 from vllm_rsparse.kernels.fp8_product import ALIGNMENT, fp8_product, round_rows
@@ -109,14 +110,15 @@ def _dense_config(x: Tensor, weight: StoredWeight) -> LaunchConfig:
     tokens = x.shape[0]
     device = device_of(x.device)
     shape = weight.n, weight.k, weight.kind
-    if (
-        tokens > packed_dense_tokens(weight.kind)
-        and is_four_bit(weight)
-        and not widens_by_bits(x, weight)
-    ):
-        # Tables and defaults are for scales of x's type.
-        return scaled_tiles_config(*shape, device.processors)
-    config = dense_launch_config(device, Problem.of(weight), tokens)
+    config: LaunchConfig | None
+    if is_four_bit(weight) and not widens_by_bits(x, weight):
+        # Tables and most kernels are for scales of x's type; not the packed one.
+        most = packed_dense_tokens(weight.kind)
+        if tokens > (2 * most if weight.format is INT4 else most):
+            return scaled_tiles_config(*shape, device.processors)
+        config = dense_config(*shape, min(most, tokens), device.processors)
+    else:
+        config = dense_launch_config(device, Problem.of(weight), tokens)
     if config is None:
         config = dense_config(*shape, tokens, device.processors)
     if config.packed and not _packable(weight, (weight.n,)):
