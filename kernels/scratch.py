@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""Device code: columns of int4 and fp8 weights as numbers in memory, for the library.
-
-A strip of columns at a time: scratch of a few dozen megabytes is read back from the L2
-cache, and overwritten there before it reaches memory.
-"""
+"""Device code: columns of int4 and fp8 weights as numbers in memory."""
 
 import triton
 import triton.language as tl

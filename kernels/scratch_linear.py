@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many tokens times int4 and fp8 weights, by the library; launches ``scratch.py``."""
+"""int4 and fp8 weights as numbers in scratch, for the library; launches ``scratch.py``.
 
-from functools import cache
+Strips of 24 to 64 MB, which stay in the L2 cache of an H200, are not faster than the
+whole weight at once (planes, the four linears of Llama-3-8B and 2048 tokens: 1314 to
+1374 us, and 1330), and take more launches, for which a prompt waits on a busy host.
+"""
 
 import torch
 import triton
@@ -12,60 +15,6 @@ from vllm_rsparse.formats.base import StoredWeight
 from .scratch import dequantise_kernel, dequantise_pairs_kernel
 from .stored_rows import column_scales, is_four_bit, rows_of
 from .weight_tiles import Codes
-
-# Columns of a strip are a multiple of this: with 2048 tokens, as many of the library's
-# tiles as an H200 has multiprocessors.
-_STRIP_COLUMNS = 2048
-# Bytes of a strip where there is no GPU.
-_HOST_STRIP = 45 * 2**20
-
-
-def strip_linear(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
-    """x [M, K] times the whole weight [N, K], a strip of columns at a time.
-
-    A strip in x's type is written to scratch that stays in the L2 cache, and the
-    library multiplies with it.
-
-    Args:
-        x: [M, K]; rows may lie apart.
-        weight: int4, planes or fp8.
-        bias: [N] in x's dtype, or None.
-
-    Returns:
-        [M, N] in x's dtype, contiguous.
-    """
-    tokens, k = x.shape
-    n = weight.n
-    out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
-    if tokens == 0 or n == 0:
-        return out
-    columns = min(n, strip_columns(k * x.element_size(), x.device))
-    scratch = torch.empty(k * columns, dtype=x.dtype, device=x.device)
-    for begin in range(0, n, columns):
-        end = min(n, begin + columns)
-        strip = scratch[: k * (end - begin)].view(k, end - begin)
-        dequantise_into(strip, weight, begin)
-        part = out[:, begin:end]
-        if bias is None:
-            torch.mm(x, strip, out=part)
-        else:
-            torch.addmm(bias[begin:end], x, strip, out=part)
-    return out
-
-
-def strip_columns(bytes_of_column: int, device: torch.device) -> int:
-    """Columns of scratch that stay in a device's L2 cache until they are read."""
-    columns = _strip_bytes(device) // max(1, bytes_of_column)
-    return max(1, columns // _STRIP_COLUMNS) * _STRIP_COLUMNS
-
-
-@cache
-def _strip_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _HOST_STRIP
-    # gate_up of Llama-3-8B in fp8, 2048 tokens, on the H200, whose L2 cache has 50 MB:
-    # 438, 426 and 422 us in strips of 16, 32 and 48 MB, 440 at once.
-    return int(torch.cuda.get_device_properties(device).L2_cache_size) * 9 // 10
 
 
 def dequantise(weight: StoredWeight, dtype: torch.dtype) -> Tensor:

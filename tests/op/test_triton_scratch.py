@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strips of int4 and fp8 weights as numbers in scratch, and products with them.
+"""Columns of int4 and fp8 weights as numbers in scratch.
 
 Interpreted on a machine without CUDA; with CUDA the same tests run on the device.
 """
@@ -10,12 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from vllm_rsparse.kernels import scratch_linear
-from vllm_rsparse.kernels.scratch_linear import (
-    dequantise_into,
-    strip_columns,
-    strip_linear,
-)
-from vllm_rsparse.op.reference import dense_linear as reference
+from vllm_rsparse.kernels.scratch_linear import dequantise_into
 from vllm_rsparse.testing.cases import make_case, relative_error
 from vllm_rsparse.testing.tolerances import tolerance
 
@@ -45,18 +40,3 @@ def test_a_strip_is_the_weight_rounded_once(name, dtype):
         strip.float(), expected.to(dtype).float(), rtol=8e-3, atol=0
     )
     assert relative_error(strip, expected) < tolerance(dtype)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", ["int4-asym-g32", "fp8", "int8-planes"])
-def test_products_strip_by_strip(name, bias, monkeypatch):
-    monkeypatch.setattr(scratch_linear, "_STRIP_COLUMNS", 8)
-    monkeypatch.setattr(scratch_linear, "_strip_bytes", lambda device: 128 * 4 * 88)
-    case = make_case(
-        70, 128, [200], [0], torch.float32, device=DEVICE, store=store(name)
-    )
-    assert strip_columns(128 * 4, case.x.device) == 88
-    added = case.bias if bias else None
-    out = strip_linear(case.x, case.operands.weight, added)
-    exact = reference(case.x, case.operands.weight, added)
-    assert relative_error(out, exact) < tolerance(torch.float32)

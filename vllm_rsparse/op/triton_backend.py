@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.fp8 import FP8
@@ -15,7 +16,7 @@ from vllm_rsparse.kernels.columns_linear import columns_linear
 from vllm_rsparse.kernels.fp8_product import ALIGNMENT, fp8_product, round_rows
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.rsparse_linear import rsparse_linear as launch
-from vllm_rsparse.kernels.scratch_linear import strip_linear
+from vllm_rsparse.kernels.scratch_linear import dequantise
 from vllm_rsparse.kernels.stored_rows import (
     codes_per_word,
     is_four_bit,
@@ -85,8 +86,8 @@ def dense_linear(
     """x [M, K] times an int4 or fp8 weight; see ``reference.dense_linear``.
 
     Up to ``launch_defaults.DENSE_TOKENS`` tokens the stored weight is read once and
-    widened on the way; with more, strips of it are widened into scratch in x's type,
-    which lives for the call, and the library multiplies.
+    widened on the way; with more, it is widened into scratch [K, N] in x's type, which
+    lives for the call, and the library multiplies.
 
     Args:
         x: [M, K] as the weight's format allows; rows may lie apart.
@@ -99,7 +100,7 @@ def dense_linear(
     """
     check_input(x, weight, bias)
     if config is None and x.shape[0] > DENSE_TOKENS:
-        return strip_linear(x, weight, bias)
+        return functional.linear(x, dequantise(weight, x.dtype), bias)
     if config is None:
         config = _dense_config(x, weight)
     return quantized_linear.dense_linear(x, weight, bias, config)
