@@ -6,7 +6,8 @@
 Left: KL divergence against bits read per weight, all measured on one real model. Right:
 the same rows against milliseconds a token in vLLM on the shapes of Llama-3-8B. Engines
 were timed at two kept fractions per format; milliseconds of other sparsities lie on the
-line through both (hollow where that extrapolates). The planes' fractions are of bits.
+line through both (hollow where that extrapolates), or at the mean of both where more
+kept channels were not slower. The planes' fractions are of bits.
 """
 
 import json
@@ -107,6 +108,8 @@ def draw_times(axes: plt.Axes, rows: list[Row]) -> None:
     """Loss against the time of a token."""
     for base, (dense_ms, ((kept_a, ms_a), (kept_b, ms_b))) in milliseconds().items():
         slope = (ms_a - ms_b) / (kept_a - kept_b)
+        if slope < 0:
+            slope, ms_b = 0.0, (ms_a + ms_b) / 2
         times, losses = [], []
         for row in curve(rows, base):
             kept = 1 - row["achieved"]
