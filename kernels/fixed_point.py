@@ -163,13 +163,11 @@ def centre_codes(acc, x_sum):
             ones in 2b + 1.
         x_sum: float32 [4], the sums of each block's x.
     """
-    WARPS: tl.constexpr = acc.shape[0]
-    COLUMNS: tl.constexpr = acc.shape[1]
     # A word's codes alternate in every eighth column.
-    parts = tl.reshape(acc, (WARPS, COLUMNS // 16, 2, 8, 4, 2))
+    parts = tl.reshape(acc, (acc.shape[0], acc.shape[1] // 16, 2, 8, 4, 2))
     low, high = tl.split(parts)
     sums = low.to(tl.float32) + 256.0 * high.to(tl.float32)
     even, odd = tl.split(tl.permute(sums, (0, 1, 3, 4, 2)))
     even -= 8.0 * x_sum[None, None, None, :]
     sums = tl.permute(tl.join(even, odd * (1.0 / 16)), (0, 1, 4, 2, 3))
-    return tl.reshape(sums, (WARPS, COLUMNS, 4))
+    return tl.reshape(sums, (acc.shape[0], acc.shape[1], 4))

@@ -18,7 +18,8 @@ from vllm_rsparse.bench.candidates import candidates, dense_candidates, kind_of_
 from vllm_rsparse.bench.layers import SHAPES, Layer
 from vllm_rsparse.formats.names import SERVED_FORMATS
 from vllm_rsparse.op import tables, tuning
-from vllm_rsparse.op.launch_defaults import dense_config, sparse_default
+from vllm_rsparse.op.dense_defaults import dense_config
+from vllm_rsparse.op.sparse_defaults import sparse_default
 from vllm_rsparse.op.tables import SPARSE, Problem
 
 

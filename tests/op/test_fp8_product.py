@@ -15,7 +15,7 @@ from vllm_rsparse.formats.fp8 import channel_scales, quantise_fp8
 from vllm_rsparse.kernels import fp8_product
 from vllm_rsparse.kernels.fp8_product import round_and_turn, round_rows
 from vllm_rsparse.op import reference, triton_backend
-from vllm_rsparse.op.launch_defaults import DENSE_TOKENS, ROUNDED_TOKENS
+from vllm_rsparse.op.dense_defaults import DENSE_TOKENS, ROUNDED_TOKENS
 from vllm_rsparse.testing.cases import relative_error
 from vllm_rsparse.testing.tolerances import tolerance
 

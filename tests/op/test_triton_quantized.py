@@ -21,7 +21,7 @@ from vllm_rsparse.kernels.scratch_linear import dequantise
 from vllm_rsparse.kernels.stored_rows import codes_per_word
 from vllm_rsparse.kernels.wide_linear import takes_wide
 from vllm_rsparse.op import triton_backend
-from vllm_rsparse.op.launch_defaults import scaled_tiles_config
+from vllm_rsparse.op.dense_defaults import scaled_tiles_config
 from vllm_rsparse.op.reference import dense_linear as dense_reference
 from vllm_rsparse.op.triton_backend import dense_linear, rsparse_linear
 from vllm_rsparse.op.tuning import device_of

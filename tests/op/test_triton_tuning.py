@@ -13,12 +13,8 @@ import pytest
 from vllm_rsparse import envs
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.op import tables, tuning
-from vllm_rsparse.op.launch_defaults import (
-    default_config,
-    dense_config,
-    packed_dense_tokens,
-    sparse_default,
-)
+from vllm_rsparse.op.dense_defaults import dense_config, packed_dense_tokens
+from vllm_rsparse.op.sparse_defaults import default_config, sparse_default
 from vllm_rsparse.op.tables import Problem, TunedEntry
 from vllm_rsparse.op.tuning import Device
 

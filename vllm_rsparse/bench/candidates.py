@@ -9,13 +9,8 @@ import torch
 from vllm_rsparse.bench.layers import Layer
 from vllm_rsparse.formats.registry import format_of_name
 from vllm_rsparse.kernels.launch_config import MOST_LISTED, LaunchConfig
-from vllm_rsparse.op.launch_defaults import (
-    DENSE_TOKENS,
-    VECTOR_TOKENS,
-    WIDE_TOKENS,
-    dense_config,
-    sparse_default,
-)
+from vllm_rsparse.op.dense_defaults import DENSE_TOKENS, WIDE_TOKENS, dense_config
+from vllm_rsparse.op.sparse_defaults import VECTOR_TOKENS, sparse_default
 from vllm_rsparse.op.tables import PACKABLE, PACKED_ONLY
 
 # More splits would spend their time on adding partial sums.

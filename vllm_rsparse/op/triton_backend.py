@@ -23,10 +23,9 @@ from vllm_rsparse.kernels.stored_rows import (
     is_packable,
     widens_by_bits,
 )
-from vllm_rsparse.op.launch_defaults import (
+from vllm_rsparse.op.dense_defaults import (
     DENSE_TOKENS,
     ROUNDED_TOKENS,
-    default_config,
     dense_config,
     packed_dense_tokens,
     rounded_config,
@@ -34,6 +33,7 @@ from vllm_rsparse.op.launch_defaults import (
     tiles_config,
 )
 from vllm_rsparse.op.operands import OperandError, SparseOperands, check_input
+from vllm_rsparse.op.sparse_defaults import default_config
 from vllm_rsparse.op.tables import Problem
 from vllm_rsparse.op.tuning import dense_launch_config, device_of, launch_config
 
@@ -85,7 +85,7 @@ def dense_linear(
 ) -> Tensor:
     """x [M, K] times an int4 or fp8 weight; see ``reference.dense_linear``.
 
-    Up to ``launch_defaults.DENSE_TOKENS`` tokens the stored weight is read once and
+    Up to ``dense_defaults.DENSE_TOKENS`` tokens the stored weight is read once and
     widened on the way; with more, it is widened into scratch [K, N] in x's type, which
     lives for the call, and the library multiplies.
 

@@ -13,11 +13,8 @@ from functools import cache
 import torch
 
 from vllm_rsparse.kernels.launch_config import LaunchConfig
-from vllm_rsparse.op.launch_defaults import (
-    PROCESSORS,
-    VECTOR_TOKENS,
-    sparse_default,
-)
+from vllm_rsparse.op.launch_rules import PROCESSORS
+from vllm_rsparse.op.sparse_defaults import VECTOR_TOKENS, sparse_default
 from vllm_rsparse.op.tables import (
     DENSE,
     PACKED_ONLY,
