@@ -33,9 +33,17 @@ def test_answers_that_differ_are_explained_by_near_ties_only(
     found = drafters.agreement(tokens, REFERENCE)
     assert (found["answers"], found["tokens"]) == (equal, prefix)
     row = {"answers": 2, "must_equal": "dense", "equal_to": {"dense": found}}
-    assert drafters.unexplained(row, tie=0.2) == unexplained
+    assert drafters.unexplained(row, {"dense": 0.2}) == unexplained
     # Some tokens of a sparse model with dense verification are the dense model's.
-    assert drafters.unexplained({**row, "must_equal": None}, tie=0.2) == 0
+    assert drafters.unexplained({**row, "must_equal": None}, {"dense": 0.2}) == 0
+
+
+def test_ties_of_a_sparse_engine_have_a_width_of_their_own(drafters) -> None:
+    found = {"answers": 0, "tokens": 9, "gaps": [0.3, 1.2, 2.1, None]}
+    row = {"answers": 4, "equal_to": {"dense": found, "sparse": found}}
+    ties = {"dense": 0.5, "sparse": 2.0}
+    assert drafters.unexplained({**row, "must_equal": "dense"}, ties) == 3
+    assert drafters.unexplained({**row, "must_equal": "sparse"}, ties) == 2
 
 
 def test_a_row_has_the_median_and_the_accepted_length(drafters) -> None:
