@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from vllm_rsparse.formats.base import StoredWeight
 
-from .rsparse_linear import has_dependent_launch
+from .rsparse_linear import has_dependent_launch, input_of
 
 # The library's kernels need both dimensions to be multiples of this.
 ALIGNMENT = 16
@@ -31,7 +31,7 @@ def fp8_product(x: Tensor, weight: StoredWeight) -> Tensor:
     """x, rounded to fp8 by token, times an fp8 weight: [M, N] in bfloat16.
 
     Args:
-        x: bfloat16 [M, K]; rows may lie apart.
+        x: bfloat16 [M, K], any strides.
         weight: of the format fp8; N and K are multiples of ``ALIGNMENT``.
     """
     rounded, scales, turned = round_and_turn(x, weight)
@@ -59,15 +59,13 @@ def round_and_turn(x: Tensor, weight: StoredWeight) -> tuple[Tensor, Tensor, Ten
     turned = torch.empty(n, k, dtype=torch.uint8, device=x.device)
     tiles = triton.cdiv(k, _TURNED_K) * triton.cdiv(n, _TURNED_N)
     _round_and_turn_kernel[(tokens + tiles,)](
-        x,
+        input_of(x),
         rounded,
         scales,
         weight.data.t().view(torch.uint8),
         turned,
         tokens,
         n,
-        k,
-        x.stride(0),
         LARGEST=_LARGEST,
         PART_K=_PART_K,
         BLOCK_K=_TURNED_K,
@@ -80,18 +78,17 @@ def round_and_turn(x: Tensor, weight: StoredWeight) -> tuple[Tensor, Tensor, Ten
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x as float8_e4m3fn [M, K] and its scales, float32 [M, 1].
 
-    A token's scale is its largest magnitude over 448, as in vLLM's FP8 layers.
+    A token's scale is its largest magnitude over 448, as in vLLM's FP8 layers. With a
+    NaN among its elements it is NaN, and so is all of the token's product.
     """
     tokens, k = x.shape
     rounded = torch.empty(tokens, k, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
     if tokens:
         _round_kernel[(tokens,)](
-            x,
+            input_of(x),
             rounded,
             scales,
-            k,
-            x.stride(0),
             LARGEST=_LARGEST,
             BLOCK_K=triton.next_power_of_2(max(1, k)),
             PDL=has_dependent_launch(x.device),
@@ -102,15 +99,13 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _round_and_turn_kernel(
-    x_ptr,
+    x,
     rounded_ptr,
     scale_ptr,
     rows_ptr,
     turned_ptr,
     tokens,
     n,
-    k,
-    stride_m,
     LARGEST: tl.constexpr,
     PART_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -118,18 +113,20 @@ def _round_and_turn_kernel(
 ):
     """A token of x, part by part so that registers are few, or a tile of the weight."""
     program = tl.program_id(0)
+    k = x.k
     if program < tokens:
         row = program.to(tl.int64)
-        largest = tl.zeros([PART_K], dtype=tl.float32)
+        row_ptr = x.ptr + row * x.stride_m
+        largest = tl.zeros([PART_K], dtype=tl.int32)
         for begin in range(0, k, PART_K):
-            x = _load_part(x_ptr + row * stride_m, begin, k, PART_K)
-            largest = tl.maximum(largest, tl.abs(x))
+            part = _load_part(row_ptr, begin, k, PART_K)
+            largest = tl.maximum(largest, _magnitude(part))
         scale = _scale_of(tl.max(largest, axis=0), LARGEST)
         tl.store(scale_ptr + row, scale)
         for begin in range(0, k, PART_K):
-            x = _load_part(x_ptr + row * stride_m, begin, k, PART_K)
+            part = _load_part(row_ptr, begin, k, PART_K)
             offs_k = begin + tl.arange(0, PART_K)
-            rounded = _round(x, scale, LARGEST)
+            rounded = _round(part, scale, LARGEST)
             tl.store(rounded_ptr + row * k + offs_k, rounded, mask=offs_k < k)
         return
     program -= tokens
@@ -153,11 +150,9 @@ def _round_and_turn_kernel(
 
 @triton.jit
 def _round_kernel(
-    x_ptr,
+    x,
     rounded_ptr,
     scale_ptr,
-    k,
-    stride_m,
     LARGEST: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -166,12 +161,12 @@ def _round_kernel(
     if PDL:
         # The product may start; it waits for what is written here.
         gdc_launch_dependents()
-    x = _load_part(x_ptr + row * stride_m, 0, k, BLOCK_K)
-    scale = _scale_of(tl.max(tl.abs(x), axis=0), LARGEST)
+    part = _load_part(x.ptr + row * x.stride_m, 0, x.k, BLOCK_K)
+    scale = _scale_of(tl.max(_magnitude(part), axis=0), LARGEST)
     tl.store(scale_ptr + row, scale)
     offs_k = tl.arange(0, BLOCK_K)
-    rounded = _round(x, scale, LARGEST)
-    tl.store(rounded_ptr + row * k + offs_k, rounded, mask=offs_k < k)
+    rounded = _round(part, scale, LARGEST)
+    tl.store(rounded_ptr + row * x.k + offs_k, rounded, mask=offs_k < x.k)
 
 
 @triton.jit
@@ -181,9 +176,19 @@ def _load_part(x_ptr, begin, k, PART_K: tl.constexpr):
 
 
 @triton.jit
+def _magnitude(x):
+    """The bits of |x|, which are in the order of the numbers, NaN above infinity.
+
+    The maximum of two floats leaves out a NaN.
+    """
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
 def _scale_of(largest, LARGEST: tl.constexpr):
-    """A row of zeros keeps a scale that can be divided by."""
-    return tl.maximum(largest, 1e-12) / LARGEST
+    """From the bits of a row's largest; of a row of zeros, one to divide by."""
+    largest = tl.maximum(largest, 0x2B8CBCCC)  # 1e-12
+    return largest.to(tl.float32, bitcast=True) / LARGEST
 
 
 @triton.jit

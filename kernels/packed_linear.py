@@ -50,6 +50,9 @@ def packed_linear(
         thresholds: float32 [planes S, K]; None reads all channels.
         config: ``packed`` is set.
         block_m: tokens of a program, a power of two.
+
+    Raises:
+        ValueError: the configuration has too few or too many columns for its warps.
     """
     tokens, k = x.shape
     n = weight.n
@@ -73,6 +76,12 @@ def packed_linear(
     pdl = has_dependent_launch(x.device)
     # Columns of a thread.
     width = config.block_n // config.num_warps // 8
+    words = width // codes_per_word(weight)
+    if words not in (1, 2, 4):
+        raise ValueError(
+            f"block_n is {config.block_n} and num_warps {config.num_warps}, but a"
+            f" thread of this kernel takes 1, 2 or 4 words of a row, not {words}"
+        )
     blocks_each = triton.next_power_of_2(max(1, triton.cdiv(blocks, split_k)))
     starts = [sum(shard_sizes[:index]) for index in range(len(shard_sizes))]
     packing = Packing(
@@ -85,7 +94,7 @@ def packed_linear(
         integer=integer,
         warps=config.num_warps,
         columns=config.block_n,
-        words=width // codes_per_word(weight),
+        words=words,
         half=max(1, config.num_stages // 2),
         halves=min(2, config.num_stages),
         group=weight.group,

@@ -75,7 +75,26 @@ def test_rounded_rows_that_lie_apart():
     assert torch.equal(rounded.view(torch.uint8), again.view(torch.uint8))
 
 
-@pytest.mark.parametrize("tokens", [3, 70])
+def test_rounded_channels_that_lie_apart():
+    x = inputs(32, 6, torch.float32).t()
+    weight = weight_of(16, 32)
+    expected, scales = round_rows(x.contiguous())
+    for rounded, found in (round_rows(x), round_and_turn(x, weight)[:2]):
+        assert torch.equal(found, scales)
+        assert torch.equal(rounded.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("channel", [0, 66, 130])
+def test_a_scale_shows_what_is_not_a_number(channel, monkeypatch):
+    monkeypatch.setattr(fp8_product, "_PART_K", 64)
+    x = inputs(3, 131, torch.float32)
+    x[1, channel] = float("nan")
+    weight = weight_of(16, 131)
+    for scales in (round_rows(x)[1], round_and_turn(x, weight)[1]):
+        assert scales[:, 0].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 70])
 def test_up_to_hundreds_of_tokens_meet_the_stored_weight(tokens, monkeypatch):
     monkeypatch.setattr(triton_backend, "multiplies_fp8", lambda x, weight: True)
     monkeypatch.setattr(triton_backend, "fp8_product", None)

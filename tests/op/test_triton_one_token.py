@@ -161,3 +161,11 @@ def test_same_bits_every_time(weight):
     case = case_of(weight, 512, [128, 128], [16, 0])
     first = run(case, 2, 2, 64, 3, 2)
     assert same_bits(run(case, 2, 2, 64, 3, 2), first)
+
+
+@pytest.mark.parametrize("columns", [128, 2048])
+def test_columns_that_no_thread_could_take(columns):
+    case = case_of("int4-g64", 128, [64], [0])
+    config = LaunchConfig(columns, 64, 1, 4, 2, False, packed=True)
+    with pytest.raises(ValueError, match=f"block_n is {columns} and num_warps 4"):
+        rsparse_linear(*case.args(), config)

@@ -105,7 +105,7 @@ def rounded_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig
     block_n, block_k = 128, 128
     # Programs of 128 tokens, of which two fit into shared memory with three stages.
     stages = 4 if tokens <= 64 else 3
-    enough = 2 * processors // -(-tokens // 128)
+    enough = 2 * processors // max(1, -(-tokens // 128))
     split_k = _splits(n, k, block_n, block_k, enough)
     if tokens <= 16 and split_k > 1:
         # 4096 x 14336: 23.7 instead of 28.3 us.
