@@ -166,34 +166,29 @@ def put(pointers, values, mask, DTYPE: tl.constexpr):
         tl.store(pointers, values, mask=mask)
     elif values.dtype.primitive_bitwidth == 16:
         bits = values.to(tl.int16, bitcast=True).to(tl.int32)
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            setp.ne.s32 p, $3, 0;
-            @p st.global.b16 [$1], $2;
-            mov.b32 $0, 0;
-            }""",
-            "=r,l,r,r",
-            [pointers.to(tl.int64), bits, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        _store(pointers, bits, mask, "b16")
     else:
-        bits = values.to(tl.int32, bitcast=True)
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            setp.ne.s32 p, $3, 0;
-            @p st.global.b32 [$1], $2;
-            mov.b32 $0, 0;
-            }""",
-            "=r,l,r,r",
-            [pointers.to(tl.int64), bits, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        _store(pointers, values.to(tl.int32, bitcast=True), mask, "b32")
+
+
+@triton.jit
+def _store(pointers, bits, mask, SIZE: tl.constexpr):
+    """The lowest SIZE of int32 bits."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.s32 p, $3, 0;
+        mov.b32 $0, 0;
+        @p st.global."""
+        + SIZE
+        + """ [$1], $2;
+        }""",
+        "=r,l,r,r",
+        [pointers.to(tl.int64), bits, mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
