@@ -199,6 +199,15 @@ def decode_e4m3(byte):
 
 
 @triton.jit
+def join_eight(codes):
+    """The eight codes of words in three new dimensions, the lowest bit's first."""
+    return tl.join(
+        tl.join(tl.join(codes[0], codes[1]), tl.join(codes[2], codes[3])),
+        tl.join(tl.join(codes[4], codes[5]), tl.join(codes[6], codes[7])),
+    )
+
+
+@triton.jit
 def dot_operand(words, CODE: tl.constexpr, W: tl.constexpr, DTYPE: tl.constexpr):
     """The words of 16 channels, [warps, columns, 16]: the first operand of ``tl.dot``.
 
@@ -222,10 +231,7 @@ def dot_operand(words, CODE: tl.constexpr, W: tl.constexpr, DTYPE: tl.constexpr)
     pairs = tl.join(even, odd)
     if CODE == INT4:
         c = unpack_int4(pairs, DTYPE)
-        codes = tl.join(
-            tl.join(tl.join(c[0], c[1]), tl.join(c[2], c[3])),
-            tl.join(tl.join(c[4], c[5]), tl.join(c[6], c[7])),
-        )
+        codes = join_eight(c)
         codes = tl.permute(codes, (2, 3, 8, 7, 6, 1, 0, 4, 5))
         operand = tl.reshape(codes, (WARPS, W * 64, 16))
     else:

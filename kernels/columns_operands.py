@@ -10,7 +10,7 @@ from .widen import (
     int4_zeros,
     join_planes,
     rescale_fp8,
-    scale_codes,
+    scale_eight,
     split_eight,
     turn_bytes,
 )
@@ -103,17 +103,6 @@ def operand_of_nibbles(
         )
         zero = tl.full((1, 1, 1, 1, 1, 1, 1), 0.0, dtype=DTYPE)
         z = (zero, zero, zero, zero, zero, zero, zero, zero)
-    c0 = scale_codes(c[0], z[0], s[0], DTYPE)
-    c1 = scale_codes(c[1], z[1], s[1], DTYPE)
-    c2 = scale_codes(c[2], z[2], s[2], DTYPE)
-    c3 = scale_codes(c[3], z[3], s[3], DTYPE)
-    c4 = scale_codes(c[4], z[4], s[4], DTYPE)
-    c5 = scale_codes(c[5], z[5], s[5], DTYPE)
-    c6 = scale_codes(c[6], z[6], s[6], DTYPE)
-    c7 = scale_codes(c[7], z[7], s[7], DTYPE)
-    codes = tl.join(
-        tl.join(tl.join(c0, c1), tl.join(c2, c3)),
-        tl.join(tl.join(c4, c5), tl.join(c6, c7)),
-    )
+    codes = scale_eight(c, z, s, DTYPE)
     codes = tl.permute(codes, (3, 9, 8, 2, 7, 1, 4, 5, 0, 6))
     return tl.reshape(codes, (8 * WARPS * W * 8, COLUMNS.channels))

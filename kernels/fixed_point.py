@@ -14,7 +14,7 @@ of two below the largest, and a smaller one is off by at most 2^-14 of the large
 import triton
 import triton.language as tl
 
-from .codes import PLANE_STEPS
+from .codes import PLANE_STEPS, join_eight
 
 # Two slots hold one block.
 DIGITS = tl.constexpr(2)
@@ -103,11 +103,7 @@ def byte_operand(words, W: tl.constexpr, DTYPE: tl.constexpr):
     even_low, even_high = tl.split(even)
     odd_low, odd_high = tl.split(odd)
     quads = tl.join(tl.join(even_low, even_high), tl.join(odd_low, odd_high))
-    c = unpack_bytes(quads, DTYPE)
-    codes = tl.join(
-        tl.join(tl.join(c[0], c[1]), tl.join(c[2], c[3])),
-        tl.join(tl.join(c[4], c[5]), tl.join(c[6], c[7])),
-    )
+    codes = join_eight(unpack_bytes(quads, DTYPE))
     codes = tl.permute(codes, (2, 3, 9, 8, 7, 1, 0, 4, 5, 6))
     return tl.reshape(codes, (WARPS, W * 64, 32))
 

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .codes import INT4, int4_offset, unpack_fp8, unpack_int4
 from .packing import STEP
 from .programs import column_constants
-from .widen import int4_zeros, rescale_fp8, scale_codes, split_eight
+from .widen import int4_zeros, rescale_fp8, scale_eight, split_eight
 
 
 class Wide(NamedTuple):
@@ -205,18 +205,7 @@ def _multiply(words, x, scaling, acc, WIDE: tl.constexpr, DTYPE: tl.constexpr):
     if WIDE.code == INT4:
         s, z = scaling
         c = unpack_int4(pairs, DTYPE)
-        c0 = scale_codes(c[0], z[0], s[0], DTYPE)
-        c1 = scale_codes(c[1], z[1], s[1], DTYPE)
-        c2 = scale_codes(c[2], z[2], s[2], DTYPE)
-        c3 = scale_codes(c[3], z[3], s[3], DTYPE)
-        c4 = scale_codes(c[4], z[4], s[4], DTYPE)
-        c5 = scale_codes(c[5], z[5], s[5], DTYPE)
-        c6 = scale_codes(c[6], z[6], s[6], DTYPE)
-        c7 = scale_codes(c[7], z[7], s[7], DTYPE)
-        codes = tl.join(
-            tl.join(tl.join(c0, c1), tl.join(c2, c3)),
-            tl.join(tl.join(c4, c5), tl.join(c6, c7)),
-        )
+        codes = scale_eight(c, z, s, DTYPE)
         codes = tl.permute(codes, (2, 7, 6, 5, 1, 0, 3, 4))
         first = tl.reshape(codes, (W * 64, STEP))
     else:

@@ -11,7 +11,7 @@ NaN (0x7f) becomes 480 here too.
 import triton
 import triton.language as tl
 
-from .codes import PLANE_STEPS, decode_e4m3, int4_offset
+from .codes import PLANE_STEPS, decode_e4m3, int4_offset, join_eight
 
 
 @triton.jit
@@ -293,4 +293,21 @@ def int4_zeros(words, DTYPE: tl.constexpr):
         ((words >> 20 & 15).to(tl.float32) + offset).to(DTYPE),
         ((words >> 24 & 15).to(tl.float32) + offset).to(DTYPE),
         ((words >> 28 & 15).to(tl.float32) + offset).to(DTYPE),
+    )
+
+
+@triton.jit
+def scale_eight(codes, zeros, scales, DTYPE: tl.constexpr):
+    """``scale_codes`` of eight tensors, joined (``codes.join_eight``)."""
+    return join_eight(
+        (
+            scale_codes(codes[0], zeros[0], scales[0], DTYPE),
+            scale_codes(codes[1], zeros[1], scales[1], DTYPE),
+            scale_codes(codes[2], zeros[2], scales[2], DTYPE),
+            scale_codes(codes[3], zeros[3], scales[3], DTYPE),
+            scale_codes(codes[4], zeros[4], scales[4], DTYPE),
+            scale_codes(codes[5], zeros[5], scales[5], DTYPE),
+            scale_codes(codes[6], zeros[6], scales[6], DTYPE),
+            scale_codes(codes[7], zeros[7], scales[7], DTYPE),
+        )
     )
