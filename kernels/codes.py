@@ -183,12 +183,18 @@ def unpack_fp8(words, DTYPE: tl.constexpr):
             pack=2,
         )
     else:
-        return (
-            decode_e4m3(words).to(DTYPE),
-            decode_e4m3(words >> 8).to(DTYPE),
-            decode_e4m3(words >> 16).to(DTYPE),
-            decode_e4m3(words >> 24).to(DTYPE),
-        )
+        return decode_bytes(words, DTYPE)
+
+
+@triton.jit
+def decode_bytes(words, DTYPE: tl.constexpr):
+    """The four float8_e4m3fn of words, in DTYPE: without PTX, for the interpreter."""
+    return (
+        decode_e4m3(words).to(DTYPE),
+        decode_e4m3(words >> 8).to(DTYPE),
+        decode_e4m3(words >> 16).to(DTYPE),
+        decode_e4m3(words >> 24).to(DTYPE),
+    )
 
 
 @triton.jit

@@ -18,7 +18,13 @@ from .rsparse_linear import (
     input_of,
     launch_options,
 )
-from .stored_rows import codes_per_word, column_scales, rows_of, widens_by_bits
+from .stored_rows import (
+    codes_per_word,
+    column_scales,
+    rows_of,
+    widens_by_bits,
+    words_of_thread,
+)
 from .tiles import Constants
 
 # Warps that ``wgmma`` takes its first operand from.
@@ -68,12 +74,6 @@ def columns_linear(
     if tokens == 0 or n == 0:
         return out
     codes = codes_per_word(weight)
-    words = config.block_n // (8 * config.num_warps * codes)
-    if words not in (1, 2, 4):
-        raise ValueError(
-            f"block_n is {config.block_n} and num_warps {config.num_warps}, but a"
-            f" thread of this kernel takes 1, 2 or 4 words of a row, not {words}"
-        )
     group = 0 if column_scales(weight) is not None else weight.group or k
     channels = config.block_k if group in (0, k) else min(config.block_k, group)
     split_k = max(1, min(config.split_k, triton.cdiv(k, channels)))
@@ -83,7 +83,7 @@ def columns_linear(
         code=weight.format.code,
         tokens=block_m,
         warps=config.num_warps,
-        words=words,
+        words=words_of_thread(config, weight),
         codes=codes,
         channels=channels,
         stages=config.num_stages,

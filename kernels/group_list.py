@@ -157,7 +157,7 @@ def put(pointers, values, mask, DTYPE: tl.constexpr):
     """``tl.store`` to scattered places, by the threads that have the values.
 
     The compiler would give a store a layout of its own, whose exchange between warps
-    took 39 barriers for four blocks of planes, and 15% of a small layer's time.
+    took 39 barriers for four blocks of planes; 4 are left.
     """
     shape: tl.constexpr = mask.shape
     values = tl.broadcast_to(values, shape)

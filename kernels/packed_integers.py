@@ -8,11 +8,12 @@ Blocks stay apart in one accumulator (``packed_groups.py``), two slots each.
 import triton
 import triton.language as tl
 
-from .fixed_point import centre_codes
+from .fixed_point import DIGITS, centre_codes
 from .packed_groups import group_of
+from .packing import SLOTS
 
-# Most blocks of a program: slots over digits.
-BLOCKS = tl.constexpr(4)
+# Most blocks of a program.
+BLOCKS = tl.constexpr(SLOTS.value // DIGITS.value)
 # Words of a thread whose scales it keeps through the loop: 4 registers a word.
 HELD_WORDS = tl.constexpr(2)
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from vllm_rsparse.formats.base import StoredWeight
 
 from .codes import FP8, FP8_BLOCK, INT4
-from .fixed_point import DIGITS
 from .launch_config import MOST_LISTED, LaunchConfig
 from .packed import packed_kernel
+from .packed_integers import BLOCKS
 from .packed_scales import SCALE_BLOCK
 from .packing import SLOTS, STEP, UNIT_ROWS, GroupLists, Packing, Scales, Words
 from .rsparse_linear import (
@@ -22,7 +22,7 @@ from .rsparse_linear import (
     rows_at_once,
     tiles_of,
 )
-from .stored_rows import codes_per_word, column_scales, is_four_bit, rows_of
+from .stored_rows import column_scales, is_four_bit, rows_of, words_of_thread
 from .tiles import Matrix, Tiling
 
 # Ranks of V that a program sums.
@@ -71,17 +71,11 @@ def packed_linear(
         sparse and tokens == 1 and weight.format.code == FP8_BLOCK.value
     )
     if grouped:
-        slots = SLOTS.value // (DIGITS.value if integer else 1)
-        split_k = max(split_k, triton.cdiv(blocks, slots))
+        most = BLOCKS.value if integer else SLOTS.value
+        split_k = max(split_k, triton.cdiv(blocks, most))
     pdl = has_dependent_launch(x.device)
     # Columns of a thread.
     width = config.block_n // config.num_warps // 8
-    words = width // codes_per_word(weight)
-    if words not in (1, 2, 4):
-        raise ValueError(
-            f"block_n is {config.block_n} and num_warps {config.num_warps}, but a"
-            f" thread of this kernel takes 1, 2 or 4 words of a row, not {words}"
-        )
     blocks_each = triton.next_power_of_2(max(1, triton.cdiv(blocks, split_k)))
     starts = [sum(shard_sizes[:index]) for index in range(len(shard_sizes))]
     packing = Packing(
@@ -94,7 +88,7 @@ def packed_linear(
         integer=integer,
         warps=config.num_warps,
         columns=config.block_n,
-        words=words,
+        words=words_of_thread(config, weight),
         half=max(1, config.num_stages // 2),
         halves=min(2, config.num_stages),
         group=weight.group,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""Device code: columns of int4 and fp8 weights as numbers in memory."""
+"""Device code: int4 and fp8 weights as numbers in memory."""
 
 import triton
 import triton.language as tl
@@ -21,27 +21,24 @@ def dequantise_kernel(
     weight,
     column_scale_ptr,
     out_ptr,
-    begin,
-    end,
     CODE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Columns [begin, end) of the weight, ``Codes``, in ``out``'s type."""
-    k = weight.k
+    """The weight, ``Codes``, in ``out``'s type, stored [K, N]."""
+    n, k = weight.n, weight.k
     begin_k = tl.program_id(0) * BLOCK_K
-    begin_n = begin + tl.program_id(1) * BLOCK_N
+    begin_n = tl.program_id(1) * BLOCK_N
     tile = wide_tile(weight, begin_k, begin_n, CODE, GROUP, BLOCK_N, BLOCK_K, None)
     offs_k = begin_k + tl.arange(0, BLOCK_K)
     offs_n = begin_n + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < end
+    mask_n = offs_n < n
     if CODE == FP8:
         scale = tl.load(column_scale_ptr + offs_n, mask=mask_n, other=0.0)
         tile = tile.to(tl.float32) * scale[None, :]
-    place = offs_k.to(tl.int64)[:, None] * (end - begin) + (offs_n - begin)[None, :]
     tl.store(
-        out_ptr + place,
+        out_ptr + offs_k.to(tl.int64)[:, None] * n + offs_n[None, :],
         tile.to(out_ptr.dtype.element_ty),
         mask=(offs_k < k)[:, None] & mask_n[None, :],
     )
@@ -52,8 +49,6 @@ def dequantise_pairs_kernel(
     weight,
     second_ptr,
     out_ptr,
-    begin_word,
-    words,
     GROUP: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -64,17 +59,14 @@ def dequantise_pairs_kernel(
     Args of note:
         weight: the ``Codes``; scales as int32, two a word.
         second_ptr: words of the second plane, or None.
-        out_ptr: int32 [K, 4 words], two numbers an element.
-        begin_word: the first word of a row that is read.
-        words: of a row that are read.
+        out_ptr: int32 [K, N / 2], two numbers an element.
         BLOCK_K: divides GROUP, or GROUP is K.
     """
     n, k = weight.n, weight.k
     begin_k = tl.program_id(0) * BLOCK_K
     offs_k = begin_k + tl.arange(0, BLOCK_K)
-    inner = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    offs_w = begin_word + inner
-    mask_w = inner < words
+    offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    mask_w = offs_w < n // 8
     mask = (offs_k < k)[:, None] & mask_w[None, :]
     rows = offs_k.to(tl.int64)[:, None]
     place = rows * weight.pitch + offs_w[None, :]
@@ -125,7 +117,7 @@ def dequantise_pairs_kernel(
     pairs = tl.reshape(pairs, (BLOCK_K, BLOCK_W * 4))
     columns = tl.program_id(1) * BLOCK_W * 4 + tl.arange(0, BLOCK_W * 4)
     tl.store(
-        out_ptr + rows * (words * 4) + columns[None, :],
+        out_ptr + rows * (n // 2) + columns[None, :],
         pairs,
-        mask=(offs_k < k)[:, None] & (columns < words * 4)[None, :],
+        mask=(offs_k < k)[:, None] & (columns < n // 2)[None, :],
     )

@@ -20,32 +20,28 @@ from .weight_tiles import Codes
 def dequantise(weight: StoredWeight, dtype: torch.dtype) -> Tensor:
     """The weight in ``dtype``: the [N, K] view of contiguous [K, N] storage."""
     out = torch.empty(weight.k, weight.n, dtype=dtype, device=weight.device)
-    dequantise_into(out, weight, 0)
+    dequantise_into(out, weight)
     return out.t()
 
 
-def dequantise_into(out: Tensor, weight: StoredWeight, begin: int) -> None:
-    """Columns of the weight from ``begin`` on.
+def dequantise_into(out: Tensor, weight: StoredWeight) -> None:
+    """The weight, as numbers of ``out``'s type.
 
     Args:
-        out: [K, columns], contiguous, written.
+        out: [K, N], contiguous, written.
         weight: int4, planes or fp8.
-        begin: the first column; of int4 and planes, a multiple of 8.
     """
     n, k = weight.n, weight.k
-    end = begin + out.shape[1]
     data, pitch = rows_of(weight)
     group = weight.group or k
-    if _by_pairs(out, weight, begin, end):
-        _dequantise_pairs(out, weight, begin, group)
+    if _by_pairs(out, weight):
+        _dequantise_pairs(out, weight, group)
         return
     block_k = 32
-    dequantise_kernel[(triton.cdiv(k, block_k), triton.cdiv(end - begin, 256))](
+    dequantise_kernel[(triton.cdiv(k, block_k), triton.cdiv(n, 256))](
         Codes(data, weight.scales, weight.zeros, n, k, pitch),
         column_scales(weight),
         out,
-        begin,
-        end,
         CODE=weight.format.code,
         GROUP=group,
         BLOCK_N=256,
@@ -54,27 +50,22 @@ def dequantise_into(out: Tensor, weight: StoredWeight, begin: int) -> None:
     )
 
 
-def _by_pairs(out: Tensor, weight: StoredWeight, begin: int, end: int) -> bool:
+def _by_pairs(out: Tensor, weight: StoredWeight) -> bool:
     """Whether whole words become pairs of bfloat16, with scales of the same type."""
     return (
         is_four_bit(weight)
         and weight.scales is not None
         and out.dtype == weight.scales.dtype == torch.bfloat16
-        and begin % 8 == 0
-        and (end - begin) % 8 == 0
         and weight.scales.is_contiguous()
     )
 
 
-def _dequantise_pairs(
-    out: Tensor, weight: StoredWeight, begin: int, group: int
-) -> None:
+def _dequantise_pairs(out: Tensor, weight: StoredWeight, group: int) -> None:
     assert weight.scales is not None
     data, pitch = rows_of(weight)
     planes = data.dim() == 3
-    words = out.shape[1] // 8
     block_k, block_w = min(32, triton.next_power_of_2(group)), 64
-    grid = (triton.cdiv(weight.k, block_k), triton.cdiv(words, block_w))
+    grid = (triton.cdiv(weight.k, block_k), triton.cdiv(weight.n // 8, block_w))
     dequantise_pairs_kernel[grid](
         Codes(
             data[0] if planes else data,
@@ -86,8 +77,6 @@ def _dequantise_pairs(
         ),
         data[1] if planes else None,
         out.view(torch.int32),
-        begin // 8,
-        words,
         GROUP=group,
         BLOCK_W=block_w,
         BLOCK_K=block_k,

@@ -9,11 +9,27 @@ from torch import Tensor
 from vllm_rsparse.formats.base import StoredWeight
 
 from .codes import FP8, INT4, INT8_PLANES
+from .launch_config import LaunchConfig
 
 
 def codes_per_word(weight: StoredWeight) -> int:
     """Columns in a 32-bit word of the stored weight."""
     return 8 if is_four_bit(weight) else 4
+
+
+def words_of_thread(config: LaunchConfig, weight: StoredWeight) -> int:
+    """Words of a row that one thread takes, where eight of a warp share it.
+
+    Raises:
+        ValueError: the configuration has too few or too many columns for its warps.
+    """
+    words = config.block_n // (8 * config.num_warps * codes_per_word(weight))
+    if words not in (1, 2, 4):
+        raise ValueError(
+            f"block_n is {config.block_n} and num_warps {config.num_warps}, but a"
+            f" thread of this kernel takes 1, 2 or 4 words of a row, not {words}"
+        )
+    return words
 
 
 def is_packable(weight: StoredWeight, shard_sizes: Sequence[int]) -> bool:

@@ -11,7 +11,7 @@ NaN (0x7f) becomes 480 here too.
 import triton
 import triton.language as tl
 
-from .codes import PLANE_STEPS, decode_e4m3, int4_offset, join_eight
+from .codes import PLANE_STEPS, decode_bytes, decode_e4m3, int4_offset, join_eight
 
 
 @triton.jit
@@ -259,12 +259,7 @@ def turn_bytes(words, DTYPE: tl.constexpr):
             pack=4,
         )
     else:
-        return (
-            decode_e4m3(words).to(DTYPE),
-            decode_e4m3(words >> 8).to(DTYPE),
-            decode_e4m3(words >> 16).to(DTYPE),
-            decode_e4m3(words >> 24).to(DTYPE),
-        )
+        return decode_bytes(words, DTYPE)
 
 
 @triton.jit

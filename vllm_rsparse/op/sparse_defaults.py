@@ -15,6 +15,9 @@ from vllm_rsparse.op.launch_rules import (
 VECTOR_TOKENS = 2
 # Columns of a warp, with one token and blocks that are scaled.
 _ONE_TOKEN_COLUMNS = 128
+# Most four-bit blocks of a program then (``kernels/packed_integers.py``), and warps of
+# a multiprocessor with 128 registers a thread.
+_INTEGER_BLOCKS, _RESIDENT_WARPS = 4, 16
 # Layers of this many elements are listed by default, as most of them were on the H200.
 _LISTED_ELEMENTS = 80 * 2**20
 # Channels that share a scale; the most of a packed block.
@@ -92,11 +95,11 @@ def one_token_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig
         # int4 takes 9.6 us with 896 warps and 10.4 with 1,792 (50% kept), in planes
         # 14.5 and 15.9 with 1,792 and 896 (4.16 bits).
         enough = (1500 if kind == "int8-planes" else 880) * processors // PROCESSORS
-        fewest = -(-blocks // 4)
+        fewest = -(-blocks // _INTEGER_BLOCKS)
         split_k = even_splits(tiles * warps, blocks, enough, fewest)
-        if tiles * warps * split_k > 16 * processors:
+        resident = _RESIDENT_WARPS * processors // (tiles * warps)
+        if split_k > resident:
             # Fewer than would be enough, but all resident, if there is such a number.
-            resident = 16 * processors // (tiles * warps)
             below = range(resident, fewest - 1, -1)
             split_k = next((s for s in below if blocks % s == 0), split_k)
     else:
