@@ -11,22 +11,15 @@ same numbers are computed in float32.
 import triton
 import triton.language as tl
 
+from .widen import SCALE_CODES, UNPACK_QUADS
+
 
 @triton.jit
 def pairs_of_codes(words, BITS: tl.constexpr):
     """128 + codes (0, 4), (1, 5), (2, 6) and (3, 7) of words."""
     if BITS:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t;
-            lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xEA;
-            shr.u32 t, $4, 4;
-            lop3.b32 $1, t, 0x000f000f, 0x43004300, 0xEA;
-            shr.u32 t, $4, 8;
-            lop3.b32 $2, t, 0x000f000f, 0x43004300, 0xEA;
-            shr.u32 t, $4, 12;
-            lop3.b32 $3, t, 0x000f000f, 0x43004300, 0xEA;
-            }""",
+            UNPACK_QUADS,
             "=r,=r,=r,=r,r",
             [words],
             dtype=(tl.int32,) * 4,
@@ -47,13 +40,7 @@ def scale_pairs(codes, zero, scale, BITS: tl.constexpr):
     """``widen.scale_codes`` of pairs."""
     if BITS:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t, minus, z;
-            mov.b32 minus, 0xbf80bf80;
-            mov.b32 z, 0x80008000;
-            fma.rn.bf16x2 t, $2, minus, $1;
-            fma.rn.bf16x2 $0, t, $3, z;
-            }""",
+            SCALE_CODES,
             "=r,r,r,r",
             [codes, zero, scale],
             dtype=tl.int32,

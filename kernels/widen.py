@@ -13,6 +13,31 @@ import triton.language as tl
 
 from .codes import PLANE_STEPS, decode_bytes, decode_e4m3, int4_offset, join_eight
 
+# PTX for pairs of bfloat16: codes (0, 4), (1, 5), (2, 6) and (3, 7) of a word, or four
+# codes of two halves, plus 128.
+UNPACK_QUADS = tl.constexpr(
+    """{
+    .reg .b32 t;
+    lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xEA;
+    shr.u32 t, $4, 4;
+    lop3.b32 $1, t, 0x000f000f, 0x43004300, 0xEA;
+    shr.u32 t, $4, 8;
+    lop3.b32 $2, t, 0x000f000f, 0x43004300, 0xEA;
+    shr.u32 t, $4, 12;
+    lop3.b32 $3, t, 0x000f000f, 0x43004300, 0xEA;
+    }"""
+)
+# Codes minus zero points, times scales.
+SCALE_CODES = tl.constexpr(
+    """{
+    .reg .b32 t, minus, z;
+    mov.b32 minus, 0xbf80bf80;
+    mov.b32 z, 0x80008000;
+    fma.rn.bf16x2 t, $2, minus, $1;
+    fma.rn.bf16x2 $0, t, $3, z;
+    }"""
+)
+
 
 @triton.jit
 def rescale_fp8(codes, DTYPE: tl.constexpr):
@@ -109,16 +134,7 @@ def unpack_quads(halves, DTYPE: tl.constexpr):
     """Four tensors of the shape of int16 ``halves``: code i plus ``int4_offset``."""
     if tl.bfloat16 == DTYPE:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t;
-            lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xEA;
-            shr.u32 t, $4, 4;
-            lop3.b32 $1, t, 0x000f000f, 0x43004300, 0xEA;
-            shr.u32 t, $4, 8;
-            lop3.b32 $2, t, 0x000f000f, 0x43004300, 0xEA;
-            shr.u32 t, $4, 12;
-            lop3.b32 $3, t, 0x000f000f, 0x43004300, 0xEA;
-            }""",
+            UNPACK_QUADS,
             "=r,=r,=r,=r,r",
             [halves],
             dtype=(tl.bfloat16,) * 4,
@@ -202,13 +218,7 @@ def scale_codes(codes, zero, scale, DTYPE: tl.constexpr):
     """``(codes - zero) * scale``: an exact difference, then one rounding to DTYPE."""
     if tl.bfloat16 == DTYPE:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t, one, z;
-            mov.b32 one, 0xbf80bf80;
-            mov.b32 z, 0x80008000;
-            fma.rn.bf16x2 t, $2, one, $1;
-            fma.rn.bf16x2 $0, t, $3, z;
-            }""",
+            SCALE_CODES,
             "=r,r,r,r",
             [codes, zero, scale],
             dtype=tl.bfloat16,
