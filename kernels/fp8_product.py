@@ -16,7 +16,9 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from vllm_rsparse.formats.base import StoredWeight
 
+from .known_launch import KnownLaunches, number_class
 from .rsparse_linear import has_dependent_launch, input_of
+from .sizes import cdiv, next_power_of_2
 
 # The library's kernels need both dimensions to be multiples of this.
 ALIGNMENT = 16
@@ -40,7 +42,7 @@ def fp8_product(x: Tensor, weight: StoredWeight) -> Tensor:
         rounded,
         turned.t(),
         scale_a=scales,
-        scale_b=weight.scales[None, :],
+        scale_b=weight.scales.view(1, -1),
         out_dtype=x.dtype,
     )
 
@@ -53,26 +55,31 @@ def round_and_turn(x: Tensor, weight: StoredWeight) -> tuple[Tensor, Tensor, Ten
     tokens for its next kernel.
     """
     tokens, k = x.shape
-    n = weight.n
-    rounded = torch.empty(tokens, k, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
-    turned = torch.empty(n, k, dtype=torch.uint8, device=x.device)
-    tiles = triton.cdiv(k, _TURNED_K) * triton.cdiv(n, _TURNED_N)
-    _round_and_turn_kernel[(tokens + tiles,)](
-        input_of(x),
-        rounded,
-        scales,
-        weight.data.t().view(torch.uint8),
-        turned,
-        tokens,
-        n,
-        LARGEST=_LARGEST,
-        PART_K=_PART_K,
-        BLOCK_K=_TURNED_K,
-        BLOCK_N=_TURNED_N,
-        num_warps=4,
+    n, rows, device = weight.n, weight.data, x.device
+    taken = input_of(x)
+    rounded = torch.empty(tokens, k, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(tokens, 1, dtype=torch.float32, device=device)
+    turned = torch.empty(n, k, dtype=torch.float8_e4m3fn, device=device)
+    _round_and_turn(
+        (
+            device,
+            n,
+            k,
+            number_class(tokens),
+            taken.stride_m,
+            taken.ptr.dtype,
+            # Addresses in bytes: what matters is whether 16 divides them.
+            taken.ptr.data_ptr() % 16,
+            rows.data_ptr() % 16,
+            rounded.data_ptr() % 16,
+            scales.data_ptr() % 16,
+            turned.data_ptr() % 16,
+        ),
+        (tokens + cdiv(k, _TURNED_K) * cdiv(n, _TURNED_N), 1, 1),
+        (taken, rounded, scales, rows, turned, tokens, n),
+        (_LARGEST, _PART_K, _TURNED_K, _TURNED_N),
     )
-    return rounded, scales, turned.view(torch.float8_e4m3fn)
+    return rounded, scales, turned
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +97,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
             rounded,
             scales,
             LARGEST=_LARGEST,
-            BLOCK_K=triton.next_power_of_2(max(1, k)),
+            BLOCK_K=next_power_of_2(max(1, k)),
             PDL=has_dependent_launch(x.device),
             num_warps=8,
         )
@@ -114,6 +121,8 @@ def _round_and_turn_kernel(
     """A token of x, part by part so that registers are few, or a tile of the weight."""
     program = tl.program_id(0)
     k = x.k
+    rows_ptr = rows_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+    turned_ptr = turned_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
     if program < tokens:
         row = program.to(tl.int64)
         row_ptr = x.ptr + row * x.stride_m
@@ -146,6 +155,9 @@ def _round_and_turn_kernel(
         tl.trans(tile),
         mask=mask_n[:, None] & mask_k[None, :],
     )
+
+
+_round_and_turn = KnownLaunches(_round_and_turn_kernel, num_warps=4)
 
 
 @triton.jit

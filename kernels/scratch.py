@@ -47,8 +47,8 @@ def dequantise_kernel(
 @triton.jit
 def dequantise_pairs_kernel(
     weight,
-    second_ptr,
     out_ptr,
+    PLANES: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -57,12 +57,15 @@ def dequantise_pairs_kernel(
     """``dequantise_kernel`` of int4 and planes in bfloat16, by operations on pairs.
 
     Args of note:
-        weight: the ``Codes``; scales as int32, two a word.
-        second_ptr: words of the second plane, or None.
-        out_ptr: int32 [K, N / 2], two numbers an element.
+        weight: the ``Codes``, with scales in bfloat16.
+        out_ptr: bfloat16 [K, N].
+        PLANES: there is a second plane after the first.
         BLOCK_K: divides GROUP, or GROUP is K.
     """
     n, k = weight.n, weight.k
+    # Two numbers a word.
+    scale_ptr = weight.scale_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    out_ptr = out_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     begin_k = tl.program_id(0) * BLOCK_K
     offs_k = begin_k + tl.arange(0, BLOCK_K)
     offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -76,7 +79,7 @@ def dequantise_pairs_kernel(
     group = begin_k // GROUP
     quarters = offs_w[:, None] * 4 + tl.arange(0, 4)[None, :]
     scale = tl.load(
-        weight.scale_ptr + group * (n // 2) + quarters, mask=mask_w[:, None], other=0
+        scale_ptr + group * (n // 2) + quarters, mask=mask_w[:, None], other=0
     )
     even, odd = tl.split(tl.reshape(scale, (1, BLOCK_W, 2, 2)))
     s01, s45 = tl.split(even)
@@ -96,12 +99,13 @@ def dequantise_pairs_kernel(
         packed = tl.load(zeros, mask=mask_w, other=0)[None, :]
         z0, z1, z2, z3 = pairs_of_codes(packed, BITS)
     c0, c1, c2, c3 = pairs_of_codes(codes, BITS)
-    if second_ptr is None:
+    if not PLANES:
         c0 = scale_pairs(c0, z0, s0, BITS)
         c1 = scale_pairs(c1, z1, s1, BITS)
         c2 = scale_pairs(c2, z2, s2, BITS)
         c3 = scale_pairs(c3, z3, s3, BITS)
     else:
+        second_ptr = weight.ptr + tl.cast(k, tl.int64) * weight.pitch
         second = tl.load(
             second_ptr + place, mask=mask, other=0, eviction_policy="evict_first"
         )

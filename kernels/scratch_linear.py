@@ -12,9 +12,17 @@ from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight
 
+from .codes import INT8_PLANES
+from .known_launch import KnownLaunches
 from .scratch import dequantise_kernel, dequantise_pairs_kernel
+from .sizes import cdiv, next_power_of_2
 from .stored_rows import column_scales, is_four_bit, rows_of
 from .weight_tiles import Codes
+
+# Input channels, and columns or words of columns, of a program.
+_BLOCK_K, _BLOCK_N, _BLOCK_W = 32, 256, 64
+_dequantise = KnownLaunches(dequantise_kernel, num_warps=4)
+_dequantise_pairs = KnownLaunches(dequantise_pairs_kernel, num_warps=4)
 
 
 def dequantise(weight: StoredWeight, dtype: torch.dtype) -> Tensor:
@@ -31,55 +39,53 @@ def dequantise_into(out: Tensor, weight: StoredWeight) -> None:
         out: [K, N], contiguous, written.
         weight: int4, planes or fp8.
     """
-    n, k = weight.n, weight.k
+    n, k, scales, zeros = weight.n, weight.k, weight.scales, weight.zeros
+    assert scales is not None
     data, pitch = rows_of(weight)
-    group = weight.group or k
+    group, code = weight.group or k, weight.format.code
+    codes = Codes(data, scales, zeros, n, k, pitch)
+    key = (
+        out.device,
+        n,
+        k,
+        out.dtype,
+        scales.dtype,
+        # An address in bytes: what matters is whether 16 divides it.
+        data.data_ptr() % 16,
+        scales.data_ptr() % 16,
+        None if zeros is None else zeros.data_ptr() % 16,
+        out.data_ptr() % 16,
+    )
     if _by_pairs(out, weight):
-        _dequantise_pairs(out, weight, group)
+        block_k = min(_BLOCK_K, next_power_of_2(group))
+        _dequantise_pairs(
+            key,
+            (cdiv(k, block_k), cdiv(n // 8, _BLOCK_W), 1),
+            (codes, out),
+            (
+                code == INT8_PLANES.value,
+                group,
+                _BLOCK_W,
+                block_k,
+                not triton.knobs.runtime.interpret,
+            ),
+        )
         return
-    block_k = 32
-    dequantise_kernel[(triton.cdiv(k, block_k), triton.cdiv(n, 256))](
-        Codes(data, weight.scales, weight.zeros, n, k, pitch),
-        column_scales(weight),
-        out,
-        CODE=weight.format.code,
-        GROUP=group,
-        BLOCK_N=256,
-        BLOCK_K=block_k,
-        num_warps=4,
+    _dequantise(
+        key,
+        (cdiv(k, _BLOCK_K), cdiv(n, _BLOCK_N), 1),
+        (codes, column_scales(weight), out),
+        (code, group, _BLOCK_N, _BLOCK_K),
     )
 
 
 def _by_pairs(out: Tensor, weight: StoredWeight) -> bool:
     """Whether whole words become pairs of bfloat16, with scales of the same type."""
+    scales = weight.scales
     return (
         is_four_bit(weight)
-        and weight.scales is not None
-        and out.dtype == weight.scales.dtype == torch.bfloat16
-        and weight.scales.is_contiguous()
-    )
-
-
-def _dequantise_pairs(out: Tensor, weight: StoredWeight, group: int) -> None:
-    assert weight.scales is not None
-    data, pitch = rows_of(weight)
-    planes = data.dim() == 3
-    block_k, block_w = min(32, triton.next_power_of_2(group)), 64
-    grid = (triton.cdiv(weight.k, block_k), triton.cdiv(weight.n // 8, block_w))
-    dequantise_pairs_kernel[grid](
-        Codes(
-            data[0] if planes else data,
-            weight.scales.reshape(-1).view(torch.int32),
-            weight.zeros,
-            weight.n,
-            weight.k,
-            pitch,
-        ),
-        data[1] if planes else None,
-        out.view(torch.int32),
-        GROUP=group,
-        BLOCK_W=block_w,
-        BLOCK_K=block_k,
-        BITS=not triton.knobs.runtime.interpret,
-        num_warps=4,
+        and scales is not None
+        and out.dtype == scales.dtype == torch.bfloat16
+        # A pair is read and written as a word.
+        and (scales.data_ptr() | out.data_ptr()) % 4 == 0
     )
