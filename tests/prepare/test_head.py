@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_rsparse.artifact.prepared import PreparedDirectory
+from vllm_rsparse.artifact.reads import head_reads
 from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.artifact.tensors import Artifact
 from vllm_rsparse.errors import CheckpointError, PrepareError
 from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.measure import measure
 from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING
+from vllm_rsparse.formats.int8_planes import PLANES_WHILE_LOADING
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.streaming import StreamedModel
@@ -116,6 +118,40 @@ def test_only_the_head_is_sparse(small: Path, tmp_path: Path) -> None:
     assert loss.kl_divergence == pytest.approx(expected, rel=1e-3)
     assert loss.by_kind["lm_head"] == pytest.approx(0.4, abs=0.1)
     assert loss.achieved_sparsity == 0.0
+
+
+def test_a_head_in_planes(small: Path, tmp_path: Path) -> None:
+    info, _ = _prepare(
+        small, tmp_path / "out", sparsity=0.0, recipe="teal", head="int8-planes"
+    )
+    rounded = tmp_path / "fp8"
+    fp8, _ = _prepare(small, rounded, sparsity=0.0, recipe="teal", head="fp8")
+    lost = {one.head: one.provenance["head"]["kl_divergence"] for one in (info, fp8)}
+    # Eight bits instead of three of mantissa: a tenth of the error, squared.
+    assert 0 < lost["int8-planes"] < 0.1 * lost["fp8"]
+    n, k = info.provenance["head"]["shape"]
+    # Codes of eight bits, and 2.5 bytes for every 128 of them.
+    assert head_reads(info).dense == n * k * (1 + 2.5 / 128)
+
+    prepared = PreparedDirectory.open(tmp_path / "out")
+    model = SwitchableModel(prepared.checkpoint, torch.device("cpu"), torch.float32)
+    windows = torch.randint(0, 4096, (1, 12))
+    (loss,) = measure(model, [prepared], windows, 2)
+    with torch.inference_mode():
+        states = model.model.model(windows).last_hidden_state[:, 2:-1].flatten(0, 1)
+        weight = model.head.weight
+        exact = (states @ weight.T).log_softmax(-1)
+        planes = PLANES_WHILE_LOADING.round_trip(weight)
+        logs = (states @ planes.T).log_softmax(-1)
+    expected = (exact.exp() * (exact - logs)).sum(-1).mean().item()
+    assert loss.kl_divergence == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_head_in_planes_is_not_sparse(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(PrepareError, match=r"--head-sparsity 0.3: .* use --head fp8"):
+        _prepare(
+            small, tmp_path / "out", sparsity=0.5, head="int8-planes", head_sparsity=0.3
+        )
 
 
 def test_a_prompt_uses_the_whole_quantized_head(small: Path, tmp_path: Path) -> None:

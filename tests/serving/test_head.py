@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output layer in FP8 and sparse: vLLM's own modules, with faked ranks."""
+"""The output layer quantized and sparse: vLLM's own modules, with faked ranks."""
 
 from types import SimpleNamespace
 
@@ -13,12 +13,13 @@ from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
 from vllm.model_executor.model_loader.reload import layerwise
 
 from vllm_rsparse.errors import ArtifactError, SettingError
-from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING
+from vllm_rsparse.formats.names import HEAD_FORMATS
+from vllm_rsparse.formats.registry import load_time_format
 from vllm_rsparse.serving import head as head_module
 
 from .mlp import make_config
 
-HIDDEN, WORDS = 48, 75  # padded to 128
+HIDDEN, WORDS = 96, 75  # padded to 128
 SPARSITY = 0.4
 THRESHOLDS = torch.linspace(0, 2, HIDDEN)
 SHAPES = {"model.layers.0.mlp.down_proj": (HIDDEN, 40, 0, False)}
@@ -56,8 +57,10 @@ def build(kind, config):
 
 def expected_logits(x, weight, head="as-stored", sparse=True):
     """By the definition, of the whole vocabulary."""
-    if head == "fp8":
-        weight = FP8_WHILE_LOADING.round_trip(weight)
+    if (load_time := load_time_format(head)) is not None:
+        # As vLLM pads it: planes have words of eight rows.
+        padded = torch.cat([weight, torch.zeros(-len(weight) % 8, HIDDEN)])
+        weight = load_time.round_trip(padded)[: len(weight)]
     if sparse:
         x = torch.where(x.abs() > THRESHOLDS, x, 0)
     return x @ weight.T
@@ -69,31 +72,35 @@ def load(layer, weight):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_ranks_give_the_logits_of_the_quantized_layer(engine, config, size):
+@pytest.mark.parametrize("head", HEAD_FORMATS)
+def test_ranks_give_the_logits_of_the_quantized_layer(engine, config, size, head):
     weight, x = torch.randn(WORDS, HIDDEN), torch.randn(3, HIDDEN)
     parts = []
     for rank in range(size):
         engine(rank, size)
-        layer = build(vocabulary.ParallelLMHead, config())
+        layer = build(vocabulary.ParallelLMHead, config(head=head))
         load(layer, weight)
         layer.quant_method.process_weights_after_loading(layer)
-        assert layer.weight.dtype is torch.float8_e4m3fn
+        assert layer.weight.dtype in (torch.float8_e4m3fn, torch.int32)
         parts.append(layer.quant_method.apply(layer, x))
     logits = torch.cat(parts, dim=-1)
     assert logits.shape == (3, 128)
-    expected = x @ FP8_WHILE_LOADING.round_trip(weight).T
+    expected = expected_logits(x, weight, head, sparse=False)
     torch.testing.assert_close(logits[:, :WORDS], expected)
     assert not logits[:, WORDS:].any()
 
 
+@pytest.mark.parametrize("head", HEAD_FORMATS)
 @pytest.mark.parametrize("own_module", [True, False])
-def test_tied_logits_are_quantized_and_lookups_are_not(engine, config, own_module):
+def test_tied_logits_are_quantized_and_lookups_are_not(
+    engine, config, own_module, head
+):
     engine(0, 1)
-    made, weight = config(), torch.randn(WORDS, HIDDEN)
+    made, weight = config(head=head), torch.randn(WORDS, HIDDEN)
     embedding = build(vocabulary.VocabParallelEmbedding, made)
     if own_module:
-        head = build(vocabulary.ParallelLMHead, made).tie_weights(embedding)
-        assert head is embedding
+        module = build(vocabulary.ParallelLMHead, made).tie_weights(embedding)
+        assert module is embedding
     load(embedding, weight)
     embedding.quant_method.process_weights_after_loading(embedding)
     tokens = torch.tensor([3, 70])
@@ -101,7 +108,7 @@ def test_tied_logits_are_quantized_and_lookups_are_not(engine, config, own_modul
         embedding.quant_method.embedding(embedding, tokens), weight[tokens]
     )
     x = torch.randn(2, HIDDEN)
-    expected = x @ FP8_WHILE_LOADING.round_trip(weight).T
+    expected = expected_logits(x, weight, head, sparse=False)
     logits = embedding.quant_method.apply(embedding, x, None)[:, :WORDS]
     torch.testing.assert_close(logits, expected)
 
@@ -195,12 +202,20 @@ def test_head_sparsity_is_the_artifacts_or_none(engine, config):
         config(head_sparsity=0.3)
 
 
+def test_planes_are_dense_at_every_step(engine, config):
+    engine(0, 1)
+    made = config(head="int8-planes")
+    assert made.served.decision.head_sparsity == 0
+    with pytest.raises(SettingError, match=r"int8-planes, which is dense .* \(0.4\)"):
+        config(head="int8-planes", head_sparsity=SPARSITY)
+
+
 def test_a_head_of_another_model_is_refused(engine, config):
     engine(0, 1)
     made = config(words=WORDS + 1, head_sparsity=SPARSITY)
     layer = build(vocabulary.ParallelLMHead, made)
     load(layer, torch.randn(WORDS, HIDDEN))
-    with pytest.raises(ArtifactError, match=r"lm_head is \[76, 48\].* is \[75, 48\]"):
+    with pytest.raises(ArtifactError, match=r"lm_head is \[76, 96\].* is \[75, 96\]"):
         layer.quant_method.process_weights_after_loading(layer)
 
 
@@ -212,7 +227,7 @@ def test_settings_and_the_base_model(engine, config):
         assert type(method) is vocabulary.UnquantizedEmbeddingMethod
     made = config()
     assert made.served.decision.head == "fp8"
-    with pytest.raises(ValueError, match=r"head must be one of as-stored, fp8"):
+    with pytest.raises(ValueError, match=r"one of as-stored, fp8, int8-planes"):
         config(head="int4")
 
 

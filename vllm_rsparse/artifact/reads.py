@@ -12,6 +12,7 @@ from vllm_rsparse.formats.stored_bytes import StoredBytes, stored_bytes
 # output layer where it is not the base model's.
 TOKEN_READS = "token_reads"
 HEAD_FOUND = "head"
+_PLANES = "int8-planes"
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -67,8 +68,7 @@ def head_reads(info: ArtifactInfo) -> LinearReads | None:
         # Of an older release: the scales of FP8 cannot be told from the elements.
         size = float(elements * (width if info.head == AS_STORED else 1))
         return LinearReads(columns=size, dense=size)
-    name = "float" if info.head == AS_STORED else info.head
-    stored = stored_bytes(name, *shape, width)
+    stored = _made_while_loading(info.head, *shape, width)
     if entry is not None:
         return _reads(entry, stored, width)
     dense = stored.whole(shape[1])
@@ -122,12 +122,23 @@ def _reads(entry: LinearEntry, stored: StoredBytes, width: int) -> LinearReads:
 
 def _stored(info: ArtifactInfo, entry: LinearEntry) -> StoredBytes:
     n, k = entry.shape
-    if info.served_format == "int8-planes":
-        # Made while loading: scales are bfloat16, and each group has a zero point.
-        return stored_bytes("int8-planes", n, k, 2, group_of(k) or k, zeros=True)
+    if info.served_format == _PLANES:
+        return _made_while_loading(_PLANES, n, k)
     base = info.base
     width = _DTYPE_BYTES[base.dtype]
     return stored_bytes(info.served_format, n, k, width, base.group, base.zeros)
+
+
+def _made_while_loading(name: str, n: int, k: int, width: int = 2) -> StoredBytes:
+    """Bytes of a weight [N, K] in a format of ``--weights`` or ``--head``.
+
+    Args:
+        name: of the format; as stored, it is one of floats of ``width`` bytes.
+    """
+    if name == _PLANES:
+        # Scales are bfloat16, and each group has a zero point.
+        return stored_bytes(_PLANES, n, k, 2, group_of(k) or k, zeros=True)
+    return stored_bytes("float" if name == AS_STORED else name, n, k, width)
 
 
 def _element_bytes(info: ArtifactInfo) -> float:

@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from vllm_rsparse.formats.names import (
     AS_STORED,
+    DENSE_HEAD_FORMATS,
     HEAD_FORMATS,
     LOAD_TIME_FORMATS,
     WEIGHT_FORMATS,
@@ -199,6 +200,8 @@ class ArtifactInfo:
             raise ValueError(
                 "sparse_head must have rank 0, and neither correction nor full_fraction"
             )
+        if self.head in DENSE_HEAD_FORMATS:
+            raise ValueError(f"sparse_head needs another head than {self.head}")
         if HEAD in self.linears:
             raise ValueError(f"linears has {HEAD}, which sparse_head describes")
         return self

@@ -242,7 +242,8 @@ class SwitchableModel:
             head.thresholds = artifact.read(HEAD).thresholds.to(self.device)
         elif head.served is not None:
             # All channels, of the quantized weight.
-            head.thresholds = torch.full((weight.shape[1],), -1.0, device=self.device)
+            shape = (head.served.format.planes, weight.shape[1])
+            head.thresholds = torch.full(shape, -1.0, device=self.device)
         head.restart()
 
     def _switchable(

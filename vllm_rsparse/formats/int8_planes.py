@@ -274,7 +274,7 @@ def _served_group(k: int, channels: int | None) -> int:
         raise WeightFormatError(
             f"a linear with {channels or k} input channels: the format int8-planes"
             f" has groups of {', '.join(map(str, GROUPS))} of them, and none"
-            " divides this number; use --weights fp8"
+            " divides this number; use fp8"
         )
     if k % group:
         raise WeightFormatError(

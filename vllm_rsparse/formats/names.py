@@ -12,6 +12,8 @@ WEIGHT_FORMATS = (*SERVED_FORMATS, "int8")
 AS_STORED = "as-stored"
 LOAD_TIME_FORMATS = ("fp8", "int8-planes")
 # Those that the output layer may have: no scales in the artifact.
-HEAD_FORMATS = ("fp8",)
+HEAD_FORMATS = ("fp8", "int8-planes")
+# The output layer's thresholds have one row, so that it is not sparse in these.
+DENSE_HEAD_FORMATS = ("int8-planes",)
 # Formats that no kernel reads, and what they are served as.
 ONLY_AS = {"int8": "int8-planes"}

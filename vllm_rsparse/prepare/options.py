@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_rsparse.errors import PrepareError
-from vllm_rsparse.formats.names import AS_STORED, HEAD_FORMATS, LOAD_TIME_FORMATS
+from vllm_rsparse.formats.names import (
+    AS_STORED,
+    DENSE_HEAD_FORMATS,
+    HEAD_FORMATS,
+    LOAD_TIME_FORMATS,
+)
 from vllm_rsparse.texts.documents import TextFile
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -129,6 +134,11 @@ class PrepareOptions:
                 raise PrepareError(
                     f"{name} must be one of {', '.join(allowed)}, got {value!r}"
                 )
+        if self.head_sparsity > 0 and self.head in DENSE_HEAD_FORMATS:
+            raise PrepareError(
+                f"--head-sparsity {self.head_sparsity:g}: an output layer in"
+                f" {self.head} is dense at every step; leave it out, or use --head fp8"
+            )
 
     @property
     def sparsities(self) -> tuple[float, ...]:

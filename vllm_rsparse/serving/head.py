@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output layer (lm_head) in FP8, sparse, or both; also tied to the embedding.
+"""The output layer (lm_head) quantized, sparse, or both; also tied to the embedding.
 
 vLLM computes logits outside of the compiled model, of the positions that it samples
 from, by the quantization method of the module that it calls ``lm_head``. That is a
@@ -109,7 +109,8 @@ class _Logits(SparseLayer):
         routes_of(self.backend, stored.format)
         register_stored(layer, stored, self.data_name)
         as_the_base = self._keeps_weight and plan.load_time is None
-        tensors = LinearTensors(torch.full((stored.k,), -1.0))
+        rows = (stored.format.planes,) if stored.format.planes > 1 else ()
+        tensors = LinearTensors(torch.full((*rows, stored.k), -1.0))
         if plan.entry is not None:
             _require_shape(layer, plan.entry.shape)
             tensors = self.served.artifact.read(HEAD)

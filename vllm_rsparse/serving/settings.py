@@ -20,7 +20,7 @@ from vllm_rsparse.artifact.quantization import (
 )
 from vllm_rsparse.artifact.schema import ArtifactInfo
 from vllm_rsparse.errors import ArtifactError, SettingError
-from vllm_rsparse.formats.names import AS_STORED
+from vllm_rsparse.formats.names import AS_STORED, DENSE_HEAD_FORMATS
 from vllm_rsparse.formats.registry import format_of_name, load_time_format
 from vllm_rsparse.serving.route import RouteRequest
 from vllm_rsparse.validation import read_json
@@ -196,9 +196,19 @@ def served_head_sparsity(dictionaries: Sequence[Settings], info: ArtifactInfo) -
         What it was prepared for, or 0: it is dense.
 
     Raises:
-        SettingError: it was prepared for another one.
+        SettingError: it was prepared for another one, or the format that the output
+            layer is served in is dense at every step.
     """
     prepared = info.head_sparsity
+    head = served_head(dictionaries, info)
+    if prepared and head in DENSE_HEAD_FORMATS:
+        given = [settings.head_sparsity for settings in dictionaries]
+        if next((one for one in given if one is not None), prepared):
+            raise SettingError(
+                f"head is {head}, which is dense at every step, but the artifact has a"
+                f" sparse output layer ({prepared:g}); set head_sparsity to 0, or head"
+                " to another format"
+            )
     for settings in dictionaries:
         chosen = settings.head_sparsity
         if chosen is None:
