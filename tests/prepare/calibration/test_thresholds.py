@@ -11,12 +11,13 @@ from torch import Tensor
 from vllm_rsparse.errors import NotFiniteError
 from vllm_rsparse.prepare.calibration import thresholds
 from vllm_rsparse.prepare.calibration.dropped import count_dropped
-from vllm_rsparse.prepare.calibration.order import around_rank, kth_smallest
+from vllm_rsparse.prepare.calibration.order import around_ranks, kth_smallest
 from vllm_rsparse.prepare.calibration.thresholds import (
     KEEP_ALL,
     channel_thresholds,
     column_norms,
     score_threshold,
+    score_thresholds,
 )
 
 DISTRIBUTIONS = {
@@ -52,18 +53,19 @@ def test_kth_smallest_does_not_depend_on_the_chunks() -> None:
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize("sampled", ["some", "misleading", "none"])
-def test_around_rank_does_not_depend_on_the_sample(name: str, sampled: str) -> None:
+def test_around_ranks_does_not_depend_on_the_sample(name: str, sampled: str) -> None:
     values = DISTRIBUTIONS[name]()
     sample = {"some": values[::7], "misleading": values.max().repeat(5000) * 2}
     given = sample.get(sampled, values[:0])
     ordered = values.sort().values
-    for k in {1, 2, len(values) // 3, len(values) // 2, len(values) - 1, len(values)}:
-        if 1 <= k <= len(values):
-            expected = ordered[k - 1]
-            above = ordered[ordered > expected]
-            found = around_rank(lambda: iter(values.split(617)), given, k, len(values))
-            following = above[0] if len(above) else expected
-            assert found == (expected.item(), following.item())
+    n = len(values)
+    ranks = [k for k in (1, 2, n // 3, n // 2, n // 2, n - 1, n) if 1 <= k <= n]
+    found = around_ranks(lambda: iter(values.split(617)), given, ranks, n)
+    for k, pair in zip(ranks, found, strict=True):
+        expected = ordered[k - 1]
+        above = ordered[ordered > expected]
+        following = above[0] if len(above) else expected
+        assert pair == (expected.item(), following.item())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.nan])
@@ -118,6 +120,13 @@ def test_the_inputs_are_left_as_they_are(dtype: torch.dtype) -> None:
     before = x.clone()
     score_threshold(x, torch.rand(7), 0.5)
     assert torch.equal(x, before)
+
+
+def test_several_fractions_have_the_thresholds_of_each_alone() -> None:
+    x, norms = torch.randn(200, 61), torch.rand(61)
+    keeps = [0.3, 1.0, 0.5, 0.0, 0.3]
+    alone = [score_threshold(x, norms, keep) for keep in keeps]
+    assert score_thresholds(x, norms, keeps) == alone
 
 
 def test_keeping_everything_keeps_zeros_too() -> None:

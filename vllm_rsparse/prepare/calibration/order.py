@@ -2,7 +2,7 @@
 """Exact order statistics of more values than are worth sorting."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,61 +20,106 @@ _LOW_BITS = 16
 _INFINITY_BUCKET = 0x7F80  # upper 16 bits of +inf; NaNs lie in and above it
 
 
-def around_rank(
-    chunks: Chunks, sample: Tensor, k: int, total: int
-) -> tuple[float, float]:
-    """The k-th smallest value, and the smallest one that is larger.
+def around_ranks(
+    chunks: Chunks, sample: Tensor, ranks: Sequence[int], total: int
+) -> list[tuple[float, float]]:
+    """The k-th smallest value, and the smallest one that is larger, for several k.
 
-    A sample brackets the rank; one pass counts what lies below the bracket and collects
-    what lies within, which is sorted. Should the bracket miss the rank, all values are
-    counted (``kth_smallest``). The result is exact either way.
+    A sample brackets each rank; one pass counts what lies below the bracket and
+    collects what lies within, which is sorted. Should the bracket miss the rank, all
+    values are counted (``kth_smallest``). The result is exact either way.
 
     Args:
         chunks: all values.
         sample: some of them, flat float32; any sample is correct, a representative one
             is fast.
-        k: rank, from 1 to ``total``.
+        ranks: each from 1 to ``total``.
         total: number of values.
 
     Returns:
-        Both values; the first one twice where none is larger.
+        Both values of each rank; the first one twice where none is larger.
 
     Raises:
         NotFiniteError: a value is NaN or infinite.
     """
-    low, high = _bracket(sample, k / total)
-    # On the device, so that counting does not wait for it.
-    below = torch.zeros((), dtype=torch.int64, device=sample.device)
+    ordered = sample.sort().values
+    collectors = [_Collector(*_bracket(ordered, k / total)) for k in ranks]
     largest = torch.zeros((), device=sample.device)
-    inside = []
     for chunk in chunks():
-        below += (chunk < low).sum()
         largest = torch.maximum(chunk.max(), largest)  # a NaN stays
-        inside.append(chunk[(chunk >= low) & (chunk <= high)])
-    if not math.isfinite(float(largest)):
+        for collector in collectors:
+            collector.add(chunk)
+    # In one transfer: each waits for the device.
+    found = [c.around(k) for k, c in zip(ranks, collectors, strict=True)]
+    rows = torch.stack([largest.double().expand(3), *found]).tolist()
+    if not math.isfinite(rows[0][0]):
         refuse_not_finite()
-    values = torch.cat(inside).sort().values
-    rank = k - int(below)
-    if 1 <= rank <= len(values):
-        kth = values[rank - 1]
-        above = int(torch.searchsorted(values, kth, right=True))
-        if above < len(values):
-            return kth.item(), values[above].item()
-        value = kth.item()
-    else:
-        value = kth_smallest(chunks, k)
-    return value, _next_above(chunks, value)
+    result = []
+    for k, collector, (index, value, above) in zip(
+        ranks, collectors, rows[1:], strict=True
+    ):
+        if not 0 <= index < collector.inside:
+            value = kth_smallest(chunks, k)
+            above = _next_above(chunks, value)
+        elif above <= value:  # the next larger one is not in the bracket
+            above = _next_above(chunks, value)
+        result.append((value, above))
+    return result
 
 
-def _bracket(sample: Tensor, fraction: float) -> tuple[float, float]:
-    """Two values that a rank almost certainly lies between."""
-    size = len(sample)
+class _Collector:
+    """The values of a bracket, and how many lie below it; all on the device.
+
+    Args:
+        low: 0-dimensional, the least value of the bracket.
+        high: the same, the largest.
+    """
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        self._low = low
+        self._high = high
+        self._below = torch.zeros((), dtype=torch.int64, device=low.device)
+        self._inside: list[Tensor] = []
+
+    def add(self, chunk: Tensor) -> None:
+        """Look at some values."""
+        self._below += (chunk < self._low).sum()
+        self._inside.append(chunk[(chunk >= self._low) & (chunk <= self._high)])
+
+    @property
+    def inside(self) -> int:
+        """How many values lie in the bracket."""
+        return sum(map(len, self._inside))
+
+    def around(self, k: int) -> Tensor:
+        """Where rank k is: float64 [3], which need not be waited for.
+
+        Its index in the bracket, the value there, and the next larger one. The values
+        are meaningful if the index is, and the next one if it is larger.
+        """
+        # The upper end keeps the indices valid: it sorts behind all that is inside.
+        values = torch.cat([*self._inside, self._high[None]]).sort().values
+        index = k - self._below - 1
+        last = self.inside - 1
+        value = values[index.clamp(0, max(last, 0))]
+        after = torch.searchsorted(values, value[None], right=True)[0]
+        above = values[after.clamp(0, max(last, 0))]
+        return torch.stack([index.double(), value.double(), above.double()])
+
+
+def _bracket(ordered: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Two values that a rank almost certainly lies between.
+
+    Args:
+        ordered: the sample in ascending order.
+        fraction: the rank as a share of all values.
+    """
+    size = len(ordered)
     deviation = math.sqrt(fraction * (1 - fraction) / size) if size else 0.0
     reach = _REACH * deviation + 2 / max(size, 1)
     first, last = int((fraction - reach) * size), math.ceil((fraction + reach) * size)
-    ordered = sample.sort().values
-    low = ordered[first].item() if first > 0 else 0.0
-    return low, ordered[last].item() if last < size else math.inf
+    low = ordered[first] if first > 0 else ordered.new_zeros(())
+    return low, ordered[last] if last < size else ordered.new_full((), math.inf)
 
 
 def _next_above(chunks: Chunks, value: float) -> float:

@@ -7,12 +7,12 @@ known, so the threshold of channel j is t / ||W[:, j]||.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from vllm_rsparse.prepare.calibration.order import SAMPLE, around_rank
+from vllm_rsparse.prepare.calibration.order import SAMPLE, around_ranks
 
 # Elements of activations per chunk: bounds the size of temporaries. On CUDA 64 times as
 # many, for every chunk starts a dozen kernels.
@@ -27,7 +27,12 @@ def column_norms(weight: Tensor) -> Tensor:
 
 
 def score_threshold(x: Tensor, norms: Tensor, keep: float) -> float:
-    """The score t such that the fraction ``keep`` of all scores lies above it.
+    """``score_thresholds`` for one fraction."""
+    return score_thresholds(x, norms, [keep])[0]
+
+
+def score_thresholds(x: Tensor, norms: Tensor, keeps: Sequence[float]) -> list[float]:
+    """The scores t such that the fractions ``keeps`` of all scores lie above them.
 
     t lies midway between the largest score that is dropped and the smallest that is
     kept, both found exactly, so the result depends neither on chunking nor on the
@@ -40,21 +45,23 @@ def score_threshold(x: Tensor, norms: Tensor, keep: float) -> float:
     Args:
         x: calibration inputs [tokens, K], any floating dtype.
         norms: float32 [K] factors of the score; ones give the score |x|.
-        keep: fraction in [0, 1].
+        keeps: fractions in [0, 1].
 
     Returns:
-        t; -1 where everything is kept.
+        t of each fraction; -1 where everything is kept.
 
     Raises:
         NotFiniteError: the activations contain NaN or infinity.
     """
     total = x.numel()
-    dropped = total - round(keep * total)
-    if dropped == 0:
-        return KEEP_ALL
-    return midway(
-        *around_rank(lambda: _scores(x, norms), _sample(x, norms), dropped, total)
-    )
+    dropped = [total - round(keep * total) for keep in keeps]
+    ranks = sorted({count for count in dropped if count > 0})
+    scores = {0: KEEP_ALL}
+    if ranks:
+        sample = _sample(x, norms)
+        found = around_ranks(lambda: _scores(x, norms), sample, ranks, total)
+        scores |= {k: midway(*pair) for k, pair in zip(ranks, found, strict=True)}
+    return [scores[count] for count in dropped]
 
 
 def midway(largest_dropped: float, smallest_kept: float) -> float:

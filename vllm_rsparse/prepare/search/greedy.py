@@ -27,7 +27,7 @@ from vllm_rsparse.prepare.calibration.propagate import (
 from vllm_rsparse.prepare.calibration.thresholds import (
     channel_thresholds,
     column_norms,
-    score_threshold,
+    score_thresholds,
 )
 from vllm_rsparse.prepare.recipe.plan import Allocation, LinearPlan
 from vllm_rsparse.prepare.run import LayerLinears, Run
@@ -162,17 +162,18 @@ class _Probe:
             raise TypeError(f"{linear.name} has no weight")
         scale = column_norms(weight) if scale is None else scale.to(x.device)
         model, prefix = self.run.model, self.run.dense_prefix
-        errors = [0.0]
-        for level in LEVELS[1:]:
-            thresholds = channel_thresholds(score_threshold(x, scale, 1 - level), scale)
+        scores = score_thresholds(x, scale, [1 - level for level in LEVELS[1:]])
+        norms = []
+        for score in scores:
+            thresholds = channel_thresholds(score, scale)
             with sparse_linears(self.module) as sparse:
                 sparse.install(linear.kind, LinearTensors(thresholds), prefix)
                 out = self.hidden.clone()
                 model.run_layer(linear.layer, out)
             difference = model.visible(out - self.exact)[:, prefix:]
-            norm = torch.linalg.vector_norm(difference, dtype=torch.float64)
-            errors.append(norm.item() ** 2)
-        return errors
+            norms.append(torch.linalg.vector_norm(difference, dtype=torch.float64))
+        # In one transfer: each waits for the device.
+        return [0.0, *(norm**2 for norm in torch.stack(norms).tolist())]
 
 
 def _hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
