@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_rsparse.model.linears import Linear
-from vllm_rsparse.prepare.search.one_threshold import at_one_threshold
+from vllm_rsparse.prepare.search.one_threshold import at_one_threshold, shares_by_bin
 from vllm_rsparse.prepare.search.sensitivity import Sensitivity
 
 
@@ -23,7 +23,8 @@ def test_one_threshold_uses_the_whole_budget(sparsity: float) -> None:
         name: Sensitivity(torch.ones(shapes[name][1]), counts_of(scores[name]))
         for name in shapes
     }
-    plans = at_one_threshold(linears, sensitivity_of, sparsity)
+    shares = shares_by_bin(linears, sensitivity_of)
+    plans = at_one_threshold(linears, shares, sparsity)
     sizes = {name: n * k for name, (n, k) in shapes.items()}
     total = sum(plans[name].sparsity * size for name, size in sizes.items())
     assert total / sum(sizes.values()) == pytest.approx(sparsity, abs=1e-9)

@@ -2,7 +2,7 @@
 """What ``best`` finds out by trying it on the calibration text."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -93,17 +93,20 @@ def test_the_candidate_nearest_to_the_dense_model_is_taken(
     # "half evenly" of 0.3 and 0.5 is 0.4.
     left = iter(divergences)
     tried: list[tuple[str, int, bool]] = []
-    asked: list[bool] = []
+    asked: list[list[bool]] = []
 
     def run_sparse(run: Run, planned: Planned, label: str) -> Tensor:
         tried.append((label, len(run.windows), planned.corrected))
         return run.windows
 
     def find_ranks(
-        run: Run, scored: Scored, plans: Mapping[str, LinearPlan], corrected: bool
-    ) -> dict[str, int]:
-        asked.append(corrected)
-        return {"l0": RANK}
+        run: Run,
+        scored: Scored,
+        plans: Mapping[str, LinearPlan],
+        corrections: Sequence[bool],
+    ) -> dict[bool, dict[str, int]]:
+        asked.append(list(corrections))
+        return {corrected: {"l0": RANK} for corrected in corrections}
 
     monkeypatch.setattr(trials, "run_sparse", run_sparse)
     monkeypatch.setattr(trials, "divergence", lambda *args: next(left))
@@ -118,7 +121,7 @@ def test_the_candidate_nearest_to_the_dense_model_is_taken(
         run = Run(Model(), linears, windows, DENSE_PREFIX, 0, store)  # type: ignore[arg-type]
         candidates = Candidates(run, scored, allocations, allocations["b"], SPARSITY)
         best = choose(candidates)
-    assert asked == [False, True]  # the factors' covariance depends on it
+    assert asked == [[False, True]]  # the factors' covariance depends on it
     assert [(label, windows) for label, windows, _ in tried] == [(x, 4) for x in TRIED]
     assert [correction for _, _, correction in tried[:4]] == [False, True] * 2
     assert tried[5][2] == best.corrected == corrected

@@ -92,7 +92,7 @@ def _orthonormal(y: Tensor, b: Tensor) -> Tensor:
     # Where the columns are far from dependent; ten times faster than eigenvectors.
     factor, failed = torch.linalg.cholesky_ex(gram)
     diagonal = factor.diagonal()
-    if not failed and diagonal.min() > 1e-4 * diagonal.max():
+    if (failed == 0) & (diagonal.min() > 1e-4 * diagonal.max()):
         return torch.linalg.solve_triangular(factor, y.mT, upper=False).mT
     values, vectors = torch.linalg.eigh(gram)
     seen = values > values[-1] * 1e-12

@@ -25,6 +25,6 @@ class ChannelAllocator(Allocator):
         plans = allocation(sparsity)
         if scored.metrics:
             corrected = scored.recipe.correction == ALWAYS
-            ranks = find_ranks(run, scored, plans, corrected)
+            ranks = find_ranks(run, scored, plans, [corrected])[corrected]
             plans = with_factors(run.linears, ranks, allocation, sparsity)
         return scored.planned(plans)

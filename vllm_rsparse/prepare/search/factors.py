@@ -31,10 +31,16 @@ from vllm_rsparse.prepare.run import LayerLinears, Run
 from vllm_rsparse.prepare.search.scores import Scored
 from vllm_rsparse.prepare.search.sensitivity import Sensitivity
 
+# Where ranks are kept, by whether there is a correction.
+_STAGES = {False: "ranks.plain", True: "ranks.corrected"}
+
 
 def find_ranks(
-    run: Run, scored: Scored, plans: Mapping[str, LinearPlan], corrected: bool
-) -> dict[str, int]:
+    run: Run,
+    scored: Scored,
+    plans: Mapping[str, LinearPlan],
+    corrections: Sequence[bool],
+) -> dict[bool, dict[str, int]]:
     """Rank of the factors that are worth their bytes, per linear; 0 for most.
 
     The ranks of a layer are kept in the run's store.
@@ -43,21 +49,22 @@ def find_ranks(
         run: the model and its calibration text.
         scored: with the sensitivity pass, whose states are used.
         plans: without factors; they say what is dropped.
-        corrected: whether a constant replaces the mean of what is dropped.
+        corrections: whether a constant replaces the mean of what is dropped; the ranks
+            depend on it, and are found for each.
     """
-    ranks: dict[str, int] = {}
-    stage = "ranks.corrected" if corrected else "ranks.plain"
-    buyer = _Buyer(run, scored.gradients.linears, plans, corrected)
+    ranks: dict[bool, dict[str, int]] = {corrected: {} for corrected in corrections}
+    buyer = _Buyer(run, scored.gradients.linears, plans)
     states = scored.gradients.states
     for position, layer in enumerate(tqdm(run.layers, "factors", unit="layer")):
-        key = run.key(stage, position)
-        known = run.store.recall(key)
-        if known is None:
+        keys = {corrected: run.key(_STAGES[corrected], position) for corrected in ranks}
+        known = {corrected: run.store.recall(key) for corrected, key in keys.items()}
+        if None in known.values():
             hidden = states.entering(position).to(run.model.device)
             with run.model.layer(layer.index) as module:
-                known = buyer.layer_ranks(layer, module, hidden)
-            run.store.record({key: known})
-        ranks |= known
+                known = buyer.layer_ranks(layer, module, hidden, corrections)
+            run.store.record({keys[corrected]: known[corrected] for corrected in known})
+        for corrected, found in known.items():
+            ranks[corrected] |= found
     return ranks
 
 
@@ -93,14 +100,17 @@ class _Buyer:
     run: Run
     sensitivity_of: Mapping[str, Sensitivity]
     plans: Mapping[str, LinearPlan]
-    corrected: bool
 
     def layer_ranks(
-        self, layer: LayerLinears, module: nn.Module, hidden: Tensor
-    ) -> dict[str, int]:
+        self,
+        layer: LayerLinears,
+        module: nn.Module,
+        hidden: Tensor,
+        corrections: Sequence[bool],
+    ) -> dict[bool, dict[str, int]]:
         """Ranks of the linears of a materialised layer, from the layer's input."""
         model = self.run.model
-        ranks = {}
+        ranks: dict[bool, dict[str, int]] = {corrected: {} for corrected in corrections}
         for stage in stages(layer):
             wanted = [linear for linear in stage if linear.factors_pay]
             if not wanted:
@@ -108,23 +118,25 @@ class _Buyer:
             x = stage_input(model, stage[0], module, hidden, self.run.dense_prefix)
             for linear in wanted:
                 weight = model.weight(linear)
-                ranks[linear.name] = self._rank(linear, weight.to(x.device), x)
+                found = self._ranks(linear, weight.to(x.device), x, corrections)
+                for corrected, rank in found.items():
+                    ranks[corrected][linear.name] = rank
         return ranks
 
     @torch.no_grad()
-    def _rank(self, linear: Linear, weight: Tensor, x: Tensor) -> int:
+    def _ranks(
+        self, linear: Linear, weight: Tensor, x: Tensor, corrections: Sequence[bool]
+    ) -> dict[bool, int]:
         sensitivity = self.sensitivity_of[linear.name]
         if sensitivity.metric is None:
-            return 0
+            return dict.fromkeys(corrections, 0)
         n, k = weight.shape
         scale, metric = sensitivity.scale.to(x.device), sensitivity.metric.to(x.device)
         score = score_threshold(x, scale, self.plans[linear.name].keep)
         if score <= 0:  # nothing is dropped
-            return 0
+            return dict.fromkeys(corrections, 0)
         thresholds = channel_thresholds(score, scale)
         dropped = count_dropped(x, thresholds, outer=True)
-        covariance = dropped.covariance(centred=self.corrected)
-        values, _ = directions(weight, covariance, metric, self.run.seed)
         # Eigenvalues are mean squares, scores another mean: bring both to one
         # scale.
         w = weight.double()
@@ -132,4 +144,9 @@ class _Buyer:
         scored = scale > 0
         unit = (squares[scored].sqrt() / scale[scored].double()).median() ** 2
         price = unit * score**2 / n
-        return int((values / (n + k) > price).sum())
+        ranks = {}
+        for corrected in corrections:
+            covariance = dropped.covariance(centred=corrected)
+            values, _ = directions(weight, covariance, metric, self.run.seed)
+            ranks[corrected] = int((values / (n + k) > price).sum())
+        return ranks

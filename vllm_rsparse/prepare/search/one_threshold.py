@@ -28,40 +28,52 @@ class OneThreshold(ChannelAllocator):
 
     def allocation(self, run: Run, scored: Scored) -> Allocation:
         """Uses the counts of the sensitivity pass; nothing is run."""
-        sensitivity_of = scored.gradients.linears
         in_planes = run.model.plane_count > 1
-        return partial(
-            at_one_threshold, run.linears, sensitivity_of, in_planes=in_planes
-        )
+        shares = shares_by_bin(run.linears, scored.gradients.linears, in_planes)
+        return partial(at_one_threshold, run.linears, shares)
+
+
+def shares_by_bin(
+    linears: Sequence[Linear],
+    sensitivity_of: Mapping[str, Sensitivity],
+    in_planes: bool = False,
+) -> Tensor:
+    """What is not read of each linear when the threshold passes a bin of scores.
+
+    A weight in two planes has a second threshold, a multiple of the first, below which
+    its second plane is not read.
+
+    Returns:
+        float64 [linears, BINS], shares of the linear's bits.
+    """
+    counts = [sensitivity_of[linear.name].counts for linear in linears]
+    shares = [count.double() / count.sum() for count in counts]
+    if in_planes:
+        shares = [_unread(f, x.shape[1]) for f, x in zip(shares, linears, strict=True)]
+    return torch.stack(shares)
 
 
 def at_one_threshold(
-    linears: Sequence[Linear],
-    sensitivity_of: Mapping[str, Sensitivity],
-    sparsity: float,
-    in_planes: bool = False,
+    linears: Sequence[Linear], shares: Tensor, sparsity: float
 ) -> dict[str, LinearPlan]:
     """Plans with one threshold on score / sqrt(N) for the whole model; no factors.
 
     The fraction of the bin that the threshold falls into is chosen so that the plans
-    add up to ``sparsity`` exactly. A weight in two planes has a second threshold, a
-    multiple of the first, below which its second plane is not read.
+    add up to ``sparsity`` exactly.
+
+    Args:
+        linears: all linears that take part.
+        shares: of ``shares_by_bin``.
+        sparsity: of the model.
     """
-    counts = [sensitivity_of[linear.name].counts for linear in linears]
-    fractions = torch.stack([count.double() / count.sum() for count in counts])
-    if in_planes:
-        shares = [
-            _unread(f, x.shape[1]) for f, x in zip(fractions, linears, strict=True)
-        ]
-        fractions = torch.stack(shares)
     elements = torch.tensor([float(n * k) for n, k in (x.shape for x in linears)])
     weights = elements.double() / elements.sum()
-    dropped = (weights @ fractions).cumsum(0)
+    dropped = (weights @ shares).cumsum(0)
     edge = min(int(torch.searchsorted(dropped, sparsity)), BINS - 1)
-    inside = float(weights @ fractions[:, edge])
+    inside = float(weights @ shares[:, edge])
     below = float(dropped[edge]) - inside
     part = min(max((sparsity - below) / inside, 0.0), 1.0) if inside > 0 else 0.0
-    dropped_of = fractions[:, :edge].sum(1) + part * fractions[:, edge]
+    dropped_of = shares[:, :edge].sum(1) + part * shares[:, edge]
     return {
         linear.name: LinearPlan(min(max(share, 0.0), 1.0), 1.0)
         for linear, share in zip(linears, dropped_of.tolist(), strict=True)

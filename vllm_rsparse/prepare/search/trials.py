@@ -13,7 +13,7 @@ tokens, and the one whose predictions stay closest to the dense model's is chose
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -99,7 +99,7 @@ class Candidates:
     allocations: Mapping[str, Allocation]
     typical: Allocation
     sparsity: float
-    _ranks: dict[bool, Mapping[str, int]] = field(default_factory=dict, init=False)
+    _ranks: dict[bool, dict[str, int]] = field(default_factory=dict, init=False)
 
     @property
     def corrections(self) -> list[bool]:
@@ -115,15 +115,18 @@ class Candidates:
             for corrected in self.corrections
         ]
 
+    def find_ranks(self, corrections: Sequence[bool]) -> None:
+        """Find the ranks of several choices of the correction together."""
+        if self.scored.metrics:
+            plans = self.typical(self.sparsity)
+            found = find_ranks(self.run, self.scored, plans, corrections)
+            self._ranks.update(found)
+
     def ranks(self, corrected: bool) -> Mapping[str, int]:
         """Ranks of the factors that pay; they depend on the correction."""
-        if not self.scored.metrics:
-            return {}
         if corrected not in self._ranks:
-            plans = self.typical(self.sparsity)
-            found = find_ranks(self.run, self.scored, plans, corrected)
-            self._ranks[corrected] = found
-        return self._ranks[corrected]
+            self.find_ranks([corrected])
+        return self._ranks.get(corrected, {})
 
     def planned(self, choice: Choice) -> Planned:
         """The plans of a choice."""
@@ -147,8 +150,7 @@ def choose(candidates: Candidates) -> Planned:
     Returns:
         The plans of the choice, with the divergences of all that were tried.
     """
-    for corrected in candidates.corrections:
-        candidates.ranks(corrected)  # before the trials, which take longer
+    candidates.find_ranks(candidates.corrections)  # before the trials, which are long
     trials = _Trials(candidates)
     trials.add(candidates.plain)
     trials.add([replace(trials.best, evened=True)])
