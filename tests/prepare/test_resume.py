@@ -19,6 +19,7 @@ from vllm_rsparse.prepare.store.run_store import Key, RunStore
 from .runs import contents, short
 
 LAYERS = 4  # of the reference model
+CORRECTIONS = ("plain", "corrected")
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,11 @@ FOUND = [
     *numbered("entering", 0, 1, 2, 3, 4),
     *numbered("sensitivity", 3, 2, 1, 0),
     *numbered("greedy", 0, 1, 2, 3),
-    *numbered("ranks.plain.0.5", 0, 1, 2, 3),
-    *numbered("ranks.corrected.0.5", 0, 1, 2, 3),
+    *(
+        f"ranks.{kind}.0.5.{i}"
+        for i in range(LAYERS)
+        for kind in ("plain", "corrected")
+    ),
     *(f"divergence.0.5.{candidate}" for candidate in TRIED),
     *numbered("calibrated.0.5", 0, 1, 2, 3),
 ]
@@ -62,7 +66,7 @@ FOUND = [
         # The gradient that leaves layer 2 was not kept any more.
         ("best", "sensitivity.2", 0, ["sensitivity.2"]),
         ("best", "greedy.1", 0, []),
-        ("best", "ranks.plain.0.5.1", 0, []),
+        ("best", "ranks.corrected.0.5.1", 0, []),
         ("best", "divergence.0.5.sensitivity", 0, []),
         ("best", "divergence.0.5.evened", 0, []),
         ("best", "calibrated.0.5.2", 0, ["calibrated.0.5.2"]),

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from vllm_rsparse.errors import PrepareError
-from vllm_rsparse.prepare.store import run_store
+from vllm_rsparse.prepare.store import files
+from vllm_rsparse.prepare.store.background import AHEAD
 from vllm_rsparse.prepare.store.run_store import RESULTS, Key, RunStore
 
 KEY = Key("stage", 0)
@@ -38,6 +39,27 @@ def test_tensors_come_back(tmp_path: Path) -> None:
         assert torch.equal(other.get(KEY)[0]["half"], kept["half"])
         assert note == {"b": [0.1, None]}
     assert not other.directory.exists()
+
+
+def test_tensors_may_change_after_they_were_put(tmp_path: Path) -> None:
+    with RunStore(tmp_path / "s", {}) as store:
+        x = torch.zeros(1000)
+        for index in range(3 * AHEAD):
+            store.put(Key("stage", index), {"x": x}, index)
+            x += 1
+        for index in range(3 * AHEAD):
+            tensors, note = store.get(Key("stage", index))
+            assert note == index
+            assert torch.equal(tensors["x"], torch.full((1000,), float(index)))
+
+
+def test_an_interrupted_run_finishes_what_it_put(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "s", {})
+    for index in range(AHEAD):
+        store.put(Key("stage", index), {"x": torch.ones(1 << 20)})
+    store.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    names = [f"stage.{index}.safetensors" for index in range(AHEAD)]
+    assert sorted(file.name for file in store.directory.glob("stage*")) == names
 
 
 def test_recorded_results_come_back(tmp_path: Path) -> None:
@@ -97,6 +119,7 @@ def test_errors_name_the_file_and_what_to_do(
     ):
         store.get(Key("stage", 2))
     path = tmp_path / "s" / "stage.0.safetensors"
+    assert KEY in store
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(PrepareError, match=r"stage\.0\.safetensors: cannot be read"):
         store.get(KEY)
@@ -107,11 +130,11 @@ def test_errors_name_the_file_and_what_to_do(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_store, "save_file", full)
+    monkeypatch.setattr(files.os, "fsync", full)
+    store.put(Key("other", 0), {})
     with pytest.raises(PrepareError, match=r"other.*No space left .*free space"):
         store.put(Key("other", 0), {})
     assert Key("other", 0) not in store
-    monkeypatch.setattr(run_store.os, "fsync", full)
     with pytest.raises(
         PrepareError, match=r"results\.jsonl.*No space left .*free space"
     ):

@@ -4,8 +4,10 @@ resumes from them.
 
 One directory next to OUTPUT. ``search.json`` records what the results depend on (see
 ``identity``). Tensors, with an optional JSON note, have a safetensors file per key,
-complete or absent. Results that are JSON alone are appended to ``results.jsonl``, one
-object per line. Both reach the disk before the run continues.
+complete or absent. They are written in the background, in the order in which they were
+put. Results that are JSON alone are appended to ``results.jsonl``, one object per line,
+and reach the disk before the run continues. An interruption loses at most the last
+``background.AHEAD`` files, which the resumed run makes again.
 
 A stage keeps its results of a layer when the layer is done. The states that it carries
 from layer to layer (hidden states, gradients) are also needed to resume, but they are
@@ -27,14 +29,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_rsparse.errors import DamagedCheckpointError, NotFiniteError, PrepareError
+from vllm_rsparse.prepare.store.background import BackgroundFiles
 from vllm_rsparse.prepare.store.files import (
     append_text,
     replace_text,
-    unwritable_output,
     writing_output,
 )
 
@@ -83,40 +84,37 @@ class RunStore:
         self.directory = directory
         self._identity = json.dumps(identity, sort_keys=True)
         self._results: dict[Key, Any] = {}
+        self._files = BackgroundFiles()
         self._opened = False
         self._lock: int | None = None
         self._last_state = time.monotonic()
 
     def __contains__(self, key: Key) -> bool:
-        return self._open() and (key in self._results or self._path(key).exists())
+        if not self._open():
+            return False
+        self._files.wait(self._path(key))
+        return key in self._results or self._path(key).exists()
 
     def put(self, key: Key, tensors: Mapping[str, Tensor], note: Any = None) -> None:
         """Keep tensors, and a JSON note, in place of the key's earlier ones.
 
-        They are on disk when this returns.
+        They are copied, and written in the background.
 
         Raises:
-            PrepareError: they cannot be written.
+            PrepareError: earlier ones cannot be written.
         """
         self._open(make=True)
-        path = self._path(key)
-        partial = path.with_suffix(".partial")
-        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(stored, partial, {"note": json.dumps(note)})
-            with partial.open("rb") as stream:
-                os.fsync(stream.fileno())
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise unwritable_output(path, error) from error
+        self._files.put(self._path(key), tensors, json.dumps(note))
 
     def get(self, key: Key) -> tuple[dict[str, Tensor], Any]:
         """Tensors on the CPU, which may be changed in place, and the note.
 
         Raises:
-            PrepareError: the key was never put, or the file is damaged.
+            PrepareError: the key was never put, or the file is damaged or cannot be
+                written.
         """
         path = self._path(key)
+        self._files.wait(path)
         try:
             with safe_open(path, "pt") as file:
                 note = json.loads(file.metadata()["note"])
@@ -162,6 +160,7 @@ class RunStore:
             PrepareError: they do not.
         """
         self._open(make=True)
+        self._files.wait()
         kept = sum(file.stat().st_size for file in self.directory.iterdir())
         free = shutil.disk_usage(self.directory).free
         if size > kept + free:
@@ -195,12 +194,14 @@ class RunStore:
             self.close()
 
     def close(self) -> None:
-        """Let another run use the directory."""
+        """Finish what is being written, and let another run use the directory."""
+        self._files.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def _leave(self, error: BaseException | None) -> None:
+        self._files.close()
         if error is None or isinstance(error, _USELESS_AFTER):
             self.clear()
             with suppress(OSError):  # the user has added files there

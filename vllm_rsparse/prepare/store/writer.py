@@ -77,6 +77,7 @@ class SafetensorsWriter:
     Args:
         path: file to create; it must not exist.
         specs: shape and dtype of every tensor by name.
+        metadata: of the file.
 
     Raises:
         PrepareError: the file exists, or the disk has no room for all of it.
@@ -86,13 +87,16 @@ class SafetensorsWriter:
         self,
         path: Path,
         specs: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
         self._specs = dict(specs)
         # Wide dtypes first, as the library does: every tensor is then aligned to its
         # element size, without the holes that the format forbids.
         order = sorted(self._specs, key=lambda name: -self._specs[name].dtype.itemsize)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {
+            "__metadata__": {"format": "pt", **(metadata or {})}
+        }
         offset = 0
         offsets = {}
         for name in order:
