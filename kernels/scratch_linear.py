@@ -26,10 +26,10 @@ _dequantise_pairs = KnownLaunches(dequantise_pairs_kernel, num_warps=4)
 
 
 def dequantise(weight: StoredWeight, dtype: torch.dtype) -> Tensor:
-    """The weight in ``dtype``: the [N, K] view of contiguous [K, N] storage."""
+    """The weight in ``dtype``, an input channel a row: contiguous [K, N]."""
     out = torch.empty(weight.k, weight.n, dtype=dtype, device=weight.device)
     dequantise_into(out, weight)
-    return out.t()
+    return out
 
 
 def dequantise_into(out: Tensor, weight: StoredWeight) -> None:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
+from functools import cache, lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -103,25 +104,26 @@ def _cpu_dense_quantized(
     return library_linear(x, store_float(weight.dequantise().to(x.dtype)), bias)
 
 
-def _triton_sparse(x: Tensor, operands: SparseOperands, bias: Tensor | None) -> Tensor:
-    # Imported here, so that Triton is needed only where its kernels run.
+@cache
+def _triton() -> ModuleType:
+    """The module, imported only where its kernels run: it needs Triton."""
     from vllm_rsparse.op import triton_backend
 
-    return triton_backend.rsparse_linear(x, operands, bias)
+    return triton_backend
+
+
+def _triton_sparse(x: Tensor, operands: SparseOperands, bias: Tensor | None) -> Tensor:
+    return _triton().rsparse_linear(x, operands, bias)
 
 
 def _triton_dense(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
-    from vllm_rsparse.op import triton_backend
-
-    return triton_backend.dense_linear(x, weight, bias)
+    return _triton().dense_linear(x, weight, bias)
 
 
 def _triton_dense_quantised(
     x: Tensor, weight: StoredWeight, bias: Tensor | None
 ) -> Tensor:
-    from vllm_rsparse.op import triton_backend
-
-    return triton_backend.dense_quantised_linear(x, weight, bias)
+    return _triton().dense_quantised_linear(x, weight, bias)
 
 
 @lru_cache(maxsize=2)

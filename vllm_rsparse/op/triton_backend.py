@@ -6,7 +6,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.fp8 import FP8
@@ -100,7 +99,8 @@ def dense_linear(
     """
     check_input(x, weight, bias)
     if config is None and x.shape[0] > DENSE_TOKENS:
-        return functional.linear(x, dequantise(weight, x.dtype), bias)
+        rows = dequantise(weight, x.dtype)
+        return torch.mm(x, rows) if bias is None else torch.addmm(bias, x, rows)
     if config is None:
         config = _dense_config(x, weight)
     return quantized_linear.dense_linear(x, weight, bias, config)

@@ -77,8 +77,9 @@ class SparseLayer:
 
     def call_op(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """[..., K] to [..., N]; the op decides between the sparse and dense route."""
+        flat = x.dim() == 2
         out = ops.linear(
-            x.reshape(-1, x.shape[-1]),
+            x if flat else x.reshape(-1, x.shape[-1]),
             getattr(layer, self.data_name),
             layer.rsparse_scales,
             layer.rsparse_zeros,
@@ -94,4 +95,4 @@ class SparseLayer:
             self.max_sparse_tokens,
             self.backend,
         )
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+        return out if flat else out.reshape(*x.shape[:-1], out.shape[-1])
