@@ -17,7 +17,11 @@ def free_memory(device: torch.device) -> int | None:
     On a CPU, a container's limit (cgroup v2) counts as well.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        reserved = torch.cuda.memory_reserved(
+            device
+        )  # by PyTorch, of which some is free
+        unused = reserved - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = int(next(x for x in lines if x.startswith("MemAvail")).split()[1]) * 1024

@@ -48,6 +48,9 @@ class StreamedModel:
             the model is then the one that is served.
         head_load_time: the same for the output layer.
 
+    Attributes:
+        running: the windows that ``call_layer`` runs, or ran last.
+
     Raises:
         CheckpointError: transformers does not know the architecture, or its decoder
             layers are not at ``model.layers``.
@@ -86,6 +89,7 @@ class StreamedModel:
         self._named: list[dict[str, Any]] = []
         self._weights = ModuleWeights(self._tensors, self._model, device)
         self._tokens_at_once = CUDA_TOKENS if device.type == "cuda" else 1
+        self.running = slice(0)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -217,6 +221,7 @@ class StreamedModel:
             hidden: [windows, tokens, hidden], entering the layer.
             rows: which of the windows that ``embed`` got last.
         """
+        self.running = rows
         windows = [arguments[index] for arguments in self._positional[rows]]
         args = [_joined(one, hidden.device) for one in zip(*windows, strict=True)]
         visible, shared = self._shared.split(hidden)

@@ -27,10 +27,12 @@ logger = logging.getLogger(__name__)
 LONG = 30 * 60.0
 # Forward, forward again with gradients, their way back, and what each channel costs.
 _GRADIENT_PASSES = 4.0
-# Partial runs of a layer that bring each linear its sparse input, and the whole layer.
-_SPARSE_PASSES = 2.3
-# Of a linear that is made sparse while the rest of its layer runs dense.
+# Each linear once, sparse (``calibration.replay``), and what the prefix adds.
+_SPARSE_PASSES = 1.1
+# A linear is made sparse while the rest of its layer runs dense; outputs of the linears
+# before it are replayed.
 _LINEARS_OF_A_LAYER = 7
+_PROBE_PASSES = 0.74
 # Candidates of the paper's search, at any depth.
 _EVOLUTION = 112
 # Sparsities that --max-kl usually tries, and at how many of them there are trials.
@@ -110,7 +112,7 @@ def passes(recipe: Recipe, tokens: int, targets: int = 1, searches: int = 1) -> 
     if recipe.linears is None:
         if recipe.allocation in ("greedy", "mixed"):
             runs = _LINEARS_OF_A_LAYER * (len(LEVELS) - 1)
-            shared += runs * min(1.0, SEARCH_TOKENS / tokens)
+            shared += _PROBE_PASSES * runs * min(1.0, SEARCH_TOKENS / tokens)
         if recipe.allocation == "mixed":
             trials = CANDIDATES * _SPARSE_PASSES * min(1.0, TRIED_TOKENS / tokens)
             shared += searches * trials

@@ -24,6 +24,7 @@ from vllm_rsparse.prepare.calibration.propagate import (
     stage_input,
     stages,
 )
+from vllm_rsparse.prepare.calibration.replay import replaying
 from vllm_rsparse.prepare.recipe.planned import Planned
 from vllm_rsparse.prepare.run import LayerLinears, Run
 
@@ -117,8 +118,14 @@ class LayerCalibration:
         layer.
         """
         model, prefix = self._run.model, self._run.dense_prefix
-        with sparse_linears(module) as sparse:
-            for stage in stages(layer):
+        *earlier, last = stages(layer)
+        kept = [linear for stage in earlier for linear in stage]
+        tokens = hidden.shape[0] * hidden.shape[1]
+        with (
+            sparse_linears(module) as sparse,
+            replaying(model, module, kept, tokens) as replay,
+        ):
+            for stage in (*earlier, last):
                 x = stage_input(model, stage[0], module, hidden, prefix)
                 for linear in stage:
                     planes = planes_of(model, linear)
@@ -126,6 +133,8 @@ class LayerCalibration:
                     sparse.install(
                         linear.kind, installed.tensors, prefix, installed.first
                     )
+                    if stage is not last:
+                        replay.settle(linear)
             model.run_layer(layer.index, hidden)
 
     def calibrate(

@@ -8,7 +8,7 @@ sparse from then on, which affects this layer and, through the hidden states, al
 ones.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import groupby
 
@@ -21,6 +21,7 @@ from vllm_rsparse.model.finite import check_activations
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.model.streaming import StreamedModel
 from vllm_rsparse.op.reference import kept_mask
+from vllm_rsparse.prepare.calibration.replay import set_forward
 
 
 class _Reached(Exception):  # noqa: N818 (no error)
@@ -88,7 +89,7 @@ class SparseLayer:
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
-        self._changed: list[nn.Module] = []
+        self._changed: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
 
     def install(
         self,
@@ -142,11 +143,10 @@ class SparseLayer:
             return torch.cat([y, run_sparse(rest)], dim=1)
 
         # An attribute of the instance: the layer keeps its modules and their names.
-        module.forward = forward  # type: ignore[assignment,method-assign]
-        self._changed.append(module)
+        self._changed.append((module, module.__dict__.get("forward")))
+        set_forward(module, forward)
 
     def restore(self) -> None:
-        """Dense again."""
-        for module in self._changed:
-            del module.forward
-        self._changed.clear()
+        """As they were: dense."""
+        while self._changed:
+            set_forward(*self._changed.pop())

@@ -24,6 +24,7 @@ from vllm_rsparse.prepare.calibration.propagate import (
     stage_input,
     stages,
 )
+from vllm_rsparse.prepare.calibration.replay import replaying
 from vllm_rsparse.prepare.calibration.thresholds import (
     channel_thresholds,
     column_norms,
@@ -149,11 +150,16 @@ class _Probe:
         """Errors of every linear at each of ``LEVELS``."""
         model, prefix = self.run.model, self.run.dense_prefix
         errors = {}
-        for stage in stages(layer):
-            x = stage_input(model, stage[0], self.module, self.hidden, prefix)
-            for linear in stage:
-                errors[linear.name] = self._errors(linear, x, scales.get(linear.name))
-                progress.update()
+        tokens = self.hidden.shape[0] * self.hidden.shape[1]
+        with replaying(model, self.module, layer, tokens) as replay:
+            for stage in stages(layer):
+                x = stage_input(model, stage[0], self.module, self.hidden, prefix)
+                for linear in stage:
+                    replay.settle(linear)
+                for linear in stage:
+                    scale = scales.get(linear.name)
+                    errors[linear.name] = self._errors(linear, x, scale)
+                    progress.update()
         return errors
 
     def _errors(self, linear: Linear, x: Tensor, scale: Tensor | None) -> list[float]:
