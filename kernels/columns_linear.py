@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm_rsparse.formats.base import StoredWeight
 
 from .columns import Columns, columns_kernel
+from .known_launch import launch
 from .launch_config import LaunchConfig
 from .packing import Scales, Words
 from .rsparse_linear import (
@@ -16,8 +17,8 @@ from .rsparse_linear import (
     finish_dense,
     has_dependent_launch,
     input_of,
-    launch_options,
 )
+from .sizes import cdiv, next_power_of_2
 from .stored_rows import (
     codes_per_word,
     column_scales,
@@ -76,9 +77,9 @@ def columns_linear(
     codes = codes_per_word(weight)
     group = 0 if column_scales(weight) is not None else weight.group or k
     channels = config.block_k if group in (0, k) else min(config.block_k, group)
-    split_k = max(1, min(config.split_k, triton.cdiv(k, channels)))
+    split_k = max(1, min(config.split_k, cdiv(k, channels)))
     most = _MOST_ROUNDED if rounded else _MOST_TOKENS
-    block_m = min(most, max(_FEWEST_TOKENS, triton.next_power_of_2(tokens)))
+    block_m = min(most, max(_FEWEST_TOKENS, next_power_of_2(tokens)))
     columns = Columns(
         code=weight.format.code,
         tokens=block_m,
@@ -98,8 +99,11 @@ def columns_linear(
         shape = (split_k, tokens, n)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     data, pitch = rows_of(weight, words=True)
-    grid = (triton.cdiv(tokens, block_m), triton.cdiv(n, config.block_n), split_k)
-    columns_kernel[grid](
+    grid = (cdiv(tokens, block_m), cdiv(n, config.block_n), split_k)
+    launch(
+        columns_kernel,
+        x.device,
+        grid,
         input_of(x),
         x_scales,
         Words(data, pitch),
@@ -113,7 +117,7 @@ def columns_linear(
         DTYPE=_operand_dtype(x, rounded),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **launch_options(x.device),
+        pdl=columns.pdl,
     )
     if partial is not None:
         finish_dense(partial, scales, bias, out, x_scales)

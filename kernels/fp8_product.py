@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from vllm_rsparse.formats.base import StoredWeight
 
-from .known_launch import KnownLaunches, number_class
+from .known_launch import launch
 from .rsparse_linear import has_dependent_launch, input_of
 from .sizes import cdiv, next_power_of_2
 
@@ -55,29 +55,26 @@ def round_and_turn(x: Tensor, weight: StoredWeight) -> tuple[Tensor, Tensor, Ten
     tokens for its next kernel.
     """
     tokens, k = x.shape
-    n, rows, device = weight.n, weight.data, x.device
-    taken = input_of(x)
+    n, device = weight.n, x.device
     rounded = torch.empty(tokens, k, dtype=torch.float8_e4m3fn, device=device)
     scales = torch.empty(tokens, 1, dtype=torch.float32, device=device)
     turned = torch.empty(n, k, dtype=torch.float8_e4m3fn, device=device)
-    _round_and_turn(
-        (
-            device,
-            n,
-            k,
-            number_class(tokens),
-            taken.stride_m,
-            taken.ptr.dtype,
-            # Addresses in bytes: what matters is whether 16 divides them.
-            taken.ptr.data_ptr() % 16,
-            rows.data_ptr() % 16,
-            rounded.data_ptr() % 16,
-            scales.data_ptr() % 16,
-            turned.data_ptr() % 16,
-        ),
+    launch(
+        _round_and_turn_kernel,
+        device,
         (tokens + cdiv(k, _TURNED_K) * cdiv(n, _TURNED_N), 1, 1),
-        (taken, rounded, scales, rows, turned, tokens, n),
-        (_LARGEST, _PART_K, _TURNED_K, _TURNED_N),
+        input_of(x),
+        rounded,
+        scales,
+        weight.data,
+        turned,
+        tokens,
+        n,
+        LARGEST=_LARGEST,
+        PART_K=_PART_K,
+        BLOCK_K=_TURNED_K,
+        BLOCK_N=_TURNED_N,
+        num_warps=4,
     )
     return rounded, scales, turned
 
@@ -92,7 +89,10 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     rounded = torch.empty(tokens, k, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
     if tokens:
-        _round_kernel[(tokens,)](
+        launch(
+            _round_kernel,
+            x.device,
+            (tokens, 1, 1),
             input_of(x),
             rounded,
             scales,
@@ -155,9 +155,6 @@ def _round_and_turn_kernel(
         tl.trans(tile),
         mask=mask_n[:, None] & mask_k[None, :],
     )
-
-
-_round_and_turn = KnownLaunches(_round_and_turn_kernel, num_warps=4)
 
 
 @triton.jit

@@ -2,12 +2,12 @@
 """The launcher of ``packed.py``: sparse int4 and fp8 weights, or dense ones."""
 
 import torch
-import triton
 from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight
 
 from .codes import FP8, FP8_BLOCK, INT4
+from .known_launch import launch
 from .launch_config import MOST_LISTED, LaunchConfig
 from .packed import packed_kernel
 from .packed_integers import BLOCKS
@@ -18,10 +18,10 @@ from .rsparse_linear import (
     finish,
     has_dependent_launch,
     input_of,
-    launch_options,
     rows_at_once,
     tiles_of,
 )
+from .sizes import cdiv, next_power_of_2
 from .stored_rows import column_scales, is_four_bit, rows_of, words_of_thread
 from .tiles import Matrix, Tiling
 
@@ -61,22 +61,22 @@ def packed_linear(
         return out
     sparse = thresholds is not None
     span = min(SCALE_BLOCK.value, _span(weight), config.block_k)
-    blocks = triton.cdiv(k, span)
+    blocks = cdiv(k, span)
     split_k = max(1, min(config.split_k, blocks))
     planes = weight.format.planes
     if sparse:
-        split_k = max(split_k, triton.cdiv(planes * k, MOST_LISTED))
+        split_k = max(split_k, cdiv(planes * k, MOST_LISTED))
     integer = sparse and tokens == 1 and is_four_bit(weight) and x.itemsize == 2
     grouped = integer or (
         sparse and tokens == 1 and weight.format.code == FP8_BLOCK.value
     )
     if grouped:
         most = BLOCKS.value if integer else SLOTS.value
-        split_k = max(split_k, triton.cdiv(blocks, most))
+        split_k = max(split_k, cdiv(blocks, most))
     pdl = has_dependent_launch(x.device)
     # Columns of a thread.
     width = config.block_n // config.num_warps // 8
-    blocks_each = triton.next_power_of_2(max(1, triton.cdiv(blocks, split_k)))
+    blocks_each = next_power_of_2(max(1, cdiv(blocks, split_k)))
     starts = [sum(shard_sizes[:index]) for index in range(len(shard_sizes))]
     packing = Packing(
         code=INT4.value if planes > 1 else weight.format.code,
@@ -100,7 +100,7 @@ def packed_linear(
         even_k=k % span == 0,
         pdl=pdl,
     )
-    groups_m = triton.cdiv(tokens, block_m)
+    groups_m = cdiv(tokens, block_m)
     rank_columns = sum(ranks)
     tiles = tiles_of(shard_sizes, config.block_n)
     matrix_v, factor_tiling = Matrix(None, 0, 0), None
@@ -130,7 +130,10 @@ def packed_linear(
         lists = _workspace(programs * packing.length, x, packing, weight)
     data, pitch = rows_of(weight, words=True)
     per_column = weight.format.code == FP8.value
-    packed_kernel[(groups_m, tiles, split_k)](
+    launch(
+        packed_kernel,
+        x.device,
+        (groups_m, tiles, split_k),
         input_of(x),
         Words(data, pitch),
         Scales(None if per_column else weight.scales, weight.zeros, n),
@@ -147,7 +150,7 @@ def packed_linear(
         DTYPE=dot_dtype(x.dtype),
         num_warps=config.num_warps,
         num_stages=1,
-        **launch_options(x.device),
+        pdl=pdl,
     )
     scales = column_scales(weight)
     finish(partial, u, scales, correction, bias, out, shard_sizes, ranks)

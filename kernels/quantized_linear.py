@@ -10,13 +10,13 @@ what.
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight
 
 from .columns_linear import columns_linear, takes_columns
 from .dense_tiles import dense_kernel
+from .known_launch import launch
 from .launch_config import LaunchConfig
 from .packed_linear import packed_linear
 from .rsparse_linear import (
@@ -24,8 +24,8 @@ from .rsparse_linear import (
     finish_dense,
     has_dependent_launch,
     input_of,
-    launch_options,
 )
+from .sizes import cdiv, next_power_of_2
 from .stored_rows import column_scales, is_four_bit, rows_of, widens_by_bits
 from .weight_tiles import Codes
 from .wide_linear import takes_wide, wide_linear
@@ -61,7 +61,7 @@ def sparse_linear(
         tuple(shard_sizes),
         tuple(ranks),
         config,
-        min(SPARSE_TOKENS, triton.next_power_of_2(max(1, x.shape[0]))),
+        min(SPARSE_TOKENS, next_power_of_2(max(1, x.shape[0]))),
     )
 
 
@@ -92,7 +92,7 @@ def dense_linear(
             (weight.n,),
             (0,),
             config,
-            min(DENSE_TOKENS, triton.next_power_of_2(max(1, x.shape[0]))),
+            min(DENSE_TOKENS, next_power_of_2(max(1, x.shape[0]))),
         )
     tokens, k = x.shape
     n = weight.n
@@ -105,8 +105,8 @@ def dense_linear(
         config.split_k, tokens, n, dtype=torch.float32, device=x.device
     )
     grid = (
-        triton.cdiv(tokens, TILE_TOKENS),
-        triton.cdiv(n, config.block_n),
+        cdiv(tokens, TILE_TOKENS),
+        cdiv(n, config.block_n),
         config.split_k,
     )
     data, pitch = rows_of(weight)
@@ -117,7 +117,11 @@ def dense_linear(
         zeros = None if zeros is None else zeros.view(torch.int16)
     elif not is_four_bit(weight):
         data = data.view(torch.uint8)
-    dense_kernel[grid](
+    pdl = has_dependent_launch(x.device)
+    launch(
+        dense_kernel,
+        x.device,
+        grid,
         input_of(x),
         Codes(data, weight.scales, zeros, n, k, pitch),
         partial,
@@ -130,10 +134,10 @@ def dense_linear(
         STAGES=config.num_stages,
         QUADS=quads,
         DTYPE=dot_dtype(x.dtype),
-        PDL=has_dependent_launch(x.device),
+        PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **launch_options(x.device),
+        pdl=pdl,
     )
     finish_dense(partial, column_scales(weight), bias, out)
     return out

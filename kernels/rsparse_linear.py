@@ -17,8 +17,10 @@ from torch import Tensor
 from vllm_rsparse.formats.base import StoredWeight
 
 from .channels import GROUP
+from .known_launch import launch
 from .launch_config import MOST_LISTED, LaunchConfig
 from .programs import finish_dense_kernel, finish_kernel, sums_kernel
+from .sizes import cdiv, next_power_of_2
 from .tiles import Constants, Input, Lists, Matrix, Tiling
 
 # Tokens a program takes: the smallest tile of the matrix units.
@@ -74,15 +76,13 @@ def rsparse_linear(
     factors = rank_columns > 0
     split_k = config.split_k
     if config.listed:
-        split_k = max(split_k, triton.cdiv(k, MOST_LISTED))
+        split_k = max(split_k, cdiv(k, MOST_LISTED))
     partial = None
     if split_k > 1 or factors:
         shape = (split_k, tokens, rank_columns + n)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     tiling = Tiling(
-        block_m=DOT_TOKENS
-        if config.use_dot
-        else min(4, triton.next_power_of_2(tokens)),
+        block_m=DOT_TOKENS if config.use_dot else min(4, next_power_of_2(tokens)),
         block_n=config.block_n,
         block_k=config.block_k,
         rows=rows_at_once(config, config.block_n, matrix.element_size()),
@@ -98,11 +98,11 @@ def rsparse_linear(
     tiles = tiles_of(shard_sizes, config.block_n)
     if factors:
         # A few ranks in a tile of the weight's width would leave most threads idle.
-        block_n = min(config.block_n, triton.next_power_of_2(max(16, *ranks)))
+        block_n = min(config.block_n, next_power_of_2(max(16, *ranks)))
         rows = rows_at_once(config, block_n, v.element_size())
         factor_tiling = tiling._replace(block_n=block_n, rows=rows, even_n=False)
         tiles += tiles_of(ranks, block_n)
-    groups_m = triton.cdiv(tokens, tiling.block_m)
+    groups_m = cdiv(tokens, tiling.block_m)
     lists = Lists(None, None)
     if tiling.channels is not None:
         length = tiles * split_k * groups_m * (tiling.channels + config.block_k)
@@ -110,7 +110,10 @@ def rsparse_linear(
             torch.empty(length, dtype=torch.int32, device=x.device),
             torch.empty(length * tiling.block_m, dtype=x.dtype, device=x.device),
         )
-    sums_kernel[(tiles, split_k, groups_m)](
+    launch(
+        sums_kernel,
+        x.device,
+        (tiles, split_k, groups_m),
         input_of(x),
         Matrix(matrix, matrix.stride(1), matrix.stride(0)),
         Matrix(v if factors else None, v.stride(1), v.stride(0)),
@@ -128,7 +131,7 @@ def rsparse_linear(
         FACTOR_TILING=factor_tiling,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **launch_options(x.device),
+        pdl=tiling.pdl,
     )
     if partial is not None:
         finish(partial, u, weight.scales, correction, bias, out, shard_sizes, ranks)
@@ -164,7 +167,11 @@ def finish(
         factors = Matrix(u, u.stride(1), u.stride(0))
     # 4096 x 14336 in fp8, two tokens, 99 splits: 18.0 instead of 19.5 us (H200).
     block_n = FINISH_BLOCK_N if splits <= 64 else FINISH_BLOCK_N // 2
-    finish_kernel[(tiles_of(shard_sizes, block_n), tokens)](
+    pdl = has_dependent_launch(out.device)
+    launch(
+        finish_kernel,
+        out.device,
+        (tiles_of(shard_sizes, block_n), tokens, 1),
         partial,
         factors,
         Constants(scales, correction, bias),
@@ -175,12 +182,12 @@ def finish(
         columns - n,
         tuple(shard_sizes),
         tuple(ranks),
-        SPLITS_BLOCK=triton.next_power_of_2(splits),
+        SPLITS_BLOCK=next_power_of_2(splits),
         BLOCK_N=block_n,
-        BLOCK_R=min(FINISH_MAX_BLOCK_R, triton.next_power_of_2(max(1, *ranks))),
-        PDL=has_dependent_launch(out.device),
+        BLOCK_R=min(FINISH_MAX_BLOCK_R, next_power_of_2(max(1, *ranks))),
+        PDL=pdl,
         num_warps=4,
-        **launch_options(out.device),
+        pdl=pdl,
     )
 
 
@@ -201,9 +208,12 @@ def finish_dense(
         row_scales: float32 [M, 1] that multiply the sums of a token, or None.
     """
     splits, tokens, n = partial.shape
-    block_m = min(FINISH_DENSE_TOKENS, triton.next_power_of_2(tokens))
-    grid = (triton.cdiv(n, FINISH_DENSE_COLUMNS), triton.cdiv(tokens, block_m))
-    finish_dense_kernel[grid](
+    block_m = min(FINISH_DENSE_TOKENS, next_power_of_2(tokens))
+    pdl = has_dependent_launch(out.device)
+    launch(
+        finish_dense_kernel,
+        out.device,
+        (cdiv(n, FINISH_DENSE_COLUMNS), cdiv(tokens, block_m), 1),
         partial,
         row_scales,
         Constants(scales, None, bias),
@@ -213,16 +223,16 @@ def finish_dense(
         n,
         BLOCK_M=block_m,
         BLOCK_N=FINISH_DENSE_COLUMNS,
-        AT_ONCE=min(8, triton.next_power_of_2(splits)),
-        PDL=has_dependent_launch(out.device),
+        AT_ONCE=min(8, next_power_of_2(splits)),
+        PDL=pdl,
         num_warps=4,
-        **launch_options(out.device),
+        pdl=pdl,
     )
 
 
 def tiles_of(sizes: Sequence[int], block_n: int) -> int:
     """Column tiles of all shards."""
-    return sum(triton.cdiv(size, block_n) for size in sizes)
+    return sum(cdiv(size, block_n) for size in sizes)
 
 
 def rows_at_once(config: LaunchConfig, block_n: int, element_size: int) -> int:
@@ -233,8 +243,8 @@ def rows_at_once(config: LaunchConfig, block_n: int, element_size: int) -> int:
 
 def listed_channels(k: int, split_k: int) -> int:
     """Most channels that one program lists, as a power of two."""
-    groups = triton.cdiv(triton.cdiv(k, GROUP.value), split_k)
-    return triton.next_power_of_2(max(1, groups) * GROUP.value)
+    groups = cdiv(cdiv(k, GROUP.value), split_k)
+    return next_power_of_2(max(1, groups) * GROUP.value)
 
 
 def _extent(matrix: Tensor) -> int:
@@ -271,8 +281,3 @@ def input_of(x: Tensor) -> Input:
     if x.shape[1] > 0 and x.stride(1) != 1:
         x = x.contiguous()
     return Input(x, x.stride(0), x.shape[1])
-
-
-def launch_options(device: torch.device) -> dict[str, bool]:
-    """Options of every launch on a device."""
-    return {"launch_pdl": True} if has_dependent_launch(device) else {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_rsparse.formats.base import StoredWeight
 
 from .codes import INT8_PLANES
-from .known_launch import KnownLaunches
+from .known_launch import launch
 from .scratch import dequantise_kernel, dequantise_pairs_kernel
 from .sizes import cdiv, next_power_of_2
 from .stored_rows import column_scales, is_four_bit, rows_of
@@ -21,8 +21,6 @@ from .weight_tiles import Codes
 
 # Input channels, and columns or words of columns, of a program.
 _BLOCK_K, _BLOCK_N, _BLOCK_W = 32, 256, 64
-_dequantise = KnownLaunches(dequantise_kernel, num_warps=4)
-_dequantise_pairs = KnownLaunches(dequantise_pairs_kernel, num_warps=4)
 
 
 def dequantise(weight: StoredWeight, dtype: torch.dtype) -> Tensor:
@@ -39,43 +37,38 @@ def dequantise_into(out: Tensor, weight: StoredWeight) -> None:
         out: [K, N], contiguous, written.
         weight: int4, planes or fp8.
     """
-    n, k, scales, zeros = weight.n, weight.k, weight.scales, weight.zeros
-    assert scales is not None
+    n, k = weight.n, weight.k
     data, pitch = rows_of(weight)
     group, code = weight.group or k, weight.format.code
-    codes = Codes(data, scales, zeros, n, k, pitch)
-    key = (
-        out.device,
-        n,
-        k,
-        out.dtype,
-        scales.dtype,
-        # An address in bytes: what matters is whether 16 divides it.
-        data.data_ptr() % 16,
-        scales.data_ptr() % 16,
-        None if zeros is None else zeros.data_ptr() % 16,
-        out.data_ptr() % 16,
-    )
+    codes = Codes(data, weight.scales, weight.zeros, n, k, pitch)
     if _by_pairs(out, weight):
         block_k = min(_BLOCK_K, next_power_of_2(group))
-        _dequantise_pairs(
-            key,
+        launch(
+            dequantise_pairs_kernel,
+            out.device,
             (cdiv(k, block_k), cdiv(n // 8, _BLOCK_W), 1),
-            (codes, out),
-            (
-                code == INT8_PLANES.value,
-                group,
-                _BLOCK_W,
-                block_k,
-                not triton.knobs.runtime.interpret,
-            ),
+            codes,
+            out,
+            PLANES=code == INT8_PLANES.value,
+            GROUP=group,
+            BLOCK_W=_BLOCK_W,
+            BLOCK_K=block_k,
+            BITS=not triton.knobs.runtime.interpret,
+            num_warps=4,
         )
         return
-    _dequantise(
-        key,
+    launch(
+        dequantise_kernel,
+        out.device,
         (cdiv(k, _BLOCK_K), cdiv(n, _BLOCK_N), 1),
-        (codes, column_scales(weight), out),
-        (code, group, _BLOCK_N, _BLOCK_K),
+        codes,
+        column_scales(weight),
+        out,
+        CODE=code,
+        GROUP=group,
+        BLOCK_N=_BLOCK_N,
+        BLOCK_K=_BLOCK_K,
+        num_warps=4,
     )
 
 

@@ -2,12 +2,12 @@
 """The launcher of ``packed_wide.py``: dense int4 and fp8 weights, from 17 tokens on."""
 
 import torch
-import triton
 from torch import Tensor
 
 from vllm_rsparse.formats.base import StoredWeight
 
 from .codes import FP8, INT4
+from .known_launch import launch
 from .launch_config import LaunchConfig
 from .packed_wide import Wide, wide_kernel
 from .packing import STEP, Scales, Words
@@ -16,8 +16,8 @@ from .rsparse_linear import (
     finish_dense,
     has_dependent_launch,
     input_of,
-    launch_options,
 )
+from .sizes import cdiv, next_power_of_2
 from .stored_rows import codes_per_word, column_scales, rows_of, widens_by_bits
 from .tiles import Constants
 
@@ -65,11 +65,11 @@ def wide_linear(
     group = 0 if per_column else weight.group
     steps = 4 if config.num_stages >= 4 and group % 64 == 0 else 2
     channels = steps * STEP.value
-    split_k = max(1, min(config.split_k, triton.cdiv(k, channels)))
+    split_k = max(1, min(config.split_k, cdiv(k, channels)))
     block_m = min(
         _MOST_TOKENS,
         max(8, _SUMS // config.block_n),
-        triton.next_power_of_2(tokens),
+        next_power_of_2(tokens),
     )
     wide = Wide(
         code=weight.format.code,
@@ -88,8 +88,11 @@ def wide_linear(
         shape = (split_k, tokens, n)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     data, pitch = rows_of(weight, words=True)
-    grid = (triton.cdiv(n, config.block_n), triton.cdiv(tokens, block_m), split_k)
-    wide_kernel[grid](
+    grid = (cdiv(n, config.block_n), cdiv(tokens, block_m), split_k)
+    launch(
+        wide_kernel,
+        x.device,
+        grid,
         input_of(x),
         Words(data, pitch),
         Scales(None if per_column else weight.scales, weight.zeros, n),
@@ -101,7 +104,7 @@ def wide_linear(
         DTYPE=dot_dtype(x.dtype),
         num_warps=1,
         num_stages=1,
-        **launch_options(x.device),
+        pdl=wide.pdl,
     )
     if partial is not None:
         finish_dense(partial, scales, bias, out)

@@ -140,14 +140,13 @@ def test_a_program_lists_the_rows_of_both_planes(monkeypatch):
     case = planes_case(2, 512)
     case.operands.thresholds.fill_(-1.0)
     launches = []
-    launch = packed_linear.packed_kernel
+    launch = packed_linear.launch
 
-    class Recorder:
-        def __getitem__(self, grid):
-            launches.append(grid)
-            return launch[grid]
+    def recorded(kernel, device, grid, *arguments, **options):
+        launches.append(grid)
+        launch(kernel, device, grid, *arguments, **options)
 
-    monkeypatch.setattr(packed_linear, "packed_kernel", Recorder())
+    monkeypatch.setattr(packed_linear, "launch", recorded)
     monkeypatch.setattr(packed_linear, "MOST_LISTED", 256)
     check(case, split_k=1)
     # Twice 512 rows in lists of 256, whatever the configuration says.
