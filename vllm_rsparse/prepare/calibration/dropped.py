@@ -17,7 +17,7 @@ class Dropped:
 
     Attributes:
         x: the inputs.
-        kept: (token, channel) pairs that are kept.
+        kept: (token, channel) pairs that are kept, int64 on the device of ``x``.
         total: float64 [K], sum of d, or None.
         outer: float64 [K, K], sum of d d^T, or None.
         masks: kept channels of the leading tokens, bool, in the chunks of
@@ -25,15 +25,15 @@ class Dropped:
     """
 
     x: Tensor
-    kept: int
+    kept: Tensor
     total: Tensor | None
     outer: Tensor | None
     masks: list[Tensor]
 
     @property
     def kept_fraction(self) -> float:
-        """Fraction of (token, channel) pairs that are kept."""
-        return self.kept / self.x.numel()
+        """Fraction of (token, channel) pairs that are kept; waits for the device."""
+        return int(self.kept) / self.x.numel()
 
     @property
     def mean(self) -> Tensor:
@@ -93,7 +93,7 @@ def count_dropped(
             leading -= len(rows)
     return Dropped(
         x,
-        int(kept),
+        kept,
         sums if total or outer else None,
         products if outer else None,
         masks,

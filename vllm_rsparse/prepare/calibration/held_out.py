@@ -66,7 +66,7 @@ class HeldOut:
         total = len(run.linears)
         with tqdm(total=total, desc="held out", unit="linear", leave=False) as progress:
             for layer in run.layers:
-                calibration = LayerCalibration(run, planned, progress, errors=False)
+                calibration = LayerCalibration(run, planned, progress, measured=False)
                 calibrate = calibration.on_dense
                 if planned.recipe.activations == "sparse":
                     calibrate = calibration.on_sparse

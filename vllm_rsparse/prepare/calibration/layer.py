@@ -75,6 +75,13 @@ class Installed:
 class LayerCalibration:
     """Calibrates the linears of one layer.
 
+    Args:
+        run: the model and its calibration text.
+        planned: the plan of each linear.
+        progress: counts linears.
+        measured: whether errors are measured and results kept; without, the linears are
+            only ``installed``.
+
     Attributes:
         result: what it found.
         installed: the same on the device, by kind of linear.
@@ -85,12 +92,12 @@ class LayerCalibration:
         run: Run,
         planned: Planned,
         progress: tqdm,
-        errors: bool = True,
+        measured: bool = True,
     ) -> None:
         self._run = run
         on_cpu = run.model.device.type == "cpu"
-        measured = CPU_ERROR_TOKENS if on_cpu else ERROR_TOKENS
-        self._error_tokens = measured if errors else 0
+        tokens = CPU_ERROR_TOKENS if on_cpu else ERROR_TOKENS
+        self._error_tokens = tokens if measured else 0
         self._planned = planned
         self._progress = progress
         self.result = LayerResult()
@@ -154,9 +161,10 @@ class LayerCalibration:
             None if metric is None else metric.to(device),
             self._error_tokens,
         )
-        for name, tensor in result.tensors.named(linear.name).items():
-            self.result.tensors[name] = tensor.cpu()
-        self.result.entries[linear.name] = result.entry
+        if result.entry is not None:
+            for name, tensor in result.tensors.named(linear.name).items():
+                self.result.tensors[name] = tensor.cpu()
+            self.result.entries[linear.name] = result.entry
         if result.factors is not None:
             method, residual = result.factors.method, result.factors.residual
             residuals = self.result.residuals
@@ -183,7 +191,7 @@ def run_sparse(run: Run, planned: Planned, label: str) -> Tensor:
         total=len(run.linears), desc=label, unit="linear", leave=False
     ) as progress:
         for layer in run.layers:
-            calibration = LayerCalibration(run, planned, progress, errors=False)
+            calibration = LayerCalibration(run, planned, progress, measured=False)
             with run.model.layer(layer.index) as module:
                 calibration.on_sparse(layer, module, hidden)
     return hidden

@@ -34,12 +34,12 @@ class CalibratedLinear:
 
     Attributes:
         tensors: on the device of the inputs.
-        entry: its entry in ``rsparse.json``.
+        entry: its entry in ``rsparse.json``; None where nothing was measured.
         factors: how the factors were found, or None.
     """
 
     tensors: LinearTensors
-    entry: LinearEntry
+    entry: LinearEntry | None
     factors: Factors | None
 
 
@@ -67,7 +67,7 @@ def calibrate_linear(
         metric: [N, N], the cost of an error of the output; with it factors are
             regressed (see ``regress``), without it they are the weight's SVD.
         error_tokens: leading tokens of ``x`` that the relative error is measured on; 0
-            leaves it out.
+            leaves the entry out.
 
     Returns:
         Tensors in the artifact's dtypes, and the entry with the kept fraction (counted
@@ -83,7 +83,7 @@ def calibrate_linear(
         thresholds = plane_thresholds(planes, x, scale, 1 - plan.sparsity)
         rows = list(thresholds)
     rank = plan.rank((n, k)) if len(planes) == 1 else 0
-    dropped, *later = (
+    dropped = [
         count_dropped(
             x,
             row,
@@ -92,32 +92,34 @@ def calibrate_linear(
             leading=error_tokens,
         )
         for row in rows
-    )
+        if correction or rank > 0 or error_tokens > 0
+    ]
     tensors = LinearTensors(thresholds)
     factors = None
     if rank > 0:
         if metric is None:
             factors = truncated_svd(weight, rank, seed)
         else:
-            covariance = dropped.covariance(centred=correction)
+            covariance = dropped[0].covariance(centred=correction)
             factors = regressed(weight, covariance, metric, rank, seed)
         u, v = factors.u.to(weight.dtype), factors.v.to(weight.dtype)
         tensors = replace(tensors, u=u, v=v)
     if correction:
-        lost = mean_lost(planes, [dropped, *later], tensors)
+        lost = mean_lost(planes, dropped, tensors)
         tensors = replace(tensors, correction=lost)
-    entry = LinearEntry(
-        shape=(n, k),
-        sparsity=plan.sparsity,
-        rho=plan.rho,
-        rank=rank,
-        kept_fraction=dropped.kept_fraction,
-        relative_error=relative_error(planes, [dropped, *later], tensors)
-        if error_tokens > 0
-        else None,
-        correction=correction,
-        full_fraction=later[0].kept_fraction if later else None,
-    )
+    entry = None
+    if error_tokens > 0:
+        first, *later = dropped
+        entry = LinearEntry(
+            shape=(n, k),
+            sparsity=plan.sparsity,
+            rho=plan.rho,
+            rank=rank,
+            kept_fraction=first.kept_fraction,
+            relative_error=relative_error(planes, dropped, tensors),
+            correction=correction,
+            full_fraction=later[0].kept_fraction if later else None,
+        )
     return CalibratedLinear(tensors, entry, factors)
 
 
