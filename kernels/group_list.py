@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: disable-error-code="no-untyped-def,assignment"
+# mypy: disable-error-code="no-untyped-def,assignment,misc"
 # Triton compiles no starred tuples.
 # ruff: noqa: RUF005
 """Device code: a program's wanted channels, listed group by group in steps of 16."""
@@ -50,10 +50,11 @@ def list_groups(
             among the program's.
         lists.second_ptr: None, or float32 [L / 16, TOKENS], for the last step of each
             block the sums of the second plane's values.
-        lists.block_ptr: None, or float32 [3, BLOCKS]; see below.
+        lists.block_ptr: None, or float32 [3, BLOCKS, TOKENS]; see below.
 
     With ``PACKING.integer``, values are int16 of two digits (``fixed_point.py``), and
-    ``block_ptr`` has each block's unit, and the sums of both planes' values in units.
+    ``block_ptr`` has each block's units, a token each, and the sums of both planes'
+    values in units.
 
     A value of the second plane is x / 16, which float16 rounds to a multiple of 2^-24
     where x is below 2^-10. Such an x is a multiple of 2^-24 itself, and its product
@@ -92,10 +93,19 @@ def list_groups(
         for plane in tl.static_range(PLANES):
             wanted = wanted_channels(values, thresholds[plane], False) & mask
             read = read | wanted.to(tl.int32) << 16 * plane
+    alone = mine_to_write & (place == 0)
+    inverses = ()
     if INTEGER:
-        unit_of_x, inverse = block_unit(values, read != 0)
-        alone = mine_to_write & (place == 0)
-        put(lists.block_ptr + slot, unit_of_x, alone, DTYPE)
+        for index in tl.static_range(TOKENS):
+            used = read != 0
+            if TOKENS > 1:
+                values, mask = _load_x(x, mine, index, channel, inside)
+                used = wanted_channels(values, thresholds[0], False) & mask
+                if PLANES > 1:
+                    used |= wanted_channels(values, thresholds[1], False) & mask
+            unit_of_x, inverse = block_unit(values, used)
+            put(lists.block_ptr + slot * TOKENS + index, unit_of_x, alone, DTYPE)
+            inverses = inverses + (inverse,)
     ends = tl.cumsum(read, axis=1)
     counts = tl.sum(read, axis=1, keep_dims=True)
     count = _of_plane(counts, 0, PLANES)
@@ -128,10 +138,10 @@ def list_groups(
             # An unwanted x may be infinite, and infinity times a weight of zero is NaN.
             listed = tl.where(wanted, values, 0.0)
             if INTEGER:
-                listed = round_to_unit(listed, inverse, plane)
+                listed = round_to_unit(listed, inverses[index], plane)
                 total = tl.sum(listed, axis=1, keep_dims=True).to(tl.float32)
-                total_ptr = lists.block_ptr + (plane + 1) * BLOCKS + slot
-                put(total_ptr, total, alone, DTYPE)
+                total_ptr = lists.block_ptr + (plane + 1) * BLOCKS * TOKENS
+                put(total_ptr + slot * TOKENS + index, total, alone, DTYPE)
                 listed = join_digits(listed)
             elif plane > 0:
                 listed = scale_second_plane(listed)
@@ -196,11 +206,15 @@ def _fill_last_step(lists, units, filler, PACKING: tl.constexpr):
     """Complete the last step of a list of units with zeros; the number of steps."""
     ROWS: tl.constexpr = INTEGER_STEP if PACKING.integer else STEP
     EACH: tl.constexpr = ROWS // UNIT_ROWS
+    TOKENS: tl.constexpr = PACKING.tokens
+    LENGTH: tl.constexpr = PACKING.length
     steps = (units + (EACH - 1)) // EACH
     row = units * UNIT_ROWS + tl.arange(0, ROWS)
     tl.store(lists.row_ptr + row, filler + row * 0, mask=row < steps * ROWS)
     zeros = tl.zeros([ROWS], dtype=lists.value_ptr.dtype.element_ty)
-    tl.store(lists.value_ptr + row, zeros, mask=row < steps * ROWS)
+    for index in tl.static_range(TOKENS):
+        value_ptr = lists.value_ptr + index * LENGTH
+        tl.store(value_ptr + row, zeros, mask=row < steps * ROWS)
     unit = units + tl.arange(0, EACH)
     tl.store(lists.head_ptr + unit, unit * 0, mask=unit < steps * EACH)
     return steps

@@ -24,6 +24,7 @@ def launch(
     num_warps: int,
     num_stages: int | None = None,
     pdl: bool = False,
+    registers: int | None = None,
     **constants: Any,
 ) -> None:
     """``kernel[grid](...)``, with Triton's checks in the first of similar calls only.
@@ -37,13 +38,14 @@ def launch(
         num_warps: warps of a program.
         num_stages: Triton's option; None leaves it at its default.
         pdl: programmatic dependent launch.
+        registers: most of a thread; None leaves them to the compiler.
         constants: all of them, in the order of the kernel's parameters.
 
     Raises:
         TypeError: the constants are not the kernel's, or are in another order.
     """
     values = tuple(constants.values())
-    classes = [id(kernel), device, num_warps, num_stages, pdl, values]
+    classes = [id(kernel), device, num_warps, num_stages, pdl, registers, values]
     _add_classes(arguments, classes)
     key = tuple(classes)
     known = _programs.get(key)
@@ -56,6 +58,8 @@ def launch(
     options: dict[str, Any] = {"num_warps": num_warps}
     if num_stages is not None:
         options["num_stages"] = num_stages
+    if registers is not None:
+        options["maxnreg"] = registers
     if pdl:
         # Not every device knows the option.
         options["launch_pdl"] = True

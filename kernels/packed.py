@@ -74,7 +74,7 @@ def packed_kernel(
     WORDS: tl.constexpr = PACKING.words
     GROUPED: tl.constexpr = PACKING.grouped
     INTEGER: tl.constexpr = PACKING.integer
-    KEPT_SLOTS: tl.constexpr = 1 if GROUPED else 4 if PACKING.spread else PACKING.tokens
+    KEPT_SLOTS: tl.constexpr = 4 if PACKING.spread else PACKING.tokens
     shard, begin_n, end_n = locate_tile(tile - factor_tiles, 0, shard_sizes, COLUMNS)
     # Columns of a thread, of a word and of a warp.
     WIDTH: tl.constexpr = COLUMNS // PACKING.warps // 8
@@ -98,7 +98,7 @@ def packed_kernel(
             second_ptr += program * (LENGTH // STEP * TOKENS)
         block_ptr = lists.block_ptr
         if block_ptr is not None:
-            block_ptr += program * (3 * PACKING.blocks)
+            block_ptr += program * (3 * PACKING.blocks * TOKENS)
         lists = GroupLists(
             lists.row_ptr + program * LENGTH,
             lists.value_ptr + program * (LENGTH * TOKENS),

@@ -59,7 +59,7 @@ def sum_steps(
     INTEGER: tl.constexpr = PACKING.integer
     SLOTS: tl.constexpr = 8 if PACKING.spread or GROUPED else PACKING.tokens
     # With one sum a slot there is no other over finished blocks.
-    KEPT_SLOTS: tl.constexpr = 1 if GROUPED else 4 if PACKING.spread else PACKING.tokens
+    KEPT_SLOTS: tl.constexpr = 4 if PACKING.spread else PACKING.tokens
     LENGTH: tl.constexpr = PACKING.length
     WARPS: tl.constexpr = PACKING.warps
     FETCHES: tl.constexpr = CODE == INT4 and not GROUPED
@@ -87,13 +87,19 @@ def sum_steps(
     # [4, 8, warps, slots / 8, H, 4]: where x of a step lies for each slot.
     slot = tl.arange(0, SLOTS // 8)[None, None, None, :, None, None] * 8
     slot += lane[:, :, :, :, None, None]
-    token = slot // 2 if PACKING.spread else slot * 0 if GROUPED else slot
+    token = slot
+    if PACKING.spread:
+        token = slot // 2
+    elif INTEGER:
+        token = slot // DIGITS % TOKENS
+    elif GROUPED:
+        token = slot * 0
     live = (token < TOKENS) & (mine.begin + token < mine.end)
     if PACKING.spread:
         live &= slot % 2 == 0
     live = tl.broadcast_to(live, (4, 8, WARPS, SLOTS // 8, UNITS, UNIT_ROWS))
     if INTEGER:
-        slot = slot // DIGITS
+        slot = slot // (DIGITS * TOKENS)
     inner_x = inner[:, :, :, None, :, :]
     if PACKING.sparse:
         x_offset = token * LENGTH + inner_x

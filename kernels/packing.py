@@ -116,8 +116,9 @@ class Packing(NamedTuple):
         warps: of a program, which divide its columns.
         grouped: of one token, each of the eight slots takes another block of channels,
             so that blocks are scaled together at the end; at most eight blocks.
-        integer: grouped, and x is fixed-point of two digits (``fixed_point.py``), each
-            of which takes a slot; at most four blocks.
+        integer: grouped, of one or two tokens, and x is fixed-point of two digits
+            (``fixed_point.py``), each of which takes a slot; at most four blocks of one
+            token, two of two.
         columns: of a tile, of all warps.
         words: words of a row that a thread loads at once, 1, 2 or 4; eight threads
             of a warp share a row.

@@ -25,10 +25,11 @@ def test_triton_reads_no_more_than_pays(read_fraction: float, expected: int) -> 
     assert default_max_sparse_tokens(Backend.TRITON, read_fraction) == expected
 
 
-def test_fp8_gains_less_from_a_second_token() -> None:
+def test_formats_gain_differently_from_a_second_token() -> None:
     at = partial(default_max_sparse_tokens, Backend.TRITON)
     assert [at(0.5, "fp8"), at(0.61, "fp8"), at(0.65, "fp8")] == [2, 2, 1]
     assert [at(0.65, "int4"), at(0.65, "fp8-block")] == [2, 1]
+    assert [at(0.75, "int4"), at(0.78, "int4"), at(0.75, "int8-planes")] == [2, 1, 2]
 
 
 def test_what_covers_the_definition_does_not_depend_on_the_masks() -> None:

@@ -10,6 +10,7 @@ from vllm_rsparse.bench.layers import Layer
 from vllm_rsparse.formats.registry import format_of_name
 from vllm_rsparse.kernels.launch_config import MOST_LISTED, LaunchConfig
 from vllm_rsparse.op.dense_defaults import DENSE_TOKENS, WIDE_TOKENS, dense_config
+from vllm_rsparse.op.launch_rules import SLOTTED_TOKENS
 from vllm_rsparse.op.sparse_defaults import VECTOR_TOKENS, sparse_default
 from vllm_rsparse.op.tables import PACKABLE, PACKED_ONLY
 
@@ -75,7 +76,7 @@ _COLUMNS = ((1, 128, 3), (1, 128, 4), (2, 128, 3), (1, 64, 1), (1, 64, 3), (2, 6
 _FEWEST_WIDE_TOKENS = 17
 # Warps of a packed launch, a multiprocessor: registers allow 8 to 16 at a time.
 _PACKED_WARPS = (4, 28)
-_WARPS_OF_ONE_TOKEN = (1, 4)
+_SLOTTED_WARPS = (1, 4)
 
 
 def candidates(layer: Layer, tokens: int, processors: int) -> list[LaunchConfig]:
@@ -213,7 +214,7 @@ def _packed(
     group = layer.group if 0 < layer.group < layer.k else 128
     fewest, most = (processors * warps for warps in _PACKED_WARPS)
     columns = _PACKED_COLUMNS.get(kind, _PACKED_BYTE_COLUMNS)
-    several = _WARPS_OF_ONE_TOKEN if tokens == 1 else (1,)
+    several = _SLOTTED_WARPS if tokens <= SLOTTED_TOKENS.get(kind, 0) else (1,)
     for block_n, warps in ((c * warps, warps) for c in columns for warps in several):
         tiles = _tiles(layer, block_n)
         for block_k in sorted({min(64, group), min(128, group)}):

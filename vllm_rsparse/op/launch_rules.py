@@ -14,6 +14,10 @@ PACKED_COLUMNS = {
     "fp8-block": 128,
 }
 FOUR_BIT = ("int4", "int8-planes")
+# Tokens up to which the packed kernel has a loop of its own, with a slot of the matrix
+# units for each block of channels (``kernels/packed_groups.py``, in four bits
+# ``kernels/packed_integers.py``), by kind; none where scales belong to columns.
+SLOTTED_TOKENS = {"int4": 2, "int8-planes": 2, "fp8-block": 1}
 # Up to this many elements the packed kernel takes blocks of 64 channels, not 128.
 SMALL_ELEMENTS = 40 * 10**6
 # Multiprocessors of an H100 and an H200. Defaults fit this number and are scaled.

@@ -6,6 +6,7 @@ from vllm_rsparse.op.launch_rules import (
     FOUR_BIT,
     PACKED_COLUMNS,
     PROCESSORS,
+    SLOTTED_TOKENS,
     SMALL_ELEMENTS,
     even_splits,
 )
@@ -13,10 +14,10 @@ from vllm_rsparse.op.launch_rules import (
 # Up to this many tokens the vector units keep up with memory; beyond it the matrix
 # units win (H200, kernels/README.md).
 VECTOR_TOKENS = 2
-# Columns of a warp, with one token and blocks that are scaled.
-_ONE_TOKEN_COLUMNS = 128
-# Most four-bit blocks of a program then (``kernels/packed_integers.py``), and warps of
-# a multiprocessor with 128 registers a thread.
+# Columns of a warp where blocks have slots.
+_SLOTTED_COLUMNS = 128
+# Most four-bit blocks of a program then, times tokens, and warps of a multiprocessor
+# with 128 registers a thread.
 _INTEGER_BLOCKS, _RESIDENT_WARPS = 4, 16
 # Layers of this many elements are listed by default, as most of them were on the H200.
 _LISTED_ELEMENTS = 80 * 2**20
@@ -38,8 +39,8 @@ def sparse_default(
     """
     if kind == "float8_e4m3fn" and tokens <= VECTOR_TOKENS:
         return fp8_config(n, k, tokens, processors)
-    if kind in PACKED_COLUMNS and tokens == 1:
-        return one_token_config(n, k, kind, processors)
+    if tokens <= SLOTTED_TOKENS.get(kind, 0):
+        return slotted_config(n, k, kind, tokens, processors)
     if kind in PACKED_COLUMNS:
         return packed_config(n, k, kind, processors)
     return default_config(n, k, tokens, processors)
@@ -68,8 +69,10 @@ def fp8_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig:
     return LaunchConfig(block_n, block_k, split_k, 1, 1, False)
 
 
-def one_token_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig:
-    """A packed configuration for one token of scaled blocks.
+def slotted_config(
+    n: int, k: int, kind: str, tokens: int, processors: int
+) -> LaunchConfig:
+    """A packed configuration for ``SLOTTED_TOKENS``.
 
     Layers of few columns take fewer warps a program, so that there are more programs.
 
@@ -77,6 +80,7 @@ def one_token_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig
         n: output features of the (fused) layer on this rank.
         k: input features.
         kind: of the weight, packable and not fp8 with scales per channel.
+        tokens: rows of the call.
         processors: multiprocessors of the device.
     """
     blocks = -(-k // SCALED_CHANNELS)
@@ -86,16 +90,16 @@ def one_token_config(n: int, k: int, kind: str, processors: int) -> LaunchConfig
     # 16 warps of a multiprocessor.
     many = kind == "int8-planes" and n * k >= _LISTED_ELEMENTS
     warps = 8 if many else 4
-    while warps > 1 and -(-n // (warps * _ONE_TOKEN_COLUMNS)) * blocks < programs:
+    while warps > 1 and -(-n // (warps * _SLOTTED_COLUMNS)) * blocks < programs:
         warps //= 2
-    block_n = warps * _ONE_TOKEN_COLUMNS
+    block_n = warps * _SLOTTED_COLUMNS
     tiles = -(-n // block_n)
     if four_bit:
         # All warps of a launch should be resident, and enough of them: 4096 x 14336 in
         # int4 takes 9.6 us with 896 warps and 10.4 with 1,792 (50% kept), in planes
         # 14.5 and 15.9 with 1,792 and 896 (4.16 bits).
         enough = (1500 if kind == "int8-planes" else 880) * processors // PROCESSORS
-        fewest = -(-blocks // _INTEGER_BLOCKS)
+        fewest = -(-blocks // (_INTEGER_BLOCKS // tokens))
         split_k = even_splits(tiles * warps, blocks, enough, fewest)
         resident = _RESIDENT_WARPS * processors // (tiles * warps)
         if split_k > resident:

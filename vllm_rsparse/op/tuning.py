@@ -13,11 +13,10 @@ from functools import cache
 import torch
 
 from vllm_rsparse.kernels.launch_config import LaunchConfig
-from vllm_rsparse.op.launch_rules import PROCESSORS
+from vllm_rsparse.op.launch_rules import PROCESSORS, SLOTTED_TOKENS
 from vllm_rsparse.op.sparse_defaults import VECTOR_TOKENS, sparse_default
 from vllm_rsparse.op.tables import (
     DENSE,
-    PACKED_ONLY,
     SPARSE,
     Problem,
     Table,
@@ -73,21 +72,22 @@ def device_of(device: torch.device) -> Device:
 def launch_config(device: Device, problem: Problem, tokens: int) -> LaunchConfig:
     """The configuration for a shape: the tuned one of the nearest number of tokens.
 
-    One token of weights with scales per group has a loop of its own in the packed
-    kernel, so entries for more tokens do not apply to it, nor its own to them.
+    One token of weights with scales per group, and two in four bits, have a loop of
+    their own in the packed kernel (``SLOTTED_TOKENS``), so entries for other numbers of
+    tokens do not apply to them, nor theirs to others.
 
     Args:
         device: where the kernels run.
         problem: the layer's shape and format.
         tokens: rows of the call.
     """
-    grouped = problem.kind in PACKED_ONLY
+    slotted = SLOTTED_TOKENS.get(problem.kind, 0)
     candidates = _tuned(
         device,
         lambda entry: (
             (entry.problem, entry.route) == (problem, SPARSE)
             and (entry.config.use_dot or entry.config.packed or tokens <= VECTOR_TOKENS)
-            and (not grouped or (entry.tokens == 1) == (tokens == 1))
+            and (entry.tokens == tokens or min(entry.tokens, tokens) > slotted)
         ),
     )
     if candidates:

@@ -13,6 +13,8 @@ from vllm_rsparse import envs
 from vllm_rsparse.errors import RSparseError
 from vllm_rsparse.formats.fp8 import FP8
 from vllm_rsparse.formats.fp8_block import FP8_BLOCK
+from vllm_rsparse.formats.int4 import INT4
+from vllm_rsparse.formats.int8_planes import INT8_PLANES
 from vllm_rsparse.formats.plain import FLOAT
 from vllm_rsparse.op.backends import Backend, resolve_backend
 
@@ -32,11 +34,17 @@ _DEFAULTS = {
 }
 # The four linears of Llama-3-8B on the H200 at two tokens: 96.5 us where 75% of the
 # channels are read, 8 of them whatever is read; cuBLAS takes 117.4. They meet at 92%.
-# INT4 wins at 86% read: 2.90 ms a step, dense 2.96 (docs/performance.md).
 _BREAK_EVEN = 0.9
+# The same in INT4 take 54.1 us where 94% is read, and dense 65 (four tokens).
+_BREAK_EVEN_FOUR_BIT = 0.95
 # Steps of two tokens on FP8 weights take 3.17 ms where 75% is read and 3.34 where 88%
 # is, dense ones 3.35 (the same shapes and table).
 _BREAK_EVEN_FP8 = 0.85
+_BREAK_EVENS = {
+    FP8.name: _BREAK_EVEN_FP8,
+    INT4.name: _BREAK_EVEN_FOUR_BIT,
+    INT8_PLANES.name: _BREAK_EVEN_FOUR_BIT,
+}
 # Not measured in the engine with more tokens.
 _ONE_TOKEN = frozenset({FP8_BLOCK.name})
 
@@ -245,7 +253,7 @@ def default_max_sparse_tokens(
     limit = _DEFAULTS[backend]
     if backend is Backend.TRITON:
         limit = 1 if weight_format in _ONE_TOKEN else limit
-        most = _BREAK_EVEN_FP8 if weight_format == FP8.name else _BREAK_EVEN
+        most = _BREAK_EVENS.get(weight_format, _BREAK_EVEN)
         while limit and 1 - (1 - read_fraction) ** limit > most:
             limit -= 1
     return limit

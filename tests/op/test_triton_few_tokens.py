@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One token of int4, fp8-block and planes: a slot of the matrix units for each block.
+"""One token of int4, fp8-block and planes, and two of the four-bit ones.
+
+A slot of the matrix units takes a block of one token's channels.
 
 Interpreted on a machine without CUDA; with CUDA the same tests run on the device.
 """
@@ -24,16 +26,20 @@ FOUR_BIT = ["int4-g64", "int4-asym-g32", "int8-planes"]
 SCALED = [*FOUR_BIT, "fp8-block"]
 # Triton's interpreter truncates to bfloat16.
 ROUNDINGS = 1 if DEVICE == "cuda" else 2
+TOKENS_OF = [(name, 1) for name in SCALED] + [(name, 2) for name in FOUR_BIT]
 SINGLE = LaunchConfig(128, 64, 1, 2, 2, False, packed=True)
 
 
-def case_of(name: str, *args, dtype: torch.dtype | None = None, **options) -> Case:
+def case_of(
+    name: str, *args, tokens: int = 1, dtype: torch.dtype | None = None, **options
+) -> Case:
     # Four-bit codes meet x in integers where x is in half precision. Of fp8-block, the
     # interpreter multiplies in float32.
     if dtype is None:
         exact = DEVICE == "cpu" and name == "fp8-block"
         dtype = torch.float32 if exact else torch.bfloat16
-    return make_case(1, *args, dtype=dtype, device=DEVICE, store=store(name), **options)
+    options |= {"dtype": dtype, "device": DEVICE, "store": store(name)}
+    return make_case(tokens, *args, **options)
 
 
 def run(
@@ -54,30 +60,30 @@ def check_shards(out: torch.Tensor, case: Case) -> None:
         assert relative_error(got, expected) < tolerance(case.x.dtype, ROUNDINGS)
 
 
-@pytest.mark.parametrize("weight", SCALED)
+@pytest.mark.parametrize(("weight", "tokens"), TOKENS_OF)
 @pytest.mark.parametrize(
     ("words", "warps", "stages"), [(1, 4, 1), (2, 2, 2), (4, 1, 4), (4, 4, 4)]
 )
-def test_warps_divide_the_columns(weight, words, warps, stages):
+def test_warps_divide_the_columns(weight, tokens, words, warps, stages):
     # Tiles end before their last column, and warps lie past the end of a shard. A
     # scale of fp8-block never reaches over the end of one.
     sizes = [128, 256, 128 + 24] if weight == "fp8-block" else [40, 256, 128 + 24]
-    case = case_of(weight, 384, sizes, [0, 16, 7])
+    case = case_of(weight, 384, sizes, [0, 16, 7], tokens=tokens)
     check_shards(run(case, words, warps, 128, 2, stages), case)
 
 
-@pytest.mark.parametrize("weight", SCALED)
+@pytest.mark.parametrize(("weight", "tokens"), TOKENS_OF)
 @pytest.mark.parametrize("block_k", [32, 128])
-def test_more_blocks_than_slots_are_split(weight, block_k):
-    case = case_of(weight, 1280, [64], [0])
+def test_more_blocks_than_slots_are_split(weight, tokens, block_k):
+    case = case_of(weight, 1280, [64], [0], tokens=tokens)
     check_shards(run(case, 1, 1, block_k, 1, 4), case)
 
 
-@pytest.mark.parametrize("weight", SCALED)
+@pytest.mark.parametrize(("weight", "tokens"), TOKENS_OF)
 @pytest.mark.parametrize("kept", [0, 1, 3, 4, 17, 255, 256])
-def test_steps_of_several_blocks(weight, kept):
+def test_steps_of_several_blocks(weight, tokens, kept):
     # Counts that are no multiple of a thread's four rows or of a step's sixteen.
-    case = case_of(weight, 256, [128], [0])
+    case = case_of(weight, 256, [128], [0], tokens=tokens)
     order = torch.randperm(256, generator=torch.Generator().manual_seed(kept))
     thresholds = case.operands.thresholds.fill_(float("inf"))
     thresholds[0, order[:kept]] = -1.0
@@ -96,6 +102,28 @@ def test_what_is_dropped_leaves_no_trace(weight):
     assert relative_error(out, expected) < tolerance(case.x.dtype, ROUNDINGS)
     case.x[0, 200] = float("nan")
     assert run(case, 2, 2, 64, 1, 2).isnan().all()
+
+
+@pytest.mark.parametrize("weight", FOUR_BIT)
+def test_tokens_have_masks_and_units_of_their_own(weight):
+    case = case_of(weight, 256, [128], [0], tokens=2, constants=False)
+    thresholds = case.operands.thresholds.fill_(0.5)
+    # One token keeps nothing of the second block of channels, and next to the other's
+    # the x of this token are tiny.
+    case.x[0, 64:128] = 0.25
+    case.x[1] *= 1e-4
+    case.operands.thresholds[:, ::3] = -1.0
+    thresholds[:, 64:128] = 0.5
+    out = run(case, 2, 2, 64, 2, 2)
+    exact = reference(case.x.float(), case.operands, None)
+    for got, expected in zip(out, exact, strict=True):
+        assert relative_error(got, expected) < tolerance(case.x.dtype, ROUNDINGS)
+    # Alone, a token gets the same bits: what the other keeps is zero for it.
+    for token in range(2):
+        alone = case_of(weight, 256, [128], [0], constants=False)
+        alone.x.copy_(case.x[token : token + 1])
+        alone.operands.thresholds.copy_(thresholds)
+        assert same_bits(run(alone, 2, 2, 64, 2, 2)[0], out[token])
 
 
 @pytest.mark.parametrize("weight", FOUR_BIT)
@@ -156,9 +184,20 @@ def test_what_is_not_finite_shows(weight, found):
     assert not rsparse_linear(*case.args(), SINGLE).isfinite().any()
 
 
-@pytest.mark.parametrize("weight", SCALED)
-def test_same_bits_every_time(weight):
-    case = case_of(weight, 512, [128, 128], [16, 0])
+@pytest.mark.parametrize("weight", FOUR_BIT)
+@pytest.mark.parametrize("found", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_with_its_token(weight, found):
+    case = case_of(weight, 256, [128], [0], tokens=2)
+    case.x[1, 200] = found
+    out = rsparse_linear(*case.args(), SINGLE)
+    assert not out[1].isfinite().any()
+    exact = case.exact()[0]
+    assert relative_error(out[0], exact) < tolerance(case.x.dtype, ROUNDINGS)
+
+
+@pytest.mark.parametrize(("weight", "tokens"), TOKENS_OF)
+def test_same_bits_every_time(weight, tokens):
+    case = case_of(weight, 512, [128, 128], [16, 0], tokens=tokens)
     first = run(case, 2, 2, 64, 3, 2)
     assert same_bits(run(case, 2, 2, 64, 3, 2), first)
 
