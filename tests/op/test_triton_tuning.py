@@ -104,28 +104,29 @@ def test_a_missing_folder_of_tables_is_named(
 
 def test_formats_and_groups_have_entries_of_their_own(config_dir: Path) -> None:
     packed = LaunchConfig(256, 64, 2, 1, 2, use_dot=False, packed=True)
-    made = TunedEntry(64, 256, "int4", 2, packed, 5.0, 9.0, group=128)
+    made = TunedEntry(64, 256, "int4", 3, packed, 5.0, 9.0, group=128)
     other = replace(made, group=64, config=replace(packed, split_k=4))
     write(config_dir / "GPU.json", entry(1, 4), made, other)
     # Both serve any larger number of tokens.
-    for tokens in (2, 16):
+    for tokens in (3, 16):
         assert look_up(tokens, kind="int4", group=128) == packed
         assert look_up(tokens, kind="int4", group=64).split_k == 4
-    untuned = look_up(2, kind="int4", group=32)
-    assert untuned == sparse_default(64, 256, "int4", 2, 132)
+    untuned = look_up(3, kind="int4", group=32)
+    assert untuned == sparse_default(64, 256, "int4", 3, 132)
 
 
-def test_one_token_of_scaled_formats_has_entries_of_its_own(config_dir: Path) -> None:
+def test_loops_of_few_tokens_have_entries_of_their_own(config_dir: Path) -> None:
+    # One token of what has scales in blocks; of four bits, two as well.
     packed = LaunchConfig(256, 64, 2, 1, 2, use_dot=False, packed=True)
-    two = TunedEntry(64, 256, "int4", 2, packed, 5.0, 9.0, group=128)
-    write(config_dir / "GPU.json", two)
-    default = sparse_default(64, 256, "int4", 1, 132)
-    assert look_up(1, kind="int4", group=128) == default
-    tuning.forget_tables()
-    one = replace(two, tokens=1, config=replace(packed, block_n=1024, num_warps=4))
-    write(config_dir / "GPU.json", one)
-    assert look_up(1, kind="int4", group=128).num_warps == 4
-    assert look_up(2, kind="int4", group=128).num_warps == 1
+    for kind, slotted in (("int4", 2), ("fp8-block", 1)):
+        more = TunedEntry(64, 256, kind, slotted + 1, packed, 5.0, 9.0, group=128)
+        own = replace(more, tokens=1, config=replace(packed, num_stages=1))
+        write(config_dir / "GPU.json", more, own)
+        tuning.forget_tables()
+        assert look_up(1, kind=kind, group=128).num_stages == 1
+        default = sparse_default(64, 256, kind, 2, 132)
+        assert look_up(2, kind=kind, group=128) == (default if slotted == 2 else packed)
+        assert look_up(3, kind=kind, group=128) == packed
 
 
 @pytest.mark.parametrize(
@@ -242,6 +243,12 @@ def test_shipped_tables_are_valid(path: Path) -> None:
     assert tables.table_path(path.parent, document["device"]) == path
     entries = tables.read_table(path)
     assert len({(e.problem, e.tokens) for e in entries}) == len(entries) > 0
+
+
+def test_two_tokens_have_half_the_blocks_a_program() -> None:
+    for n, k, kind in ((28672, 4096, "int4"), (4096, 14336, "int8-planes")):
+        config = sparse_default(n, k, kind, 2, 132)
+        assert k <= 2 * config.block_k * config.split_k
 
 
 def test_warps_of_one_token_are_resident_all_at_once() -> None:
