@@ -2,6 +2,7 @@
 """``LaunchConfig``: how one call of the Triton kernels is cut up. Needs no Triton."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # Most channels, or rows of packed words, that a program lists, for its registers: the
 # launchers make more splits where needed.
@@ -59,3 +60,15 @@ class LaunchConfig:
                 "use_dot needs block_n and block_k >= 16, got"
                 f" {self.block_n} and {self.block_k}"
             )
+
+
+class Rounding(NamedTuple):
+    """How x becomes bytes (``rounded_blocks.py``).
+
+    Attributes:
+        block: channels that share a unit, 32, 64 or 128.
+        digits: bytes of an element, 1 or 2.
+    """
+
+    block: int
+    digits: int

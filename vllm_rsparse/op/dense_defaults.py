@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch configurations of the dense routes, for what no table has."""
 
-from vllm_rsparse.kernels.launch_config import LaunchConfig
+from vllm_rsparse.kernels.launch_config import LaunchConfig, Rounding
 from vllm_rsparse.op.launch_rules import (
     FOUR_BIT,
     PACKED_COLUMNS,
@@ -20,6 +20,9 @@ DENSE_TOKENS = 64
 # the weight must be turned over first: the four linears of Llama-3-8B on the H200 take
 # 187 and 323 us with 256 and 512 tokens, by the library 245 and 303.
 ROUNDED_TOKENS = 384
+# How ``byte_linear`` rounds x, and the tokens up to which it does.
+BYTE_ROUNDING = Rounding(block=128, digits=2)
+BYTE_TOKENS = 32
 # A layer of more columns a multiprocessor has more tiles of 64 columns than programs
 # run at once: on the H200 from 16,896 columns on.
 _MANY_COLUMNS = 128
@@ -111,6 +114,42 @@ def rounded_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig
         # 4096 x 14336: 23.7 instead of 28.3 us.
         stages = 5
     return LaunchConfig(block_n, block_k, split_k, 4, stages, False, packed=True)
+
+
+def takes_bytes(n: int, k: int, tokens: int) -> bool:
+    """Whether ``byte_linear`` is the fastest dense route of int8-planes.
+
+    With few tokens, only of large layers: on the H200 with 4 tokens, 28672 x 4096 takes
+    43.6 instead of 68.8 us, and 4096 x 4096 13.8 instead of 11.8.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        tokens: rows of the call.
+    """
+    few = tokens <= _PACKED_TOKENS["int8-planes"]
+    return tokens <= BYTE_TOKENS and not (few and n * k < SMALL_ELEMENTS)
+
+
+def byte_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig:
+    """A configuration of ``byte_linear``, rounding x as in ``BYTE_ROUNDING``.
+
+    On the H200 with 16 tokens, the four linears of Llama-3-8B take 44.9 (gate_up), 26.7
+    (down), 16.7 (qkv) and 13.9 us (o), sum 102.2; with 32 tokens 58.8, 31.8, 19.3 and
+    15.8. An output layer of 128256 x 4096 takes 154.6 with one token and 155.8 with 16.
+
+    Args:
+        n: output features of the (fused) layer on this rank.
+        k: input features.
+        tokens: rows of the call, at most ``BYTE_TOKENS``.
+        processors: multiprocessors of the device.
+    """
+    block_n, stages = 128, 4
+    if tokens <= 16:
+        many = n > _MANY_COLUMNS * processors
+        block_n, stages = (256, 3) if many else (128, 5)
+    split_k = _splits(n, k, block_n, 128, 2 * processors)
+    return LaunchConfig(block_n, 128, split_k, 4, stages, False, packed=True)
 
 
 def wide_config(n: int, k: int, processors: int) -> LaunchConfig:

@@ -10,7 +10,9 @@ from torch import Tensor
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.fp8 import FP8
 from vllm_rsparse.formats.int4 import INT4
+from vllm_rsparse.formats.int8_planes import INT8_PLANES
 from vllm_rsparse.kernels import quantized_linear
+from vllm_rsparse.kernels.byte_linear import byte_linear
 from vllm_rsparse.kernels.columns_linear import columns_linear
 from vllm_rsparse.kernels.fp8_product import ALIGNMENT, fp8_product, round_rows
 from vllm_rsparse.kernels.launch_config import LaunchConfig
@@ -23,12 +25,15 @@ from vllm_rsparse.kernels.stored_rows import (
     widens_by_bits,
 )
 from vllm_rsparse.op.dense_defaults import (
+    BYTE_ROUNDING,
     DENSE_TOKENS,
     ROUNDED_TOKENS,
+    byte_config,
     dense_config,
     packed_dense_tokens,
     rounded_config,
     scaled_tiles_config,
+    takes_bytes,
     tiles_config,
 )
 from vllm_rsparse.op.operands import OperandError, SparseOperands, check_input
@@ -86,11 +91,12 @@ def dense_linear(
 
     Up to ``dense_defaults.DENSE_TOKENS`` tokens the stored weight is read once and
     widened on the way; with more, it is widened into scratch [K, N] in x's type, which
-    lives for the call, and the library multiplies.
+    lives for the call, and the library multiplies. On a Hopper, int8-planes times a few
+    tokens in half precision are bytes times bytes (``takes_bytes``).
 
     Args:
         x: [M, K] as the weight's format allows; rows may lie apart.
-        weight: of the format int4, fp8 or fp8-block.
+        weight: of the format int4, int8-planes, fp8 or fp8-block.
         bias: [N] in x's dtype, or None.
         config: how to cut up the work; None looks it up (``tuning``).
 
@@ -98,6 +104,10 @@ def dense_linear(
         OperandError: x or the bias does not fit the weight.
     """
     check_input(x, weight, bias)
+    if config is None and multiplies_bytes(x, weight):
+        processors = device_of(x.device).processors
+        config = byte_config(weight.n, weight.k, x.shape[0], processors)
+        return byte_linear(x, weight, bias, config, BYTE_ROUNDING)
     if config is None and x.shape[0] > DENSE_TOKENS:
         rows = dequantise(weight, x.dtype)
         return torch.mm(x, rows) if bias is None else torch.addmm(bias, x, rows)
@@ -148,6 +158,26 @@ def dense_quantised_linear(
         return columns_linear(rounded, weight, bias, config, scales)
     out = fp8_product(x, weight)
     return out if bias is None else out.add_(bias)
+
+
+def multiplies_bytes(x: Tensor, weight: StoredWeight) -> bool:
+    """Whether ``byte_linear`` is the dense route of these operands."""
+    return (
+        weight.format is INT8_PLANES
+        and takes_bytes(weight.n, weight.k, x.shape[0])
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and has_integer_warpgroups(x.device)
+    )
+
+
+@cache
+def has_integer_warpgroups(device: torch.device) -> bool:
+    """Whether warpgroups of the device multiply bytes from registers: Hopper only."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device)[0] == 9
+    )
 
 
 def multiplies_fp8(x: Tensor, weight: StoredWeight) -> bool:
