@@ -127,6 +127,7 @@ base = turned(x, one, "base")
 assert turned(x, two, "a layer of the same shape") == base
 assert turned(x[:32], two, "tokens") == base
 assert turned(x[:33], two, "odd tokens") != base
+assert turned(x[:1], two, "one token") != base
 assert turned(x.t().contiguous().t(), one, "channels apart") == base
 kept = one.data.t()
 one.data.data = moved(kept, 1).t()
