@@ -64,6 +64,27 @@ def test_what_is_said(
     assert message in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("dtype", "speed", "message"),
+    [
+        (torch.float32, 2e11, "; --dtype bfloat16 takes about 34 minutes, --recipe"),
+        (torch.float32, 1e11, "this CPU; --recipe wina"),
+        (torch.bfloat16, 8e10, "this CPU; --recipe wina"),
+    ],
+)
+def test_bfloat16_is_named_where_it_is_faster(
+    dtype: torch.dtype,
+    speed: float,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    speeds = {torch.float32: 8e10, torch.bfloat16: speed}
+    monkeypatch.setattr(estimate, "product_speed", speeds.__getitem__)
+    warn_if_long(RECIPES["best"], LINEARS, TOKENS, dtype, 1, 1)
+    assert message in caplog.text
+
+
 def test_the_speed_is_not_measured_for_what_takes_seconds(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -44,6 +44,8 @@ _ROWS = 512
 _SLOW = 0.01
 # Operations per second that every machine reaches.
 _SLOWEST = 5e8
+# A share of the time that another dtype must stay below to be named.
+_WORTHWHILE = 0.7
 # Seconds up to which a run is not worth a message.
 _SHORT = 60.0
 
@@ -82,16 +84,27 @@ def warn_if_long(
     cheap = RECIPES["wina"]
     if mine > LONG and seconds(cheap) < mine / 2:
         logger.warning(
-            "recipe %r will take about %s on this CPU; --recipe %s takes about %s and"
+            "recipe %r will take about %s on this CPU; %s--recipe %s takes about %s and"
             " loses more (docs/accuracy.md), and fewer --calibration-samples take less"
             " in proportion",
             recipe.name,
             _words(mine),
+            _half_precision(operations(recipe), mine, dtype),
             cheap.name,
             _words(seconds(cheap)),
         )
     elif mine > _SHORT:
         logger.info("this takes about %s on this CPU", _words(mine))
+
+
+def _half_precision(operations: float, seconds: float, dtype: torch.dtype) -> str:
+    """What the warning says of bfloat16, where this CPU multiplies it faster."""
+    if dtype == torch.bfloat16:
+        return ""
+    faster = operations / product_speed(torch.bfloat16)
+    if faster > _WORTHWHILE * seconds:
+        return ""
+    return f"--dtype bfloat16 takes about {_words(faster)}, "
 
 
 def passes(recipe: Recipe, tokens: int, targets: int = 1, searches: int = 1) -> float:
