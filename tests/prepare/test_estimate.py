@@ -41,10 +41,10 @@ def test_what_is_found_by_trials_is_repeated() -> None:
 @pytest.mark.parametrize(
     ("recipe", "speed", "level", "message"),
     [
-        ("best", 8e10, logging.WARNING, "'best' will take about 84 minutes on this"),
+        ("best", 8e10, logging.WARNING, "'best' will take about 66 minutes on this"),
         ("best", 8e10, logging.WARNING, "--recipe wina takes about 4 minutes"),
         ("wina", 8e10, logging.INFO, "about 4 minutes on this CPU"),
-        ("best", 8e11, logging.INFO, "about 8 minutes on this CPU"),
+        ("best", 8e11, logging.INFO, "about 7 minutes on this CPU"),
         ("wina", 8e12, None, ""),
         ("wina", 1e9, logging.INFO, "about 5.7 hours"),  # nothing is cheaper
     ],
@@ -67,7 +67,7 @@ def test_what_is_said(
 @pytest.mark.parametrize(
     ("dtype", "speed", "message"),
     [
-        (torch.float32, 2e11, "; --dtype bfloat16 takes about 34 minutes, --recipe"),
+        (torch.float32, 2e11, "; --dtype bfloat16 takes about 27 minutes, --recipe"),
         (torch.float32, 1e11, "this CPU; --recipe wina"),
         (torch.bfloat16, 8e10, "this CPU; --recipe wina"),
     ],

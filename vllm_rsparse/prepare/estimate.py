@@ -17,7 +17,7 @@ import torch
 from vllm_rsparse.model.linears import Linear
 from vllm_rsparse.prepare.calibration.linear import CPU_ERROR_TOKENS
 from vllm_rsparse.prepare.recipe.recipes import RECIPES, Recipe
-from vllm_rsparse.prepare.search.greedy import LEVELS, SEARCH_TOKENS
+from vllm_rsparse.prepare.search.greedy import CPU_SEARCH_TOKENS, LEVELS
 from vllm_rsparse.prepare.search.trials import CANDIDATES, TRIED_TOKENS
 from vllm_rsparse.text_table import counted
 
@@ -125,7 +125,7 @@ def passes(recipe: Recipe, tokens: int, targets: int = 1, searches: int = 1) -> 
     if recipe.linears is None:
         if recipe.allocation in ("greedy", "mixed"):
             runs = _LINEARS_OF_A_LAYER * (len(LEVELS) - 1)
-            shared += _PROBE_PASSES * runs * min(1.0, SEARCH_TOKENS / tokens)
+            shared += _PROBE_PASSES * runs * min(1.0, CPU_SEARCH_TOKENS / tokens)
         if recipe.allocation == "mixed":
             trials = CANDIDATES * _SPARSE_PASSES * min(1.0, TRIED_TOKENS / tokens)
             shared += searches * trials

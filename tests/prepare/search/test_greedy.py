@@ -29,12 +29,23 @@ def test_allocation_takes_the_cheapest_bytes_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "count"), [(64, 4), (512, 4), (700, 2), (1024, 2), (4096, 2)]
+    ("device", "tokens", "count"),
+    [
+        ("cuda", 64, 4),
+        ("cuda", 512, 4),
+        ("cuda", 700, 2),
+        ("cuda", 4096, 2),
+        ("cpu", 256, 4),
+        ("cpu", 300, 3),
+        ("cpu", 512, 2),
+    ],
 )
-def test_longer_windows_are_measured_in_smaller_number(tokens: int, count: int) -> None:
+def test_longer_windows_are_measured_in_smaller_number(
+    device: str, tokens: int, count: int
+) -> None:
     windows = torch.zeros(16, tokens, dtype=torch.int64)
-    assert len(search_windows(windows)) == count
-    assert len(search_windows(windows[:1])) == 1
+    assert len(search_windows(windows, torch.device(device))) == count
+    assert len(search_windows(windows[:1], torch.device(device))) == 1
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.95])
