@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def,assignment"
 # ruff: noqa: RUF005 (Triton does not compile starred tuples)
-"""Device code: int8-planes times x in bytes, on a warpgroup's matrix units.
+"""Device code: int8-planes and int4 times x in bytes, on a warpgroup's matrix units.
 
 As in ``columns.py``, columns of the weight are the rows of the first operand of
 ``wgmma``, which comes from registers, and x is the second. The codes of both planes are
-one byte, 16 q1 + q2 - 128. The matrix units multiply it with a byte of x
-(``rounded_blocks.py``) and add up a block of channels in int32, exactly; the sum is
-scaled then. A block never leaves its group.
+one byte, 16 q1 + q2 - 128, and the code of int4 is one as it stands. The matrix units
+multiply it with a byte of x (``rounded_blocks.py``) and add up a block of channels in
+int32, exactly; the sum is scaled then. A block never leaves its group.
+
+Rows are copied as boxes, which lie in shared memory as ``ldmatrix`` reads them without
+conflicts; copied by the threads, they took four times as long to read.
 """
 
 from typing import Any, NamedTuple
@@ -28,6 +31,7 @@ class ByteColumns(NamedTuple):
     """Constants of a compiled program; numbers, for the reason of ``Tiling``.
 
     Attributes:
+        planes: of the weight, 1 of int4.
         tokens: of a program.
         warps: of a program, 4 or 8.
         halves: halves of words, four codes each, that a thread multiplies of a row.
@@ -40,6 +44,7 @@ class ByteColumns(NamedTuple):
         bits: codes become bytes by PTX; otherwise for the interpreter.
     """
 
+    planes: int
     tokens: int
     warps: int
     halves: int
@@ -73,6 +78,7 @@ class ByteInput(NamedTuple):
 @triton.jit
 def byte_columns_kernel(
     x,
+    halves,
     ptr,
     halves_n,
     scales,
@@ -87,7 +93,9 @@ def byte_columns_kernel(
 
     Args:
         x: the ``ByteInput``.
-        ptr: int16 [2 K, halves_n], four codes each; the second plane after the first.
+        halves: descriptor of int16 [planes * K, halves_n], four codes each, the second
+            plane after the first; in boxes [block, 8 warps].
+        ptr: of the same.
         halves_n: of a row.
         scales: the ``Scales``, zero points as int16.
         constants: the ``Constants``, used where the output is written.
@@ -116,7 +124,6 @@ def byte_columns_kernel(
     offs_d = begin_m * DIGITS + tl.arange(0, TOKENS * DIGITS)
     mask_d = (offs_d < tokens * DIGITS)[:, None]
     x_ptr = x.ptr + offs_d.to(tl.int64)[:, None] * k
-    half = begin_n // 4 + tl.arange(0, ROWS // 2)
     accs = ()
     for _tile in tl.static_range(TILES):
         accs = accs + (tl.zeros([ROWS, TOKENS], dtype=tl.float32),)
@@ -132,13 +139,13 @@ def byte_columns_kernel(
             begin = first + index * BLOCK
             channel = begin + tl.arange(0, BLOCK)
             values = tl.load(x_ptr + channel[None, :], mask=mask_d, other=0)
-            place = ptr + channel[:, None] * halves_n + half[None, :]
             operands = ()
             for part in tl.static_range(HALVES):
-                beside = part * (ROWS // 2)
-                mask = (half + beside < halves_n)[None, :]
-                codes = tl.load(place + beside, mask=mask, other=0)
-                second = tl.load(place + beside + k * halves_n, mask=mask, other=0)
+                column = begin_n // 4 + part * (ROWS // 2)
+                codes = halves.load([begin, column])
+                second = codes
+                if BYTES.planes == 2:
+                    second = halves.load([begin + k, column])
                 operands = operands + _operands(codes, second, BYTES)
             units = tl.load(x.unit_ptr + begin // BLOCK * x.pitch + offs_u)
             unit, total = tl.split(tl.reshape(units, (TOKENS, 2)))
@@ -148,8 +155,14 @@ def byte_columns_kernel(
                 product = tl.dot(operands[tile], values, out_dtype=tl.int32)
                 scale, zero = scaling[tile]
                 sums = _scaled(product, unit, DIGITS)
+                if BYTES.planes == 2:
+                    shift = (120.0 - PLANE_STEPS * zero) * scale
+                else:
+                    # Of a thread's two columns, the first has q, the other 16 (q - 8).
+                    odd = tl.arange(0, ROWS) // 8 % 2
+                    shift = (8.0 * odd - zero) * (PLANE_STEPS * scale)
+                    scale = tl.where(odd == 1, 1.0, PLANE_STEPS) * scale
                 acc = tl.fma(sums, scale[:, None], accs[tile])
-                shift = (120.0 - PLANE_STEPS * zero) * scale
                 acc = tl.fma(shift[:, None], total[None, :], acc)
                 if BYTES.bits:
                     acc = _finished(acc)
@@ -200,7 +213,7 @@ def _fetch_ahead(ptr, first, begin_n, halves_n, k, BYTES: tl.constexpr):
     LINES: tl.constexpr = (BYTES.warps * BYTES.halves + 7) // 8
     column = tl.minimum(begin_n // 4 + 64 * tl.arange(0, LINES), halves_n - 1)
     row = first + tl.arange(0, BYTES.channels)[None, :, None]
-    row = tl.arange(0, 2)[:, None, None] * k + row
+    row = tl.arange(0, BYTES.planes)[:, None, None] * k + row
     place = ptr + row * halves_n + column[None, None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
@@ -245,31 +258,44 @@ def _load_scales(scales, first, begin_n, k, BYTES: tl.constexpr):
 
 @triton.jit
 def _operands(first, second, BYTES: tl.constexpr):
-    """The first operands [16 warps, block] of two tiles.
-
-    The compiler loads halves by ``ldmatrix``, which leaves those of two channels in a
-    register, as the order of x expects it (``ByteRows``).
-    """
-    c0, c1, c2, c3 = join_bytes(_fours(first, BYTES), _fours(second, BYTES), BYTES.bits)
-    return _rows(c0, c1, BYTES), _rows(c2, c3, BYTES)
+    """The first operands [16 warps, block] of two tiles."""
+    fours = channel_fours(first, BYTES.warps)
+    if BYTES.planes == 2:
+        second = channel_fours(second, BYTES.warps)
+        c0, c1, c2, c3 = join_bytes(fours, second, BYTES.bits)
+    else:
+        c0, c1, c2, c3 = spread_bytes(fours, BYTES.bits)
+    return operand_rows(c0, c1), operand_rows(c2, c3)
 
 
 @triton.jit
-def _fours(halves, BYTES: tl.constexpr):
-    """[4, 8, warps, steps, 2, 4]: four channels in neighbouring registers."""
-    STEPS: tl.constexpr = BYTES.block // 32
-    fours = tl.reshape(halves, (STEPS, 2, 2, 4, 2, BYTES.warps, 8))
+def channel_fours(halves, WARPS: tl.constexpr):
+    """int16 [channels, 8 warps] as [4, 8, warps, channels / 32, 2, 4].
+
+    The last are four channels in neighbouring registers of a thread. The compiler loads
+    halves by ``ldmatrix``, which leaves those of two channels in a register, as the
+    order of x expects it (``ByteRows``).
+    """
+    STEPS: tl.constexpr = halves.shape[0] // 32
+    fours = tl.reshape(halves, (STEPS, 2, 2, 4, 2, WARPS, 8))
     even, odd = tl.split(tl.permute(fours, (3, 6, 5, 0, 1, 2, 4)))
     c0, c2 = tl.split(even)
     c1, c3 = tl.split(odd)
     fours = tl.join(tl.join(c0, c2), tl.join(c1, c3))
-    return tl.reshape(fours, (4, 8, BYTES.warps, STEPS, 2, 4))
+    return tl.reshape(fours, (4, 8, WARPS, STEPS, 2, 4))
 
 
 @triton.jit
-def _rows(even, odd, BYTES: tl.constexpr):
+def operand_rows(even, odd):
+    """The first operand [16 warps, channels]: two columns of each thread's halves.
+
+    Args:
+        even, odd: bytes in the order of ``channel_fours``.
+    """
+    ROWS: tl.constexpr = 16 * even.shape[2]
+    CHANNELS: tl.constexpr = 32 * even.shape[3]
     codes = tl.permute(tl.join(even, odd), (2, 6, 1, 3, 4, 0, 5))
-    return tl.reshape(codes, (16 * BYTES.warps, BYTES.block))
+    return tl.reshape(codes, (ROWS, CHANNELS))
 
 
 @triton.jit
@@ -314,4 +340,34 @@ def join_bytes(first, second, BITS: tl.constexpr):
             ((p >> 4 & 15) * 16 + (q >> 4 & 15) - 128).to(tl.int8),
             ((p >> 8 & 15) * 16 + (q >> 8 & 15) - 128).to(tl.int8),
             ((p >> 12 & 15) * 16 + (q >> 12 & 15) - 128).to(tl.int8),
+        )
+
+
+@triton.jit
+def spread_bytes(halves, BITS: tl.constexpr):
+    """Four int8 tensors: code q of even i, 16 (q - 8) of odd i; as ``join_bytes``."""
+    if BITS:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 p, q;
+            prmt.b32 p, $4, $5, 0x6420;
+            prmt.b32 q, $4, $5, 0x7531;
+            and.b32 $0, p, 0x0f0f0f0f;
+            lop3.b32 $1, p, 0xf0f0f0f0, 0x80808080, 0x6A;
+            and.b32 $2, q, 0x0f0f0f0f;
+            lop3.b32 $3, q, 0xf0f0f0f0, 0x80808080, 0x6A;
+            }""",
+            "=r,=r,=r,=r,r,r",
+            [halves],
+            dtype=(tl.int8,) * 4,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        p = halves.to(tl.int32)
+        return (
+            (p & 15).to(tl.int8),
+            ((p & 0xF0) - 128).to(tl.int8),
+            (p >> 8 & 15).to(tl.int8),
+            ((p >> 8 & 0xF0) - 128).to(tl.int8),
         )

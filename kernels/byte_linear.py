@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launcher of ``byte_columns.py``: dense int8-planes times x in bytes."""
+"""The launcher of ``byte_columns.py``: dense int8-planes and int4 times x in bytes."""
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm_rsparse.formats.base import StoredWeight
 
@@ -35,7 +36,7 @@ def byte_linear(
 
     Args:
         x: [M, K], any strides.
-        weight: of the format int8-planes.
+        weight: of the format int8-planes or int4; ``has_boxes``.
         bias: [N] or None.
         config: ``packed``, with 4 or 8 warps; ``block_n`` is 32 or 64 columns of each,
             ``block_k`` the channels of an iteration, at most a group.
@@ -48,7 +49,7 @@ def byte_linear(
         ValueError: the configuration has too few or too many columns for its warps.
     """
     tokens, k = x.shape
-    n, group = weight.n, weight.group
+    n, group = weight.n, weight.group or k
     assert weight.scales is not None
     halves = config.block_n // (_WARP_COLUMNS * config.num_warps)
     if halves not in (1, 2) or config.num_warps < 4:
@@ -69,8 +70,11 @@ def byte_linear(
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     most = max(_FEWEST_COLUMNS, next_power_of_2(tokens * rounding.digits))
     block_m = min(_MOST_COLUMNS, most) // rounding.digits
+    data = weight.data.view(torch.int16).view(-1, n // 4)
+    box = [rounding.block, 8 * config.num_warps]
     zeros = None if weight.zeros is None else weight.zeros.view(torch.int16)
     columns = ByteColumns(
+        planes=data.shape[0] // k,
         tokens=block_m,
         warps=config.num_warps,
         halves=halves,
@@ -87,7 +91,8 @@ def byte_linear(
         x.device,
         (cdiv(tokens, block_m), cdiv(n, config.block_n), split_k),
         ByteInput(rows.digits, rows.units, rows.units.stride(0), tokens, k),
-        weight.data.view(torch.int16),
+        TensorDescriptor(data, list(data.shape), [n // 4, 1], box),
+        data,
         n // 4,
         Scales(weight.scales, zeros, n),
         Constants(None, None, bias),

@@ -34,7 +34,6 @@ class Columns(NamedTuple):
         stages: iterations whose loads are in flight. With 1, a thread loads its words
             into registers; with more, they pass through shared memory.
         group: channels that share scales; 0 for scales per column.
-        rounded: x is fp8, and so is the product.
         pdl: programmatic dependent launch.
         ahead: iterations whose words are asked for while the launch before ends.
     """
@@ -47,7 +46,6 @@ class Columns(NamedTuple):
     channels: int
     stages: int
     group: int
-    rounded: bool
     pdl: bool
     ahead: int
 
@@ -55,7 +53,6 @@ class Columns(NamedTuple):
 @triton.jit
 def columns_kernel(
     x,
-    x_scale_ptr,
     words,
     words_n,
     scales,
@@ -71,9 +68,7 @@ def columns_kernel(
     Neighbouring programs take the same words for other tokens.
 
     Args:
-        x: the ``Input``, of fp8 where it is rounded.
-        x_scale_ptr: float32 [tokens], scales of rounded x, used where the output is
-            written; or None.
+        x: the ``Input``.
         words: the ``Words``.
         words_n: of a row.
         scales: the ``Scales``; of fp8, the pointers are None.
@@ -143,8 +138,6 @@ def columns_kernel(
     sums = tl.trans(sums)
     mask = mask_m[:, None] & mask_n[None, :]
     if partial_ptr is None:
-        if x_scale_ptr is not None:
-            sums *= tl.load(x_scale_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
         if constants.scale_ptr is not None:
             scale = tl.load(constants.scale_ptr + offs_n, mask=mask_n, other=0.0)
             sums *= scale[None, :]
@@ -203,18 +196,17 @@ def _load_words(
     COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Words of an iteration: int32 [4, 8, warps, steps, 2 J, W].
+    """Words of an iteration: int32 [4, 8, warps, steps, 4, W].
 
-    In a step of 8 J channels, thread [i, :, :] of four multiplies channels J i to
-    J i + J - 1 of each half: the order in which ``wgmma`` takes x from shared memory.
+    In a step of 16 channels, thread [i, :, :] of four multiplies channels 2 i and
+    2 i + 1 of each half: the order in which ``wgmma`` takes x from shared memory.
 
     Args of note:
         rows_before: of the planes before the one that is loaded.
     """
     WARPS: tl.constexpr = COLUMNS.warps
     W: tl.constexpr = COLUMNS.words
-    J: tl.constexpr = 4 if COLUMNS.rounded else 2
-    STEPS: tl.constexpr = COLUMNS.channels // (8 * J)
+    STEPS: tl.constexpr = COLUMNS.channels // 16
     ptr = words.ptr + rows_before * words.pitch
     if COLUMNS.stages > 1:
         # Rows as they lie in memory, for copies of 16 bytes.
@@ -223,16 +215,16 @@ def _load_words(
         mask = (channel < k)[:, None] & (column < words_n)[None, :]
         pointers = ptr + channel[:, None] * words.pitch + column[None, :]
         loaded = tl.load(pointers, mask=mask, other=0)
-        loaded = tl.reshape(loaded, (STEPS, 2, 4, J, WARPS, 8, W))
+        loaded = tl.reshape(loaded, (STEPS, 2, 4, 2, WARPS, 8, W))
         loaded = tl.permute(loaded, (2, 5, 4, 0, 1, 3, 6))
-        return tl.reshape(loaded, (4, 8, WARPS, STEPS, 2 * J, W))
+        return tl.reshape(loaded, (4, 8, WARPS, STEPS, 4, W))
     else:
         quad = tl.arange(0, 4)[:, None, None, None, None, None]
         lane = tl.arange(0, 8)[None, :, None, None, None, None]
         warp = tl.arange(0, WARPS)[None, None, :, None, None, None]
         step = tl.arange(0, STEPS)[None, None, None, :, None, None]
-        part = tl.arange(0, 2 * J)[None, None, None, None, :, None]
-        channel = first + step * (8 * J) + part // J * (4 * J) + quad * J + part % J
+        part = tl.arange(0, 4)[None, None, None, None, :, None]
+        channel = first + step * 16 + part // 2 * 8 + quad * 2 + part % 2
         place = (warp * 8 + lane) * W
         if W == 1 and tl.float32 != DTYPE:
             place = hide_order(place)

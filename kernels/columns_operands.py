@@ -12,7 +12,6 @@ from .widen import (
     rescale_fp8,
     scale_eight,
     split_eight,
-    turn_bytes,
 )
 
 
@@ -28,25 +27,14 @@ def _pairs(words, COLUMNS: tl.constexpr):
 
 @triton.jit
 def operand_of_bytes(words, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
-    """fp8 codes as numbers or, where x is rounded, as they are."""
+    """fp8 codes as numbers."""
     WARPS: tl.constexpr = COLUMNS.warps
     W: tl.constexpr = COLUMNS.words
-    if COLUMNS.rounded:
-        STEPS: tl.constexpr = COLUMNS.channels // 32
-        fours = tl.reshape(words, (4, 8, WARPS, STEPS, 2, 2, 2, W))
-        fours = tl.permute(fours, (0, 1, 2, 7, 3, 4, 5, 6))
-        even, odd = tl.split(fours)
-        c0, c2 = tl.split(even)
-        c1, c3 = tl.split(odd)
-        fours = tl.join(tl.join(c0, c2), tl.join(c1, c3))
-        fours = tl.reshape(fours, (4, 8, WARPS, W, STEPS, 2, 4))
-        c0, c1, c2, c3 = turn_bytes(fours, DTYPE)
-    else:
-        c = unpack_fp8(_pairs(words, COLUMNS), DTYPE)
-        c0 = rescale_fp8(c[0], DTYPE)
-        c1 = rescale_fp8(c[1], DTYPE)
-        c2 = rescale_fp8(c[2], DTYPE)
-        c3 = rescale_fp8(c[3], DTYPE)
+    c = unpack_fp8(_pairs(words, COLUMNS), DTYPE)
+    c0 = rescale_fp8(c[0], DTYPE)
+    c1 = rescale_fp8(c[1], DTYPE)
+    c2 = rescale_fp8(c[2], DTYPE)
+    c3 = rescale_fp8(c[3], DTYPE)
     codes = tl.join(tl.join(c0, c1), tl.join(c2, c3))
     codes = tl.permute(codes, (3, 8, 2, 7, 1, 4, 5, 0, 6))
     return tl.reshape(codes, (8 * WARPS * W * 4, COLUMNS.channels))

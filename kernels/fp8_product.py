@@ -12,11 +12,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_rsparse.formats.base import StoredWeight
 
 from .known_launch import launch
+from .rounded_blocks import turned_channel
 from .rsparse_linear import has_dependent_launch, input_of
 from .sizes import cdiv, next_power_of_2
 
@@ -90,10 +91,11 @@ def round_and_turn(x: Tensor, weight: StoredWeight) -> tuple[Tensor, Tensor, Ten
     )
 
 
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def round_rows(x: Tensor, turned: bool = False) -> tuple[Tensor, Tensor]:
     """x as float8_e4m3fn [M, K] and its scales, float32 [M, 1].
 
-    A token's scale is its largest magnitude over 448, as in vLLM's FP8 layers. With a
+    ``turned``: channels in the order of ``rounded_blocks.ByteRows``; 16 divides K. A
+    token's scale is its largest magnitude over 448, as in vLLM's FP8 layers. With a
     NaN among its elements it is NaN, and so is all of the token's product.
     """
     tokens, k = x.shape
@@ -108,9 +110,11 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
             rounded,
             scales,
             LARGEST=_LARGEST,
+            TURNED=turned,
             BLOCK_K=next_power_of_2(max(1, k)),
             PDL=has_dependent_launch(x.device),
             num_warps=8,
+            pdl=has_dependent_launch(x.device),
         )
     return rounded, scales
 
@@ -176,17 +180,23 @@ def _round_kernel(
     rounded_ptr,
     scale_ptr,
     LARGEST: tl.constexpr,
+    TURNED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     if PDL:
+        gdc_wait()
         # The product may start; it waits for what is written here.
         gdc_launch_dependents()
-    part = _load_part(x.ptr + row * x.stride_m, 0, x.k, BLOCK_K)
+    offs_k = tl.arange(0, BLOCK_K)
+    channel = offs_k
+    if TURNED:
+        channel = turned_channel(offs_k)
+    x_ptr = x.ptr + row * x.stride_m
+    part = tl.load(x_ptr + channel, mask=offs_k < x.k, other=0.0).to(tl.float32)
     scale = _scale_of(tl.max(_magnitude(part), axis=0), LARGEST)
     tl.store(scale_ptr + row, scale)
-    offs_k = tl.arange(0, BLOCK_K)
     rounded = _round(part, scale, LARGEST)
     tl.store(rounded_ptr + row * x.k + offs_k, rounded, mask=offs_k < x.k)
 

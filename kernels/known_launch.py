@@ -33,8 +33,8 @@ def launch(
         kernel: of ``triton.jit``; its constants are its last parameters.
         device: of the tensors, the current one.
         grid: programs.
-        arguments: what is not a constant, in order: tensors, integers that are not
-            negative, None and tuples of these.
+        arguments: what is not a constant, in order: tensors, descriptors of them,
+            integers that are not negative, None and tuples of these.
         num_warps: warps of a program.
         num_stages: Triton's option; None leaves it at its default.
         pdl: programmatic dependent launch.
@@ -73,7 +73,8 @@ def _add_classes(arguments: Iterable[Any], classes: list[Any]) -> None:
     """What Triton compiles a kernel for, of each argument.
 
     Of a number: whether it is 1, whether 16 divides it, and whether it needs 64 bits.
-    Of a tensor: its dtype, and whether 16 divides its address.
+    Of a tensor: its dtype, and whether 16 divides its address. Of a descriptor: the
+    dtype, and the shape of its boxes.
     """
     for value in arguments:
         if type(value) is int:
@@ -83,6 +84,9 @@ def _add_classes(arguments: Iterable[Any], classes: list[Any]) -> None:
             classes.append(None)
         elif isinstance(value, tuple):
             _add_classes(value, classes)
-        else:
+        elif isinstance(value, torch.Tensor):
             classes.append(value.dtype)
             classes.append(value.data_ptr() & 15 == 0)
+        else:
+            classes.append(value.base.dtype)
+            classes.append(tuple(value.block_shape))

@@ -96,7 +96,7 @@ def _round_blocks_kernel(
         # The product may start; it waits for what is written here.
         gdc_launch_dependents()
     place = tl.arange(0, PART_K)
-    channel = place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
+    channel = turned_channel(place)
     mask = begin + place < x.k
     x_ptr = x.ptr + row * x.stride_m + begin
     values = tl.load(x_ptr + channel, mask=mask, other=0.0).to(tl.float32)
@@ -125,3 +125,9 @@ def _round_blocks_kernel(
     out = unit_ptr + 2 * (block.to(tl.int64) * padded + row)
     tl.store(out, unit, mask=there)
     tl.store(out + 1, unit * sums, mask=there)
+
+
+@triton.jit
+def turned_channel(place):
+    """The channel at a place of ``ByteRows``."""
+    return place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2

@@ -41,6 +41,13 @@ def is_packable(weight: StoredWeight, shard_sizes: Sequence[int]) -> bool:
     return whole and data.stride(1) % 4 == 0 and data.data_ptr() % 4 == 0
 
 
+def has_boxes(weight: StoredWeight) -> bool:
+    """Whether a device can copy boxes of the rows: they begin at multiples of 16 B."""
+    data = weight.data if is_four_bit(weight) else weight.data.t()
+    pitch = data.stride(-2) * data.element_size()
+    return pitch % 16 == 0 and data.data_ptr() % 16 == 0
+
+
 def is_four_bit(weight: StoredWeight) -> bool:
     """Whether words hold codes of four bits."""
     return weight.format.code in (INT4.value, INT8_PLANES.value)

@@ -11,7 +11,7 @@ NaN (0x7f) becomes 480 here too.
 import triton
 import triton.language as tl
 
-from .codes import PLANE_STEPS, decode_bytes, decode_e4m3, int4_offset, join_eight
+from .codes import PLANE_STEPS, decode_e4m3, int4_offset, join_eight
 
 # PTX for pairs of bfloat16: codes (0, 4), (1, 5), (2, 6) and (3, 7) of a word, or four
 # codes of two halves, plus 128.
@@ -240,36 +240,6 @@ def scale_codes(codes, zero, scale, DTYPE: tl.constexpr):
         )
     else:
         return (codes - zero) * scale
-
-
-@triton.jit
-def turn_bytes(words, DTYPE: tl.constexpr):
-    """Four tensors of the words' shape: byte i as float8_e4m3fn, DTYPE on a GPU.
-
-    The last dimension, 4, is best that of neighbours in a thread's registers: their
-    bytes i, four input channels of one column, share a register then.
-    """
-    if tl.float8e4nv == DTYPE:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, c, d;
-            prmt.b32 a, $4, $5, 0x5140;
-            prmt.b32 b, $6, $7, 0x5140;
-            prmt.b32 c, $4, $5, 0x7362;
-            prmt.b32 d, $6, $7, 0x7362;
-            prmt.b32 $0, a, b, 0x5410;
-            prmt.b32 $1, a, b, 0x7632;
-            prmt.b32 $2, c, d, 0x5410;
-            prmt.b32 $3, c, d, 0x7632;
-            }""",
-            "=r,=r,=r,=r,r,r,r,r",
-            [words],
-            dtype=(tl.float8e4nv,) * 4,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        return decode_bytes(words, DTYPE)
 
 
 @triton.jit

@@ -23,8 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from vllm_rsparse.kernels import byte_linear, columns_linear, packed_linear
-from vllm_rsparse.kernels import quantized_linear, rounded_blocks, rsparse_linear
-from vllm_rsparse.kernels import wide_linear
+from vllm_rsparse.kernels import quantized_linear, rounded_blocks, rounded_linear
+from vllm_rsparse.kernels import rsparse_linear, wide_linear
 
 class Hopper:
     def get_current_target(self):
@@ -47,7 +47,7 @@ driver.set_active(Hopper())
 knobs.runtime.jit_post_compile_hook = lambda **made: watched.add(made["fn"].name)
 JITFunction.run = compile_only
 modules = packed_linear, quantized_linear, rsparse_linear, wide_linear, columns_linear
-modules += byte_linear, rounded_blocks
+modules += byte_linear, rounded_blocks, rounded_linear
 for module in modules:
     module.has_dependent_launch = lambda device: True
 """

@@ -32,9 +32,17 @@ def inputs(tokens: int, k: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def rounded_by_torch(x: Tensor) -> tuple[Tensor, Tensor]:
+def rounded_by_torch(x: Tensor, turned: bool) -> tuple[Tensor, Tensor]:
+    assert turned
     scales = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
-    return (x / scales).to(torch.float8_e4m3fn), scales
+    rounded = (x / scales).to(torch.float8_e4m3fn)
+    return turn(rounded), scales
+
+
+def turn(rounded: Tensor) -> Tensor:
+    """Channels [i, q, j] of sixteen as [q, i, j]."""
+    codes = rounded.view(torch.uint8).unflatten(1, (-1, 2, 4, 2)).transpose(2, 3)
+    return codes.flatten(1).view(torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
@@ -82,6 +90,14 @@ def test_rounded_channels_that_lie_apart():
     for rounded, found in (round_rows(x), round_and_turn(x, weight)[:2]):
         assert torch.equal(found, scales)
         assert torch.equal(rounded.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_rounded_rows_in_the_order_of_the_matrix_units():
+    x = inputs(5, 2048 + 48, torch.bfloat16)
+    rounded, scales = round_rows(x)
+    turned, same = round_rows(x, turned=True)
+    assert torch.equal(scales, same)
+    assert torch.equal(turned.view(torch.uint8), turn(rounded).view(torch.uint8))
 
 
 @pytest.mark.parametrize("channel", [0, 66, 130])

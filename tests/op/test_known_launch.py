@@ -159,6 +159,34 @@ def test_prompts_on_weights_that_move():
     assert run_launches(BOTH + PROMPTS) == "done\n"
 
 
+BOXES = """
+from vllm_rsparse.formats.int8_planes import encode_planes
+from vllm_rsparse.kernels.byte_linear import byte_linear
+from vllm_rsparse.kernels.launch_config import LaunchConfig, Rounding
+
+x = torch.zeros(16, 128, dtype=torch.bfloat16)
+one, two = (encode_planes(torch.randn(256, 128), 128, torch.bfloat16) for _ in "12")
+
+def multiplied(weight, columns):
+    launches.clear()
+    config = LaunchConfig(columns, 128, 1, columns // 32, 3, False, packed=True)
+    byte_linear(x, weight, None, config, Rounding(128, 2))
+    boxes = launches[1][2][1]
+    address = weight.data.data_ptr()
+    assert (boxes.base.data_ptr(), boxes.block_shape) == (address, [128, columns // 4])
+    return launches[1][1]
+
+base = multiplied(one, 128)
+assert multiplied(one, 128) == multiplied(two, 128) == base
+assert multiplied(two, 256) != base
+print("done")
+"""
+
+
+def test_boxes_of_another_weight():
+    assert run_launches(BOXES) == "done\n"
+
+
 def test_sizes():
     for value in range(1, 70):
         assert cdiv(value, 8) == (value + 7) // 8

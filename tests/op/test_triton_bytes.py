@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int8-planes times x in bytes: rounding x, and the product of what was rounded.
+"""Planes and int4 times x in bytes: rounding x, and the product of what was rounded.
 
 Interpreted on a machine without CUDA; with CUDA the same tests run on the device.
 """
@@ -22,6 +22,8 @@ from vllm_rsparse.op.reference import dense_linear as reference
 from vllm_rsparse.testing.cases import Case, make_case, relative_error, same_bits
 from vllm_rsparse.testing.tolerances import tolerance
 
+from .weights import store
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies in float32.
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -29,11 +31,11 @@ LARGEST = {1: 127, 2: 32639}
 
 
 def case_of(
-    tokens: int, group: int, k: int = 256, n: int = 168, *, symmetric: bool = False
+    tokens: int, group: int, k: int = 256, n: int = 160, *, symmetric: bool = False
 ) -> Case:
     """Rows of x that lie apart, and what must not be read between them."""
-    store = partial(encode_planes, group=group, dtype=DTYPE, symmetric=symmetric)
-    case = make_case(tokens, k, [n], [0], DTYPE, device=DEVICE, store=store)
+    encode = partial(encode_planes, group=group, dtype=DTYPE, symmetric=symmetric)
+    case = make_case(tokens, k, [n], [0], DTYPE, device=DEVICE, store=encode)
     padded = torch.full((tokens, k + 44), float("inf"), device=DEVICE).to(DTYPE)
     padded[:, :k] = case.x
     return Case(padded[:, :k], case.operands, case.bias)
@@ -103,6 +105,24 @@ def test_product(group, rounding, tokens, config, symmetric):
     assert relative_error(out, exact) < loss + tolerance(DTYPE)
 
 
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("int4-g128", 128),
+        ("int4-asym-g32", 256),
+        ("int4-channel", 128),
+        ("int4-awq", 256),
+    ],
+)
+def test_product_of_one_plane(name, columns):
+    case = make_case(19, 256, [160], [0], DTYPE, device=DEVICE, store=store(name))
+    weight, bias = case.operands.weight, case.bias
+    config = LaunchConfig(columns, 128, 2, 4, 3, False, packed=True)
+    out = byte_linear(case.x, weight, bias, config, Rounding(128, 2))
+    exact = reference(case.x.float(), weight, bias.float())
+    assert relative_error(out, exact) < 4e-5 + tolerance(DTYPE)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("digits", [1, 2])
 def test_what_is_not_a_number_reaches_its_own_token_only(value, digits):
@@ -168,27 +188,44 @@ def test_others_leave_the_input_as_it_is(monkeypatch):
     weight = case_of(1, 128).operands.weight
     x = torch.zeros(16, weight.k, dtype=torch.bfloat16, device=DEVICE)
     monkeypatch.setattr(triton_backend, "has_integer_warpgroups", lambda device: True)
-    assert triton_backend.multiplies_bytes(x, weight)
-    assert not triton_backend.multiplies_bytes(x.float(), weight)
-    assert not triton_backend.multiplies_bytes(x[:8], weight)
+    takes = triton_backend.multiplies_bytes
+    assert takes(x, weight)
+    assert not takes(x.float(), weight)
+    assert not takes(x[:2], weight)
+    assert not takes(x, case_of(1, 128, n=168).operands.weight)
+    for name, k, taken in (
+        ("int4-g128", 256, True),
+        ("int4-channel", 256, True),
+        ("int4-channel", 160, False),
+        ("fp8", 256, False),
+    ):
+        made = make_case(1, k, [160], [0], DTYPE, device=DEVICE, store=store(name))
+        assert takes(x[:, :k], made.operands.weight) == taken
     monkeypatch.undo()
     if DEVICE == "cpu":
-        assert not triton_backend.multiplies_bytes(x, weight)
+        assert not takes(x, weight)
 
 
 @pytest.mark.parametrize(
     ("n", "k"), [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (24, 32)]
 )
 @pytest.mark.parametrize("tokens", [1, 9, 16, 32])
-def test_all_programs_run_at_once(n, k, tokens):
-    config = byte_config(n, k, tokens, 132)
+@pytest.mark.parametrize("kind", ["int4", "int8-planes"])
+def test_all_programs_run_at_once(n, k, tokens, kind):
+    config = byte_config(n, k, kind, tokens, 132)
     programs = -(-n // config.block_n) * config.split_k
-    assert programs <= 2 * 132
+    assert programs <= 3 * 132
     assert config.split_k <= max(1, k // 128)
     assert config.block_n in (128, 256)
 
 
-def test_few_tokens_of_a_large_layer():
-    assert takes_bytes(128256, 4096, 1)
-    assert not takes_bytes(4096, 4096, 8)
-    assert takes_bytes(4096, 4096, 9)
+def test_few_tokens():
+    for n, kind, tokens, taken in (
+        (128256, "int8-planes", 1, True),
+        (4096, "int8-planes", 2, False),
+        (4096, "int8-planes", 3, True),
+        (4096, "int8-planes", 33, False),
+        (28672, "int4", 8, False),
+        (4096, "int4", 9, True),
+    ):
+        assert takes_bytes(n, 4096, kind, tokens) == taken

@@ -13,7 +13,6 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from vllm_rsparse.kernels.columns_linear import columns_linear, takes_columns
-from vllm_rsparse.kernels.fp8_product import round_rows
 from vllm_rsparse.kernels.launch_config import LaunchConfig
 from vllm_rsparse.kernels.stored_rows import codes_per_word
 from vllm_rsparse.op.reference import dense_linear as reference
@@ -68,18 +67,6 @@ def test_odd_numbers_of_channels(splits):
         config = config_of(case, 1, 32, splits, 4, stages)
         out = columns_linear(case.x, case.operands.weight, case.bias, config)
         assert relative_error(out, exact(case.x, case)) < tolerance(DTYPE)
-
-
-@pytest.mark.parametrize("shape", [(1, 64, 1, 4, 1), (2, 32, 2, 4, 3)], ids=str)
-def test_rounded_input(shape):
-    case = case_of("fp8", 19)
-    rounded, scales = round_rows(case.x)
-    config = config_of(case, *shape)
-    out = columns_linear(rounded, case.operands.weight, case.bias, config, scales)
-    assert out.dtype == torch.bfloat16
-    expected = exact(rounded.float() * scales, case)
-    # The interpreter cuts bfloat16 off where a device rounds.
-    assert relative_error(out, expected) < tolerance(torch.bfloat16, roundings=2)
 
 
 def test_same_bits_every_time():

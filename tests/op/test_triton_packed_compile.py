@@ -44,10 +44,7 @@ def call(case):
     if case.get("columns"):
         block_k = min(64, weight.group or 64)
         config = LaunchConfig(256, block_k, 2, 4, 3, False, packed=True)
-        x, scales = made.x, None
-        if case["rounded"]:
-            x, scales = x.to(torch.float8_e4m3fn), torch.ones(len(x), 1)
-        columns_linear.columns_linear(x, weight, bias, config, scales)
+        columns_linear.columns_linear(made.x, weight, bias, config)
         dequantise(weight, dtype)
         return
     packed = LaunchConfig(warps * columns, 64, 2, warps, 1, False, packed=True)
@@ -110,12 +107,8 @@ COLUMNS = [
         "tokens": 64,
         "even": True,
         "columns": True,
-        "rounded": rounded,
     }
-    for weight, rounded in (
-        *((weight, False) for weight in (*FOUR_BIT, "fp8-channel", "fp8-block")),
-        ("fp8-channel", True),
-    )
+    for weight in (*FOUR_BIT, "fp8-channel", "fp8-block")
 ]
 
 
@@ -175,15 +168,13 @@ def test_words_for_32_tokens_become_operands_where_they_are(case, compiled):
 def test_words_become_operands_of_a_warpgroup_where_they_are(case, compiled):
     made = compiled[str(case)]
     columns = made["columns_kernel"]
-    kind = "e4m3.e4m3" if case["rounded"] else "bf16.bf16"
-    # 64 columns of 16 channels, or 32 of fp8, an instruction; the registers come first.
+    # 64 columns of 16 channels an instruction; the registers come first.
     products = re.findall(
-        rf"wgmma\.mma_async\.\S*f32\.{kind} \{{[^}}]*\}}, \{{", columns
+        r"wgmma\.mma_async\.\S*f32\.bf16\.bf16 \{[^}]*\}, \{", columns
     )
     words, codes = (1, 8) if case["weight"] in FOUR_BIT else (2, 4)
     channels = 32 if "g32" in case["weight"] else 64
-    steps = channels // (32 if case["rounded"] else 16)
-    assert len(products) == words * codes // 2 * steps
+    assert len(products) == words * codes // 2 * channels // 16
     if TRITON < (3, 7):
         assert "shfl.sync" not in columns
     if case["weight"] in FOUR_BIT and case["dtype"] == "bfloat16":

@@ -16,7 +16,7 @@ from vllm_rsparse.op.launch_rules import (
 _PACKED_TOKENS = {"int4": 8, "int8-planes": 8, "float8_e4m3fn": 8, "fp8-block": 8}
 WIDE_TOKENS = 32
 DENSE_TOKENS = 64
-# Tokens up to which ``columns_linear`` beats the library's product of fp8, for which
+# Tokens up to which ``rounded_linear`` beats the library's product of fp8, for which
 # the weight must be turned over first: the four linears of Llama-3-8B on the H200 take
 # 187 and 323 us with 256 and 512 tokens, by the library 245 and 303.
 ROUNDED_TOKENS = 384
@@ -67,7 +67,7 @@ def packed_dense_tokens(kind: str) -> int:
 def columns_config(
     n: int, k: int, kind: str, tokens: int, processors: int
 ) -> LaunchConfig:
-    """A configuration of ``columns_linear`` where x is not rounded.
+    """A configuration of ``columns_linear``.
 
     The four linears of Llama-3-8B on the H200 take 95.5 us with 16 tokens and 112.6
     with 64 in fp8, 101.2 and 116.0 in fp8-block, 136.4 with 16 and 153.0 with 32 in
@@ -92,12 +92,12 @@ def columns_config(
 
 
 def rounded_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig:
-    """A configuration of ``columns_linear`` for fp8 with x rounded to fp8.
+    """A configuration of ``rounded_linear``, fp8 times x rounded to fp8.
 
-    The four linears of Llama-3-8B on the H200 take 82 us with 16 tokens and 94 with 64,
-    rounding included where it does not overlap; vLLM's kernels take 68 and 74 without
-    it. 28672 x 4096 takes 32.0 and 36.5, vLLM's 34.0 and 37.2: what is missing is in
-    the small layers, whose splits must be added.
+    The four linears of Llama-3-8B on the H200 take 77.6 us with 16 tokens, 87.8 with 64
+    and 109.6 with 128, rounding included where it does not overlap; vLLM's kernels take
+    68, 74 and 85 without it. 28672 x 4096 takes 32.3, 36.1 and 44.6, vLLM's 33.9, 37.4
+    and 37.2: what is missing is in the small layers, whose splits must be added.
 
     Args:
         n: output features of the (fused) layer on this rank.
@@ -105,50 +105,62 @@ def rounded_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig
         tokens: rows of the call, at most ``ROUNDED_TOKENS``.
         processors: multiprocessors of the device.
     """
-    block_n, block_k = 128, 128
-    # Programs of 128 tokens, of which two fit into shared memory with three stages.
-    stages = 4 if tokens <= 64 else 3
+    block_n, stages = 128, 3
+    if 16 < tokens <= 128:
+        many = n > _MANY_COLUMNS * processors
+        block_n = 128 if many else 64
+        stages = 4 if many or tokens > 64 else 6
+    # Programs of 128 tokens.
     enough = 2 * processors // max(1, -(-tokens // 128))
-    split_k = _splits(n, k, block_n, block_k, enough)
-    if tokens <= 16 and split_k > 1:
-        # 4096 x 14336: 23.7 instead of 28.3 us.
-        stages = 5
-    return LaunchConfig(block_n, block_k, split_k, 4, stages, False, packed=True)
+    split_k = _splits(n, k, block_n, 128, enough)
+    return LaunchConfig(block_n, 128, split_k, 4, stages, False, packed=True)
 
 
-def takes_bytes(n: int, k: int, tokens: int) -> bool:
-    """Whether ``byte_linear`` is the fastest dense route of int8-planes.
+def takes_bytes(n: int, k: int, kind: str, tokens: int) -> bool:
+    """Whether ``byte_linear`` is the fastest dense route of int4 or int8-planes.
 
-    With few tokens, only of large layers: on the H200 with 4 tokens, 28672 x 4096 takes
-    43.6 instead of 68.8 us, and 4096 x 4096 13.8 instead of 11.8.
+    On the H200, 6144 x 4096 in planes takes 12.1 us with one token, and 14.3 with 4 by
+    the packed kernel, which halves its work at one or two.
 
     Args:
         n: output features of the (fused) layer on this rank.
         k: input features.
+        kind: of the weight.
         tokens: rows of the call.
     """
-    few = tokens <= _PACKED_TOKENS["int8-planes"]
-    return tokens <= BYTE_TOKENS and not (few and n * k < SMALL_ELEMENTS)
+    fewest = _PACKED_TOKENS[kind] + 1
+    if kind == "int8-planes":
+        fewest = 1 if n * k >= SMALL_ELEMENTS else 3
+    return fewest <= tokens <= BYTE_TOKENS
 
 
-def byte_config(n: int, k: int, tokens: int, processors: int) -> LaunchConfig:
+def byte_config(
+    n: int, k: int, kind: str, tokens: int, processors: int
+) -> LaunchConfig:
     """A configuration of ``byte_linear``, rounding x as in ``BYTE_ROUNDING``.
 
-    On the H200 with 16 tokens, the four linears of Llama-3-8B take 44.9 (gate_up), 26.7
-    (down), 16.7 (qkv) and 13.9 us (o), sum 102.2; with 32 tokens 58.8, 31.8, 19.3 and
-    15.8. An output layer of 128256 x 4096 takes 154.6 with one token and 155.8 with 16.
+    The four linears of Llama-3-8B on the H200, in the order above: planes take 34.9,
+    24.6, 14.1 and 12.2 us with 16 tokens, sum 85.8, and 38.6, 26.9, 16.0 and 14.2 with
+    32; int4 24.7, 17.8, 11.0 and 9.8 with 16, sum 63.3, and 90.5 with 32.
 
     Args:
         n: output features of the (fused) layer on this rank.
         k: input features.
+        kind: of the weight.
         tokens: rows of the call, at most ``BYTE_TOKENS``.
         processors: multiprocessors of the device.
     """
-    block_n, stages = 128, 4
-    if tokens <= 16:
-        many = n > _MANY_COLUMNS * processors
-        block_n, stages = (256, 3) if many else (128, 5)
-    split_k = _splits(n, k, block_n, 128, 2 * processors)
+    block_n, stages, each = 128, 4, 2
+    if kind == "int4":
+        if tokens > 16:
+            stages, each = 3, 3
+        elif n * k >= SMALL_ELEMENTS:
+            block_n, stages = 256, 3
+    elif tokens <= 16:
+        # An output layer has more tiles of 128 columns than programs run at once.
+        waits = n > 2 * 128 * processors
+        block_n, stages = (256, 3) if waits else (128, 5)
+    split_k = _splits(n, k, block_n, 128, each * processors)
     return LaunchConfig(block_n, 128, split_k, 4, stages, False, packed=True)
 
 

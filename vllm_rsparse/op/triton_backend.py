@@ -10,16 +10,16 @@ from torch import Tensor
 from vllm_rsparse.formats.base import StoredWeight
 from vllm_rsparse.formats.fp8 import FP8
 from vllm_rsparse.formats.int4 import INT4
-from vllm_rsparse.formats.int8_planes import INT8_PLANES
 from vllm_rsparse.kernels import quantized_linear
 from vllm_rsparse.kernels.byte_linear import byte_linear
-from vllm_rsparse.kernels.columns_linear import columns_linear
 from vllm_rsparse.kernels.fp8_product import ALIGNMENT, fp8_product, round_rows
 from vllm_rsparse.kernels.launch_config import LaunchConfig
+from vllm_rsparse.kernels.rounded_linear import rounded_linear
 from vllm_rsparse.kernels.rsparse_linear import rsparse_linear as launch
 from vllm_rsparse.kernels.scratch_linear import dequantise
 from vllm_rsparse.kernels.stored_rows import (
     codes_per_word,
+    has_boxes,
     is_four_bit,
     is_packable,
     widens_by_bits,
@@ -91,8 +91,8 @@ def dense_linear(
 
     Up to ``dense_defaults.DENSE_TOKENS`` tokens the stored weight is read once and
     widened on the way; with more, it is widened into scratch [K, N] in x's type, which
-    lives for the call, and the library multiplies. On a Hopper, int8-planes times a few
-    tokens in half precision are bytes times bytes (``takes_bytes``).
+    lives for the call, and the library multiplies. On a Hopper, int4 and int8-planes
+    times a few tokens in half precision are bytes times bytes (``takes_bytes``).
 
     Args:
         x: [M, K] as the weight's format allows; rows may lie apart.
@@ -106,7 +106,8 @@ def dense_linear(
     check_input(x, weight, bias)
     if config is None and multiplies_bytes(x, weight):
         processors = device_of(x.device).processors
-        config = byte_config(weight.n, weight.k, x.shape[0], processors)
+        shape = weight.n, weight.k, weight.kind
+        config = byte_config(*shape, x.shape[0], processors)
         return byte_linear(x, weight, bias, config, BYTE_ROUNDING)
     if config is None and x.shape[0] > DENSE_TOKENS:
         rows = dequantise(weight, x.dtype)
@@ -151,11 +152,11 @@ def dense_quantised_linear(
     if not multiplies_fp8(x, weight):
         return dense_linear(x, weight, bias)
     tokens = x.shape[0]
-    if tokens <= ROUNDED_TOKENS:
+    if tokens <= ROUNDED_TOKENS and has_boxes(weight):
         processors = device_of(x.device).processors
         config = rounded_config(weight.n, weight.k, tokens, processors)
-        rounded, scales = round_rows(x)
-        return columns_linear(rounded, weight, bias, config, scales)
+        rounded, scales = round_rows(x, turned=True)
+        return rounded_linear(rounded, scales, weight, bias, config)
     out = fp8_product(x, weight)
     return out if bias is None else out.add_(bias)
 
@@ -163,9 +164,11 @@ def dense_quantised_linear(
 def multiplies_bytes(x: Tensor, weight: StoredWeight) -> bool:
     """Whether ``byte_linear`` is the dense route of these operands."""
     return (
-        weight.format is INT8_PLANES
-        and takes_bytes(weight.n, weight.k, x.shape[0])
+        is_four_bit(weight)
+        and takes_bytes(weight.n, weight.k, weight.kind, x.shape[0])
         and x.dtype in (torch.bfloat16, torch.float16)
+        and (weight.group in (32, 64, 128) or weight.k % 128 == 0)
+        and has_boxes(weight)
         and has_integer_warpgroups(x.device)
     )
 
