@@ -18,6 +18,7 @@ from vllm_rsparse.kernels.launch_config import LaunchConfig, Rounding
 from vllm_rsparse.kernels.rounded_blocks import ByteRows, round_blocks
 from vllm_rsparse.op import triton_backend
 from vllm_rsparse.op.dense_defaults import BYTE_TOKENS, byte_config, takes_bytes
+from vllm_rsparse.op.reference import dense_bytes_linear, round_to_bytes
 from vllm_rsparse.op.reference import dense_linear as reference
 from vllm_rsparse.testing.cases import Case, make_case, relative_error, same_bits
 from vllm_rsparse.testing.tolerances import tolerance
@@ -62,6 +63,7 @@ def test_bytes_stand_for_what_was_rounded(k, block, digits):
     x[2, :block] = 0
     rows = round_blocks(x, Rounding(block, digits))
     largest = x.unflatten(1, (-1, block)).abs().amax(2)
+    assert relative_error(numbers(rows), round_to_bytes(x, rows.rounding)) < 1e-6
     half_units = (largest / LARGEST[digits] / 2).repeat_interleave(block, 1)
     # A unit of 22 bits; what is below 2^-100 counts as nothing.
     bound = half_units * (1 + 2.0**-20) + 2.0**-106
@@ -97,8 +99,8 @@ def test_product(group, rounding, tokens, config, symmetric):
     weight, bias = case.operands.weight, case.bias
     out = byte_linear(case.x, weight, bias, launch, rounding)
     taken = rounding._replace(block=min(rounding.block, group, config[1]))
-    x = numbers(round_blocks(case.x, taken))
-    assert relative_error(out, reference(x, weight, bias.float())) < tolerance(DTYPE)
+    defined = dense_bytes_linear(case.x.float(), weight, bias, taken)
+    assert relative_error(out, defined) < tolerance(DTYPE)
     # Two bytes are x itself, as far as an output in half precision shows.
     exact = reference(case.x.float(), weight, bias.float())
     loss = 4e-5 if rounding.digits == 2 else 1e-2
@@ -160,28 +162,31 @@ def test_columns_that_no_warp_could_take(columns, warps):
         byte_linear(case.x, case.operands.weight, None, config, Rounding(64, 2))
 
 
-@pytest.mark.parametrize("tokens", [9, BYTE_TOKENS, BYTE_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [9, 32, 33, 70])
 def test_dense_steps_of_a_hopper_take_it(tokens, monkeypatch):
-    # The interpreter does not multiply bfloat16.
-    takes = "has_integer_warpgroups", lambda device: True
     called: list[int] = []
 
     def multiply(x: Tensor, *args) -> Tensor:
+        # The interpreter does not multiply bfloat16.
         called.append(x.shape[0])
         return byte_linear(x.float(), *args)
 
-    monkeypatch.setattr(triton_backend, *takes)
+    monkeypatch.setattr(triton_backend, "has_integer_warpgroups", lambda device: True)
     monkeypatch.setattr(triton_backend, "byte_linear", multiply)
-    case = case_of(tokens, 128)
-    x = case.x.bfloat16()
-    weight = case.operands.weight
-    if tokens > BYTE_TOKENS:
-        assert not triton_backend.multiplies_bytes(x, weight)
-        return
+    case = case_of(tokens, 64)
+    x, weight = case.x.bfloat16(), case.operands.weight
     out = triton_backend.dense_linear(x, weight, None)
     assert called == [tokens]
     exact = reference(x.float(), weight, None)
-    assert relative_error(out, exact) < 4e-5 + tolerance(out.dtype)
+    rounding = triton_backend.dense_rounding(x, weight)
+    if tokens <= 32:
+        assert rounding is None
+        assert relative_error(out, exact) < 4e-5 + tolerance(out.dtype)
+        return
+    assert rounding == Rounding(64, 1)
+    defined = dense_bytes_linear(x.float(), weight, None, rounding)
+    assert relative_error(out, defined) < tolerance(out.dtype)
+    assert 1e-3 < relative_error(out, exact) < 1e-2
 
 
 def test_others_leave_the_input_as_it_is(monkeypatch):
@@ -209,12 +214,12 @@ def test_others_leave_the_input_as_it_is(monkeypatch):
 @pytest.mark.parametrize(
     ("n", "k"), [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (24, 32)]
 )
-@pytest.mark.parametrize("tokens", [1, 9, 16, 32])
+@pytest.mark.parametrize("tokens", [1, 9, 16, 32, 64, 200])
 @pytest.mark.parametrize("kind", ["int4", "int8-planes"])
 def test_all_programs_run_at_once(n, k, tokens, kind):
     config = byte_config(n, k, kind, tokens, 132)
-    programs = -(-n // config.block_n) * config.split_k
-    assert programs <= 3 * 132
+    tiles = -(-n // config.block_n) * -(-tokens // 64)
+    assert config.split_k == 1 or tiles * config.split_k <= 3 * 132
     assert config.split_k <= max(1, k // 128)
     assert config.block_n in (128, 256)
 
@@ -224,8 +229,10 @@ def test_few_tokens():
         (128256, "int8-planes", 1, True),
         (4096, "int8-planes", 2, False),
         (4096, "int8-planes", 3, True),
-        (4096, "int8-planes", 33, False),
+        (4096, "int8-planes", 33, True),
+        (4096, "int8-planes", BYTE_TOKENS["int8-planes"] + 1, False),
         (28672, "int4", 8, False),
         (4096, "int4", 9, True),
+        (4096, "int4", 33, False),
     ):
         assert takes_bytes(n, 4096, kind, tokens) == taken

@@ -13,6 +13,7 @@ from vllm_rsparse.bench.gate import allowed, check, exact_dense
 from vllm_rsparse.bench.inputs import ROTATED_BYTES, Inputs
 from vllm_rsparse.formats.fp8 import FP8
 from vllm_rsparse.formats.plain import FLOAT
+from vllm_rsparse.kernels.launch_config import Rounding
 from vllm_rsparse.op.backends import Backend, routes_of
 
 Calls = Sequence[Callable[[], Tensor]]
@@ -61,7 +62,7 @@ def dense_baseline(inputs: list[Inputs], backend: Backend) -> Baseline:
     weight = inputs[0].operands.weight
     if weight.format is FLOAT:
         return _library("dense", inputs, [_plain(one) for one in inputs])
-    expected = exact_dense(inputs[0])
+    expected = exact_dense(inputs[0], _rounding(inputs[0], backend))
     if weight.format is FP8 and _has_scaled_mm(inputs[0]):
         name = "torch._scaled_mm, activations rounded to FP8 per token"
         calls = [_scaled_call(one) for one in inputs]
@@ -72,6 +73,16 @@ def dense_baseline(inputs: list[Inputs], backend: Backend) -> Baseline:
         calls = [partial(dense, one.x, one.operands.weight, None) for one in inputs]
         check(calls[0](), expected, name, allowed(backend, inputs[0].x))
     return Baseline("dense", name, calls, weight.nbytes)
+
+
+def _rounding(inputs: Inputs, backend: Backend) -> Rounding | None:
+    """How this project's dense route rounds the activations."""
+    if backend is not Backend.TRITON:
+        return None
+    # Imported here, so that Triton is needed only where its kernels run.
+    from vllm_rsparse.op.triton_backend import dense_rounding
+
+    return dense_rounding(inputs.x, inputs.operands.weight)
 
 
 def _unquantized(inputs: list[Inputs]) -> Baseline:

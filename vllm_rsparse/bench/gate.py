@@ -4,6 +4,8 @@
 from torch import Tensor
 
 from vllm_rsparse.bench.inputs import Inputs
+from vllm_rsparse.kernels.launch_config import Rounding
+from vllm_rsparse.op import reference
 from vllm_rsparse.op.backends import Backend
 from vllm_rsparse.testing.tolerances import tolerance
 
@@ -41,7 +43,15 @@ def allowed(backend: Backend, x: Tensor) -> float:
     return tolerance(x.dtype, roundings=2 if interpreted else 1)
 
 
-def exact_dense(inputs: Inputs) -> Tensor:
-    """The dense product by its definition, rounded once: float32, dequantised."""
+def exact_dense(inputs: Inputs, rounding: Rounding | None = None) -> Tensor:
+    """The dense product by its definition, rounded once: float32, dequantised.
+
+    Args:
+        inputs: of the product.
+        rounding: how the route rounds x to bytes, or None.
+    """
+    x = inputs.x.float()
+    if rounding is not None:
+        x = reference.round_to_bytes(x, rounding)
     weight = inputs.operands.weight.dequantise()
-    return (inputs.x.float() @ weight.t()).to(inputs.x.dtype)
+    return (x @ weight.t()).to(inputs.x.dtype)

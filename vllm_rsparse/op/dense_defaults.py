@@ -20,9 +20,11 @@ DENSE_TOKENS = 64
 # the weight must be turned over first: the four linears of Llama-3-8B on the H200 take
 # 187 and 323 us with 256 and 512 tokens, by the library 245 and 303.
 ROUNDED_TOKENS = 384
-# How ``byte_linear`` rounds x, and the tokens up to which it does.
-BYTE_ROUNDING = Rounding(block=128, digits=2)
-BYTE_TOKENS = 32
+# Tokens up to which ``byte_linear`` is the fastest, by kind: with 256, the four linears
+# of Llama-3-8B in planes take 310 us on the H200, and 358 widened for the library. And
+# up to which x is two bytes, as good as bfloat16: with 64 tokens, 114 us become 146.
+BYTE_TOKENS = {"int4": 32, "int8-planes": 256}
+EXACT_BYTE_TOKENS = 32
 # A layer of more columns a multiprocessor has more tiles of 64 columns than programs
 # run at once: on the H200 from 16,896 columns on.
 _MANY_COLUMNS = 128
@@ -131,17 +133,27 @@ def takes_bytes(n: int, k: int, kind: str, tokens: int) -> bool:
     fewest = _PACKED_TOKENS[kind] + 1
     if kind == "int8-planes":
         fewest = 1 if n * k >= SMALL_ELEMENTS else 3
-    return fewest <= tokens <= BYTE_TOKENS
+    return fewest <= tokens <= BYTE_TOKENS[kind]
+
+
+def byte_rounding(tokens: int) -> Rounding:
+    """How ``byte_linear`` rounds x.
+
+    One byte loses 62e-4 nats on SmolLM2-135M and 79e-4 on Qwen2.5-Coder-1.5B (KL
+    divergence), float8_e4m3fn by token 162e-4 and 45e-4, and two bytes what bfloat16
+    does, 1e-4 (docs/notes/kernels-quantized.md).
+    """
+    return Rounding(block=128, digits=2 if tokens <= EXACT_BYTE_TOKENS else 1)
 
 
 def byte_config(
     n: int, k: int, kind: str, tokens: int, processors: int
 ) -> LaunchConfig:
-    """A configuration of ``byte_linear``, rounding x as in ``BYTE_ROUNDING``.
+    """A configuration of ``byte_linear``, with x rounded by ``byte_rounding``.
 
     The four linears of Llama-3-8B on the H200, in the order above: planes take 34.9,
-    24.6, 14.1 and 12.2 us with 16 tokens, sum 85.8, and 38.6, 26.9, 16.0 and 14.2 with
-    32; int4 24.7, 17.8, 11.0 and 9.8 with 16, sum 63.3, and 90.5 with 32.
+    24.6, 14.1 and 12.2 us with 16 tokens, sum 85.8; 95.7 with 32, 114.2 with 64, 178.5
+    with 128. int4 takes 24.7, 17.8, 11.0 and 9.8 with 16, sum 63.3, and 90.5 with 32.
 
     Args:
         n: output features of the (fused) layer on this rank.
@@ -150,7 +162,7 @@ def byte_config(
         tokens: rows of the call, at most ``BYTE_TOKENS``.
         processors: multiprocessors of the device.
     """
-    block_n, stages, each = 128, 4, 2
+    block_n, stages, each = 128, 4 if tokens <= EXACT_BYTE_TOKENS else 3, 2
     if kind == "int4":
         if tokens > 16:
             stages, each = 3, 3
@@ -160,7 +172,9 @@ def byte_config(
         # An output layer has more tiles of 128 columns than programs run at once.
         waits = n > 2 * 128 * processors
         block_n, stages = (256, 3) if waits else (128, 5)
-    split_k = _splits(n, k, block_n, 128, each * processors)
+    # Programs of at most 64 tokens.
+    enough = each * processors // max(1, -(-tokens // 64))
+    split_k = _splits(n, k, block_n, 128, enough)
     return LaunchConfig(block_n, 128, split_k, 4, stages, False, packed=True)
 
 

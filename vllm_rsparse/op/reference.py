@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vllm_rsparse.formats.base import StoredWeight
+from vllm_rsparse.kernels.launch_config import Rounding
 from vllm_rsparse.op.operands import SparseOperands
 
 
@@ -105,3 +106,25 @@ def dense_quantised_linear(
     rounded = (x.float() / scales).clamp(-largest, largest).to(torch.float8_e4m3fn)
     out = (rounded.float() * scales) @ weight.dequantise().T
     return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def dense_bytes_linear(
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, rounding: Rounding
+) -> Tensor:
+    """The dense route of an int4 or int8-planes weight with x rounded to bytes."""
+    out = round_to_bytes(x, rounding) @ weight.dequantise().T
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def round_to_bytes(x: Tensor, rounding: Rounding) -> Tensor:
+    """x [M, K] as multiples of a unit for each token and block of channels, in float32.
+
+    The largest magnitude of a block is 127 units, or 32639 in two bytes (127 times 256
+    and 127). A unit is cut off to 22 bits. A block with an element that is infinite or
+    NaN makes its token NaN.
+    """
+    largest = 127 if rounding.digits == 1 else 127 * 256 + 127
+    blocks = x.float().unflatten(1, (-1, rounding.block))
+    units = blocks.abs().amax(2, keepdim=True).clamp(min=2.0**-100) / largest
+    units = (units.view(torch.int32) & ~3).view(torch.float32)
+    return ((blocks * (1 / units)).round() * units).flatten(1)

@@ -13,7 +13,7 @@ from vllm_rsparse.formats.int4 import INT4
 from vllm_rsparse.kernels import quantized_linear
 from vllm_rsparse.kernels.byte_linear import byte_linear
 from vllm_rsparse.kernels.fp8_product import ALIGNMENT, fp8_product, round_rows
-from vllm_rsparse.kernels.launch_config import LaunchConfig
+from vllm_rsparse.kernels.launch_config import LaunchConfig, Rounding
 from vllm_rsparse.kernels.rounded_linear import rounded_linear
 from vllm_rsparse.kernels.rsparse_linear import rsparse_linear as launch
 from vllm_rsparse.kernels.scratch_linear import dequantise
@@ -25,10 +25,11 @@ from vllm_rsparse.kernels.stored_rows import (
     widens_by_bits,
 )
 from vllm_rsparse.op.dense_defaults import (
-    BYTE_ROUNDING,
     DENSE_TOKENS,
+    EXACT_BYTE_TOKENS,
     ROUNDED_TOKENS,
     byte_config,
+    byte_rounding,
     dense_config,
     packed_dense_tokens,
     rounded_config,
@@ -92,7 +93,8 @@ def dense_linear(
     Up to ``dense_defaults.DENSE_TOKENS`` tokens the stored weight is read once and
     widened on the way; with more, it is widened into scratch [K, N] in x's type, which
     lives for the call, and the library multiplies. On a Hopper, int4 and int8-planes
-    times a few tokens in half precision are bytes times bytes (``takes_bytes``).
+    times a few tokens in half precision are bytes times bytes (``takes_bytes``): of x,
+    two bytes up to 32 tokens, and beyond one (``reference.dense_bytes_linear``).
 
     Args:
         x: [M, K] as the weight's format allows; rows may lie apart.
@@ -108,7 +110,7 @@ def dense_linear(
         processors = device_of(x.device).processors
         shape = weight.n, weight.k, weight.kind
         config = byte_config(*shape, x.shape[0], processors)
-        return byte_linear(x, weight, bias, config, BYTE_ROUNDING)
+        return byte_linear(x, weight, bias, config, byte_rounding(x.shape[0]))
     if config is None and x.shape[0] > DENSE_TOKENS:
         rows = dequantise(weight, x.dtype)
         return torch.mm(x, rows) if bias is None else torch.addmm(bias, x, rows)
@@ -171,6 +173,14 @@ def multiplies_bytes(x: Tensor, weight: StoredWeight) -> bool:
         and has_boxes(weight)
         and has_integer_warpgroups(x.device)
     )
+
+
+def dense_rounding(x: Tensor, weight: StoredWeight) -> Rounding | None:
+    """How the dense route of int4 and int8-planes rounds x to one byte, or None."""
+    if x.shape[0] <= EXACT_BYTE_TOKENS or not multiplies_bytes(x, weight):
+        return None
+    rounding = byte_rounding(x.shape[0])
+    return rounding._replace(block=min(rounding.block, weight.group or weight.k))
 
 
 @cache
