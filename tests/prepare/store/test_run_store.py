@@ -3,13 +3,14 @@
 
 import logging
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 
 from vllm_rsparse.errors import PrepareError
-from vllm_rsparse.prepare.store import files
+from vllm_rsparse.prepare.store import background, files
 from vllm_rsparse.prepare.store.background import AHEAD
 from vllm_rsparse.prepare.store.run_store import RESULTS, Key, RunStore
 
@@ -47,10 +48,36 @@ def test_tensors_may_change_after_they_were_put(tmp_path: Path) -> None:
         for index in range(3 * AHEAD):
             store.put(Key("stage", index), {"x": x}, index)
             x += 1
+            assert Key("stage", index) in store
         for index in range(3 * AHEAD):
             tensors, note = store.get(Key("stage", index))
             assert note == index
             assert torch.equal(tensors["x"], torch.full((1000,), float(index)))
+
+
+def test_tensors_can_be_read_before_they_are_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, sync = Event(), background.os.fsync
+
+    def slow(descriptor: int) -> None:
+        assert disk.wait(60)
+        sync(descriptor)
+
+    store = RunStore(tmp_path / "s", {})
+    store.record({Key("stage", "x"): 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(background.os, "fsync", slow)
+        for index in range(3 * AHEAD):
+            store.put(Key("stage", index), {"x": torch.full((5,), float(index))})
+        for index in range(3 * AHEAD):
+            assert store.get(Key("stage", index))[0]["x"].tolist() == [index] * 5
+        assert not list(store.directory.glob("*.safetensors"))
+        disk.set()
+        store.close()
+    names = [f"stage.{index}.safetensors" for index in range(3 * AHEAD)]
+    assert sorted(x.name for x in store.directory.glob("*.safetensors")) == names
+    assert store.get(Key("stage", 1))[0]["x"].tolist() == [1] * 5
 
 
 def test_an_interrupted_run_finishes_what_it_put(tmp_path: Path) -> None:
@@ -119,7 +146,7 @@ def test_errors_name_the_file_and_what_to_do(
     ):
         store.get(Key("stage", 2))
     path = tmp_path / "s" / "stage.0.safetensors"
-    assert KEY in store
+    store.require(1)  # waits until it is there
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(PrepareError, match=r"stage\.0\.safetensors: cannot be read"):
         store.get(KEY)

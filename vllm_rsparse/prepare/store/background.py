@@ -1,29 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes files while the run goes on: 3 s of 44 for 1.5B on an H200."""
+"""Writes files while the run goes on: 5 s of 56 for 1.5B on an H200.
+
+A file is written under another name, which fills the system's cache and takes little
+time, brought to the disk, which takes most of it, and renamed. It can be read as soon
+as it is written.
+"""
 
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from vllm_rsparse.errors import PrepareError
 from vllm_rsparse.prepare.store.files import writing_output
 from vllm_rsparse.prepare.store.writer import SafetensorsWriter, TensorSpec
 
-# Files that may wait to be written; each holds a copy of its tensors.
+# Files that may wait to be written; each holds a copy of its tensors on their device.
 AHEAD = 2
 
 
-class BackgroundFiles:
-    """Safetensors files that one thread writes, in the order in which they are put.
+@dataclass(frozen=True)
+class _Pending:
+    """A file that does not have its name yet."""
 
-    Each is complete, and on disk, or absent.
+    written: Future[None]
+    on_disk: Future[None]
+
+
+class BackgroundFiles:
+    """Safetensors files that are complete, and on disk, or absent.
+
+    Two threads work on them, in the order in which they are put; renaming them is left
+    to the caller's thread.
     """
 
     def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-        self._pending: dict[Path, Future[None]] = {}
+        self._writer = ThreadPoolExecutor(1, "prepare-write")
+        self._syncer = ThreadPoolExecutor(1, "prepare-sync")
+        self._pending: dict[Path, _Pending] = {}
+
+    def __contains__(self, path: Path) -> bool:
+        return path in self._pending
 
     def put(self, path: Path, tensors: Mapping[str, Tensor], note: str) -> None:
         """Write a file soon, in place of an earlier one; tensors may change meanwhile.
@@ -36,43 +57,77 @@ class BackgroundFiles:
         Raises:
             PrepareError: an earlier file cannot be written.
         """
-        self.wait(path)
-        while len(self._pending) >= AHEAD:
-            self.wait(next(iter(self._pending)))
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "prepare-files")
+        if path in self._pending:
+            self._finish(path)
+        self.settle()
+        waiting = [one for one in self._pending.values() if not one.written.done()]
+        if len(waiting) >= AHEAD:
+            waiting[-AHEAD].written.result()
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self._pending[path] = self._pool.submit(_write, path, copies, note)
+        partial = _partial(path)
+        written = self._writer.submit(_write, partial, copies, note)
+        on_disk = self._syncer.submit(_sync, partial, written)
+        self._pending[path] = _Pending(written, on_disk)
 
-    def wait(self, path: Path | None = None) -> None:
-        """Return when a file, or every file, that was put is on disk.
+    def place(self, path: Path) -> Path:
+        """Where a file can be read now; it is waited for until it can.
 
         Raises:
             PrepareError: it cannot be written.
         """
-        for one in [path] if path is not None else list(self._pending):
-            pending = self._pending.pop(one, None)
-            if pending is not None:
-                pending.result()
+        if path not in self._pending:
+            return path
+        self._pending[path].written.result()
+        return _partial(path)
+
+    def settle(self) -> None:
+        """Give their names to the files that are on disk.
+
+        Raises:
+            PrepareError: one cannot be written.
+        """
+        for path, pending in list(self._pending.items()):
+            if pending.on_disk.done():
+                self._finish(path)
+
+    def wait(self) -> None:
+        """Return when all files that were put are on disk.
+
+        Raises:
+            PrepareError: one cannot be written.
+        """
+        for path in list(self._pending):
+            self._finish(path)
 
     def close(self) -> None:
-        """Write what was put, and end the thread; a failure is no error any more."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
-        self._pending.clear()
+        """Finish what was put; a failure is no error any more."""
+        for path in list(self._pending):
+            with suppress(PrepareError):
+                self._finish(path)
+
+    def _finish(self, path: Path) -> None:
+        self._pending.pop(path).on_disk.result()
+        with writing_output(path):
+            os.replace(_partial(path), path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".partial")
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], note: str) -> None:
-    partial = path.with_suffix(".partial")
     specs = {
         name: TensorSpec(tuple(tensor.shape), tensor.dtype)
         for name, tensor in tensors.items()
     }
-    with writing_output(partial):
-        partial.unlink(missing_ok=True)
-    with SafetensorsWriter(partial, specs, {"note": note}) as writer:
+    with writing_output(path):
+        path.unlink(missing_ok=True)
+    with SafetensorsWriter(path, specs, {"note": note}, sync=False) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
-    with writing_output(path):
-        os.replace(partial, path)
+
+
+def _sync(path: Path, written: Future[None]) -> None:
+    written.result()
+    with writing_output(path), path.open("rb") as stream:
+        os.fsync(stream.fileno())

@@ -6,8 +6,8 @@ One directory next to OUTPUT. ``search.json`` records what the results depend on
 ``identity``). Tensors, with an optional JSON note, have a safetensors file per key,
 complete or absent. They are written in the background, in the order in which they were
 put. Results that are JSON alone are appended to ``results.jsonl``, one object per line,
-and reach the disk before the run continues. An interruption loses at most the last
-``background.AHEAD`` files, which the resumed run makes again.
+and reach the disk before the run continues. A killed run loses the files that were not
+on disk yet, which the resumed run makes again.
 
 A stage keeps its results of a layer when the layer is done. The states that it carries
 from layer to layer (hidden states, gradients) are also needed to resume, but they are
@@ -92,8 +92,8 @@ class RunStore:
     def __contains__(self, key: Key) -> bool:
         if not self._open():
             return False
-        self._files.wait(self._path(key))
-        return key in self._results or self._path(key).exists()
+        path = self._path(key)
+        return key in self._results or path in self._files or path.exists()
 
     def put(self, key: Key, tensors: Mapping[str, Tensor], note: Any = None) -> None:
         """Keep tensors, and a JSON note, in place of the key's earlier ones.
@@ -113,8 +113,7 @@ class RunStore:
             PrepareError: the key was never put, or the file is damaged or cannot be
                 written.
         """
-        path = self._path(key)
-        self._files.wait(path)
+        path = self._files.place(self._path(key))
         try:
             with safe_open(path, "pt") as file:
                 note = json.loads(file.metadata()["note"])
@@ -135,6 +134,7 @@ class RunStore:
         self._open(make=True)
         lines = "".join(_line(*result) for result in results.items())
         append_text(self.directory / RESULTS, lines)
+        self._files.settle()
         self._results.update(results)
 
     def recall(self, key: Key) -> Any:

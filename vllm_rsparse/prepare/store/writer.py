@@ -78,6 +78,7 @@ class SafetensorsWriter:
         path: file to create; it must not exist.
         specs: shape and dtype of every tensor by name.
         metadata: of the file.
+        sync: whether leaving the context waits until the file is on disk.
 
     Raises:
         PrepareError: the file exists, or the disk has no room for all of it.
@@ -88,8 +89,10 @@ class SafetensorsWriter:
         path: Path,
         specs: Mapping[str, TensorSpec],
         metadata: Mapping[str, str] | None = None,
+        sync: bool = True,
     ) -> None:
         self.path = path
+        self._sync = sync
         self._specs = dict(specs)
         # Wide dtypes first, as the library does: every tensor is then aligned to its
         # element size, without the holes that the format forbids.
@@ -161,7 +164,8 @@ class SafetensorsWriter:
                         f"{self.path}: never written: {', '.join(self._missing)}"
                     )
                 self._file.flush()
-                os.fsync(self._file.fileno())
+                if self._sync:
+                    os.fsync(self._file.fileno())
 
 
 def _allocate(path: Path, descriptor: int, size: int) -> None:
