@@ -125,6 +125,16 @@ def test_up_to_hundreds_of_tokens_meet_the_stored_weight(tokens, monkeypatch):
     assert relative_error(out, expected) < tolerance(torch.bfloat16, roundings=2)
 
 
+def test_a_few_tokens_where_no_boxes_are_copied(monkeypatch):
+    monkeypatch.setattr(triton_backend, "multiplies_fp8", lambda x, weight: True)
+    monkeypatch.setattr(triton_backend, "copies_boxes", lambda device: False)
+    weight = weight_of(48, 256)
+    x = inputs(5, 256, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    out = triton_backend.dense_quantised_linear(x, weight, None)
+    expected = reference.dense_linear(x.float(), weight, None)
+    assert relative_error(out, expected) < tolerance(x.dtype)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("bias", [False, True])

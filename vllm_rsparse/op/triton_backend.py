@@ -148,13 +148,17 @@ def dense_quantised_linear(
     x is rounded as the base model's own layer does
     (``reference.dense_quantised_linear``) and multiplied with the stored weight or, of
     many tokens, by the library's product of fp8. This needs bfloat16 and a device with
-    matrix units for fp8; other calls leave x as it is.
+    matrix units for fp8; other calls leave x as it is, and so do those of a few tokens
+    where the device does not copy boxes by itself.
     """
     check_input(x, weight, bias)
     if not multiplies_fp8(x, weight):
         return dense_linear(x, weight, bias)
     tokens = x.shape[0]
-    if tokens <= ROUNDED_TOKENS and has_boxes(weight):
+    boxes = has_boxes(weight) and copies_boxes(x.device)
+    if tokens <= DENSE_TOKENS and not boxes:
+        return dense_linear(x, weight, bias)
+    if tokens <= ROUNDED_TOKENS and boxes:
         processors = device_of(x.device).processors
         config = rounded_config(weight.n, weight.k, tokens, processors)
         rounded, scales = round_rows(x, turned=True)
@@ -201,6 +205,14 @@ def multiplies_fp8(x: Tensor, weight: StoredWeight) -> bool:
         and weight.k % ALIGNMENT == 0
         and has_fp8_units(x.device)
     )
+
+
+@cache
+def copies_boxes(device: torch.device) -> bool:
+    """Whether the device copies boxes by itself (Hopper and later)."""
+    # Triton's interpreter runs on the CPU.
+    on_gpu = device.type == "cuda"
+    return not on_gpu or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache
