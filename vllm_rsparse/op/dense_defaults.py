@@ -20,10 +20,10 @@ DENSE_TOKENS = 64
 # the weight must be turned over first: the four linears of Llama-3-8B on the H200 take
 # 187 and 323 us with 256 and 512 tokens, by the library 245 and 303.
 ROUNDED_TOKENS = 384
-# Tokens up to which ``byte_linear`` is the fastest, by kind: with 256, the four linears
-# of Llama-3-8B in planes take 310 us on the H200, and 358 widened for the library. And
-# up to which x is two bytes, as good as bfloat16: with 64 tokens, 114 us become 146.
-BYTE_TOKENS = {"int4": 32, "int8-planes": 256}
+# Tokens up to which ``byte_linear`` is the fastest, by kind, and up to which x is two
+# bytes, as good as bfloat16: with 64 tokens, the four linears of Llama-3-8B in planes
+# take 146 us on the H200, and 114 with one.
+BYTE_TOKENS = {"int4": 32, "int8-planes": 128}
 EXACT_BYTE_TOKENS = 32
 # A layer of more columns a multiprocessor has more tiles of 64 columns than programs
 # run at once: on the H200 from 16,896 columns on.
@@ -139,11 +139,13 @@ def takes_bytes(n: int, k: int, kind: str, tokens: int) -> bool:
 def byte_rounding(tokens: int) -> Rounding:
     """How ``byte_linear`` rounds x.
 
-    One byte loses 62e-4 nats on SmolLM2-135M and 79e-4 on Qwen2.5-Coder-1.5B (KL
-    divergence), float8_e4m3fn by token 162e-4 and 45e-4, and two bytes what bfloat16
-    does, 1e-4 (docs/notes/kernels-quantized.md).
+    Two bytes lose what bfloat16 does, 1e-4 nats (KL divergence). One byte loses 55e-4
+    on SmolLM2-135M and 27e-4 on Qwen2.5-Coder-1.5B in blocks of 64, where float8_e4m3fn
+    by token loses 162e-4 and 45e-4. In blocks of 128 it takes a tenth less time, but
+    loses 62e-4 and 79e-4 (docs/notes/kernels-quantized.md).
     """
-    return Rounding(block=128, digits=2 if tokens <= EXACT_BYTE_TOKENS else 1)
+    exact = tokens <= EXACT_BYTE_TOKENS
+    return Rounding(block=128, digits=2) if exact else Rounding(block=64, digits=1)
 
 
 def byte_config(
@@ -152,8 +154,9 @@ def byte_config(
     """A configuration of ``byte_linear``, with x rounded by ``byte_rounding``.
 
     The four linears of Llama-3-8B on the H200, in the order above: planes take 34.9,
-    24.6, 14.1 and 12.2 us with 16 tokens, sum 85.8; 95.7 with 32, 114.2 with 64, 178.5
-    with 128. int4 takes 24.7, 17.8, 11.0 and 9.8 with 16, sum 63.3, and 90.5 with 32.
+    24.6, 14.1 and 12.2 us with 16 tokens, sum 85.8; 95.7 with 32; x in one byte by
+    blocks of 128, 114.2 with 64 and 178.5 with 128. int4 takes 24.7, 17.8, 11.0 and 9.8
+    with 16, sum 63.3, and 90.5 with 32.
 
     Args:
         n: output features of the (fused) layer on this rank.
