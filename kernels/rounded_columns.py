@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .byte_columns import channel_fours, operand_rows
+from .byte_operands import channel_fours, operand_rows
 from .codes import decode_e4m3
 from .programs import column_constants
 

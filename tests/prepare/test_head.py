@@ -21,6 +21,7 @@ from vllm_rsparse.evaluate.loading import SwitchableModel
 from vllm_rsparse.evaluate.measure import measure
 from vllm_rsparse.formats.fp8 import FP8_WHILE_LOADING
 from vllm_rsparse.formats.int8_planes import PLANES_WHILE_LOADING
+from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.streaming import StreamedModel
@@ -91,6 +92,24 @@ def small(pyllama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _write(pyllama, tmp_path_factory.mktemp("models") / "small", 1.0)
 
 
+@torch.inference_mode()
+def head_divergence(
+    model: SwitchableModel,
+    windows: Tensor,
+    prefix: int,
+    load_time: LoadTimeFormat,
+    thresholds: Tensor | None,
+) -> float:
+    """KL of the logits behind a dense prefix, by the definition."""
+    states = model.model.model(windows).last_hidden_state[:, prefix:-1].flatten(0, 1)
+    weight = model.head.weight
+    exact = (states @ weight.T).log_softmax(-1)
+    if thresholds is not None:
+        states = torch.where(states.abs() > thresholds, states, 0)
+    logs = (states @ load_time.round_trip(weight).T).log_softmax(-1)
+    return (exact.exp() * (exact - logs)).sum(-1).mean().item()
+
+
 def test_only_the_head_is_sparse(small: Path, tmp_path: Path) -> None:
     options = {"sparsity": 0.0, "recipe": "teal", "head": "fp8", "head_sparsity": 0.4}
     info, artifact = _prepare(small, tmp_path / "out", **options)
@@ -107,14 +126,8 @@ def test_only_the_head_is_sparse(small: Path, tmp_path: Path) -> None:
     model = SwitchableModel(prepared.checkpoint, torch.device("cpu"), torch.float32)
     windows = torch.randint(0, 4096, (2, 20))
     (loss,) = measure(model, [prepared], windows, 5)
-    with torch.inference_mode():
-        states = model.model.model(windows).last_hidden_state[:, 5:-1].flatten(0, 1)
-        weight = model.head.weight
-        exact = (states @ weight.T).log_softmax(-1)
-        kept = states.abs() > artifact.read("lm_head").thresholds
-        rounded = FP8_WHILE_LOADING.round_trip(weight)
-        logs = (torch.where(kept, states, 0) @ rounded.T).log_softmax(-1)
-    expected = (exact.exp() * (exact - logs)).sum(-1).mean().item()
+    thresholds = artifact.read("lm_head").thresholds
+    expected = head_divergence(model, windows, 5, FP8_WHILE_LOADING, thresholds)
     assert loss.kl_divergence == pytest.approx(expected, rel=1e-3)
     assert loss.by_kind["lm_head"] == pytest.approx(0.4, abs=0.1)
     assert loss.achieved_sparsity == 0.0
@@ -137,13 +150,7 @@ def test_a_head_in_planes(small: Path, tmp_path: Path) -> None:
     model = SwitchableModel(prepared.checkpoint, torch.device("cpu"), torch.float32)
     windows = torch.randint(0, 4096, (1, 12))
     (loss,) = measure(model, [prepared], windows, 2)
-    with torch.inference_mode():
-        states = model.model.model(windows).last_hidden_state[:, 2:-1].flatten(0, 1)
-        weight = model.head.weight
-        exact = (states @ weight.T).log_softmax(-1)
-        planes = PLANES_WHILE_LOADING.round_trip(weight)
-        logs = (states @ planes.T).log_softmax(-1)
-    expected = (exact.exp() * (exact - logs)).sum(-1).mean().item()
+    expected = head_divergence(model, windows, 2, PLANES_WHILE_LOADING, None)
     assert loss.kl_divergence == pytest.approx(expected, rel=1e-2)
 
 

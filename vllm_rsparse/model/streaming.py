@@ -84,7 +84,7 @@ class StreamedModel:
             expose_linears(layer, spec, self._tensors.config)
         self._shared = SharedKeysValues(layers)
         # Arguments of each layer: positional ones (Gemma 4's per-layer embeddings) by
-        # window, the others the same for all.
+        # window, the others the same for all, which are as long and not padded.
         self._positional: list[list[tuple[Any, ...]]] = []
         self._named: list[dict[str, Any]] = []
         self._weights = ModuleWeights(self._tensors, self._model, device)
@@ -281,7 +281,6 @@ class StreamedModel:
             for layer in self._layers:
                 del layer.forward
         self._positional.append(positional)
-        # The same for all windows: they have the same length and no padding.
         self._named = named
         return first[0]
 
