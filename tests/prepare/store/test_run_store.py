@@ -2,8 +2,9 @@
 """The store that runs resume from: results come back, or are absent as a whole."""
 
 import logging
+from concurrent.futures import Future
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 from typing import Any
 
 import pytest
@@ -87,6 +88,85 @@ def test_an_interrupted_run_finishes_what_it_put(tmp_path: Path) -> None:
     store.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     names = [f"stage.{index}.safetensors" for index in range(AHEAD)]
     assert sorted(file.name for file in store.directory.glob("stage*")) == names
+
+
+# A resumed run takes a state for proof of the results that were put before it.
+RESULT, STATE = Key("result", 0), Key("state", 0)
+
+
+@pytest.fixture
+def syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Future[None]]:
+    """What to wait for before a file is on disk, by its name."""
+    waiting: dict[str, Future[None]] = {f"{RESULT}.partial": Future()}
+    sync = background._sync
+
+    def slow(path: Path, written: Future[None]) -> None:
+        if path.name in waiting:
+            waiting[path.name].result(60)
+        sync(path, written)
+
+    monkeypatch.setattr(background, "_sync", slow)
+    return waiting
+
+
+def _named(store: RunStore) -> list[str]:
+    return sorted(file.name for file in store.directory.glob("*.safetensors"))
+
+
+def test_after_a_file_that_fails_no_later_one_has_a_name(
+    tmp_path: Path, syncs: dict[str, Future[None]]
+) -> None:
+    store = RunStore(tmp_path / "s", {})
+    for key in (KEY, RESULT, STATE):
+        store.put(key, {"x": torch.ones(8)})
+    full = PrepareError("result: No space left on device")
+    syncs["result.0.partial"].set_exception(full)
+    with pytest.raises(PrepareError, match="No space left"):
+        store.require(1)
+    store.__exit__(PrepareError, full, None)
+    assert _named(store) == ["stage.0.safetensors"]
+
+
+def test_files_get_their_names_in_order(
+    tmp_path: Path,
+    syncs: dict[str, Future[None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = RunStore(tmp_path / "s", {})
+    for key in (RESULT, STATE):
+        store.put(key, {"x": torch.ones(8)})
+    Timer(0.1, syncs["result.0.partial"].set_result, (None,)).start()
+    named, rename = [], background.os.replace
+
+    def noted(source: Path, target: Path) -> None:
+        named.append(target.name)
+        rename(source, target)
+
+    monkeypatch.setattr(background.os, "replace", noted)
+    store.put(STATE, {"x": torch.zeros(8)})
+    assert named == ["result.0.safetensors", "state.0.safetensors"]
+    store.close()
+
+
+def test_a_wait_that_is_interrupted_loses_no_file(
+    tmp_path: Path,
+    syncs: dict[str, Future[None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    store = RunStore(tmp_path / "s", {})
+    for key in (RESULT, STATE):
+        store.put(key, {"x": torch.ones(8)})
+    there = store._files._pending[store.directory / "result.0.safetensors"]
+    with monkeypatch.context() as patch:
+        patch.setattr(there.on_disk, "result", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.require(1)
+    syncs["result.0.partial"].set_result(None)
+    store.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert _named(store) == ["result.0.safetensors", "state.0.safetensors"]
 
 
 def test_recorded_results_come_back(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ as it is written.
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,8 @@ class BackgroundFiles:
     """Safetensors files that are complete, and on disk, or absent.
 
     Two threads work on them, in the order in which they are put; renaming them is left
-    to the caller's thread.
+    to the caller's thread, which keeps the order: a file that has its name, such as a
+    state, implies that all earlier ones do.
     """
 
     def __init__(self) -> None:
@@ -58,7 +60,7 @@ class BackgroundFiles:
             PrepareError: an earlier file cannot be written.
         """
         if path in self._pending:
-            self._finish(path)
+            self.wait(path)
         self.settle()
         waiting = [one for one in self._pending.values() if not one.written.done()]
         if len(waiting) >= AHEAD:
@@ -87,28 +89,38 @@ class BackgroundFiles:
             PrepareError: one cannot be written.
         """
         for path, pending in list(self._pending.items()):
-            if pending.on_disk.done():
-                self._finish(path)
+            if not pending.on_disk.done():
+                return
+            self._finish(path)
 
-    def wait(self) -> None:
-        """Return when all files that were put are on disk.
+    def wait(self, last: Path | None = None) -> None:
+        """Return when the files up to one of them, or all, are on disk.
 
         Raises:
             PrepareError: one cannot be written.
         """
         for path in list(self._pending):
             self._finish(path)
+            if path == last:
+                return
 
     def close(self) -> None:
-        """Finish what was put; a failure is no error any more."""
-        for path in list(self._pending):
-            with suppress(PrepareError):
-                self._finish(path)
+        """Finish what was put, up to a file that fails, which is no error any more."""
+        with suppress(PrepareError):
+            self.wait()
 
     def _finish(self, path: Path) -> None:
-        self._pending.pop(path).on_disk.result()
-        with writing_output(path):
-            os.replace(_partial(path), path)
+        try:
+            self._pending[path].on_disk.result()
+            with writing_output(path):
+                os.replace(_partial(path), path)
+        except Exception:
+            # The disk may have had room for later ones, which stay without a name.
+            wait_for([one.on_disk for one in self._pending.values()])
+            self._pending.clear()
+            raise
+        # Not before: a wait that Ctrl-C ends leaves it the first.
+        del self._pending[path]
 
 
 def _partial(path: Path) -> Path:
