@@ -161,6 +161,27 @@ def test_a_head_in_planes_is_not_sparse(small: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"vocab_size": 4099}, r"is \[4099, 384\]: --head int8-planes"),
+        ({"hidden_size": 84}, r"is \[4096, 84\]: --head int8-planes"),
+    ],
+)
+def test_a_head_that_planes_do_not_fit_is_refused_at_once(
+    small: Path, tmp_path: Path, changes: dict[str, int], found: str
+) -> None:
+    model = shutil.copytree(small, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | changes
+    (model / "config.json").write_text(json.dumps(config))
+    checkpoint, cpu = Checkpoint(model), torch.device("cpu")
+    planes = StreamedModel(
+        checkpoint, cpu, torch.float32, head_load_time=PLANES_WHILE_LOADING
+    )
+    with pytest.raises(CheckpointError, match=rf"{found}.* use --head fp8"):
+        planes.check_head()
+
+
 def test_a_prompt_uses_the_whole_quantized_head(small: Path, tmp_path: Path) -> None:
     options = {"sparsity": 0.0, "recipe": "teal", "head": "fp8", "head_sparsity": 0.4}
     _prepare(small, tmp_path / "out", **options)

@@ -239,6 +239,7 @@ class PlanesWhileLoading(LoadTimeFormat):
     name = "int8-planes"
     format = INT8_PLANES
     bases = (FLOAT.name, FP8.name, FP8_BLOCK.name, INT8.name)
+    multiples = (PER_WORD, min(GROUPS))
 
     def encode(
         self,

@@ -27,6 +27,7 @@ class LoadTimeFormat(ABC):
         artifact_scales: whether ``prepare`` writes ``scales`` into the artifact.
         quantised_inputs: whether dense steps may round x to the format too, as vLLM
             does where it quantizes to it while loading.
+        multiples: of what N and K of a whole linear must be multiples.
     """
 
     name: ClassVar[str]
@@ -34,6 +35,7 @@ class LoadTimeFormat(ABC):
     bases: ClassVar[tuple[str, ...]]
     artifact_scales: ClassVar[bool] = False
     quantised_inputs: ClassVar[bool] = False
+    multiples: ClassVar[tuple[int, int]] = (1, 1)
 
     def scales(self, weight: Tensor) -> Tensor:
         """What ``encode`` needs to know of the whole linear: float32 [N].

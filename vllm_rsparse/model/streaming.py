@@ -101,16 +101,28 @@ class StreamedModel:
         """Format that the linears' weights are quantized to while they load."""
         return self._tensors.load_time
 
-    def require_plain_head(self) -> None:
-        """Refuse to change an output layer that the checkpoint has quantized.
+    def check_head(self) -> None:
+        """Refuse to change an output layer that cannot be changed.
 
         Raises:
-            CheckpointError: names what to do.
+            CheckpointError: the checkpoint has quantized it, or it has a shape that
+                its new format does not have; names what to do.
         """
         if self._tensors.head_is_quantized:
             raise CheckpointError(
                 f"{self.checkpoint.directory}: the output layer is quantized already;"
                 " leave out --head and --head-sparsity"
+            )
+        projection = self._model.get_output_embeddings()
+        if self.head_load_time is None or projection is None:
+            return
+        n, k = projection.weight.shape
+        rows, channels = self.head_load_time.multiples
+        if n % rows or k % channels:
+            raise CheckpointError(
+                f"{self.checkpoint.directory}: the output layer is [{n}, {k}]: --head"
+                f" {self.head_load_time.name} needs a vocabulary in multiples of {rows}"
+                f" and a hidden size in multiples of {channels}; use --head fp8"
             )
 
     @property

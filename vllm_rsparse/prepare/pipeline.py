@@ -105,7 +105,7 @@ def prepare_all(options: PrepareOptions) -> list[ArtifactInfo]:
     head_load_time = load_time_format(options.head, "--head")
     model = StreamedModel(checkpoint, device, dtype, load_time, head_load_time)
     if head_load_time is not None or options.head_sparsity > 0:
-        model.require_plain_head()
+        model.check_head()
     source = choose_text(options, texts, model, getattr(torch, stored_dtype))
     output = options.output.absolute()
     store = RunStore(
