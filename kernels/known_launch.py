@@ -34,12 +34,14 @@ def launch(
         device: of the tensors, the current one.
         grid: programs.
         arguments: what is not a constant, in order: tensors, descriptors of them,
-            integers that are not negative, None and tuples of these.
+            integers that are not negative and below 2^63, None and tuples of these,
+            nested alike in all calls of a kernel.
         num_warps: warps of a program.
         num_stages: Triton's option; None leaves it at its default.
         pdl: programmatic dependent launch.
         registers: most of a thread; None leaves them to the compiler.
-        constants: all of them, in the order of the kernel's parameters.
+        constants: all of them, in the order of the kernel's parameters; each of one
+            type in all calls of a kernel, as 1, 1.0 and True are the same key.
 
     Raises:
         TypeError: the constants are not the kernel's, or are in another order.
