@@ -123,12 +123,13 @@ def test_an_embedding_next_to_an_output_layer_has_no_copy(engine, config):
     assert [name for name, _ in embedding.named_parameters()] == ["weight"]
 
 
-@pytest.mark.parametrize("head", ["as-stored", "fp8"])
+@pytest.mark.parametrize("head", ["as-stored", *HEAD_FORMATS])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_reload_changes_the_logits(engine, config, tied, head):
     engine(0, 1)
     kind = vocabulary.VocabParallelEmbedding if tied else vocabulary.ParallelLMHead
-    made = config(head=head, head_sparsity=SPARSITY, max_sparse_tokens=2)
+    sparsity = 0 if head == "int8-planes" else SPARSITY
+    made = config(head=head, head_sparsity=sparsity, max_sparse_tokens=2)
     layer = build(kind, made)
     whole = nn.ModuleList([layer])
     layerwise.record_metadata_for_reloading(whole)
@@ -143,7 +144,8 @@ def test_a_reload_changes_the_logits(engine, config, tied, head):
     layerwise.finalize_layerwise_reload(whole, None)
     assert all(held[name] is tensor for name, tensor in layer.named_parameters())
     logits = layer.quant_method.apply(layer, x)[:, :WORDS]
-    torch.testing.assert_close(logits, expected_logits(x, changed, head))
+    expected = expected_logits(x, changed, head, sparse=sparsity > 0)
+    torch.testing.assert_close(logits, expected)
 
 
 @pytest.mark.parametrize("head", ["as-stored", "fp8"])
@@ -208,6 +210,18 @@ def test_planes_are_dense_at_every_step(engine, config):
     assert made.served.decision.head_sparsity == 0
     with pytest.raises(SettingError, match=r"int8-planes, which is dense .* \(0.4\)"):
         config(head="int8-planes", head_sparsity=SPARSITY)
+
+
+def test_planes_that_do_not_fit_are_refused(engine, config):
+    engine(0, 1)
+    made = config(head="int8-planes")
+    layer = vocabulary.ParallelLMHead(
+        WORDS, 80, torch.float32, quant_config=made, prefix="lm_head"
+    )
+    layer.weight.weight_loader(layer.weight, torch.randn(WORDS, 80))
+    match = r"head is int8-planes, .* 80 input channels.* use head: as-stored"
+    with pytest.raises(ArtifactError, match=match):
+        layer.quant_method.process_weights_after_loading(layer)
 
 
 def test_a_head_of_another_model_is_refused(engine, config):

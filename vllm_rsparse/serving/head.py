@@ -24,6 +24,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from vllm_rsparse.artifact.tensors import LinearTensors
 from vllm_rsparse.errors import ArtifactError
+from vllm_rsparse.formats.base import StoredWeight, WeightFormatError
+from vllm_rsparse.formats.load_time import LoadTimeFormat
 from vllm_rsparse.formats.plain import store_float
 from vllm_rsparse.model.names import HEAD
 from vllm_rsparse.op.backends import routes_of
@@ -105,7 +107,7 @@ class _Logits(SparseLayer):
         if plan.load_time is None:
             stored = store_float(weight)
         else:
-            stored = plan.load_time.encode(weight)
+            stored = self._encode(weight, plan.load_time)
         routes_of(self.backend, stored.format)
         register_stored(layer, stored, self.data_name)
         as_the_base = self._keeps_weight and plan.load_time is None
@@ -130,6 +132,15 @@ class _Logits(SparseLayer):
             stored.nbytes / (1 << 20),
             f" next to the base's {kept / (1 << 20):.1f} MiB" if kept else "",
         )
+
+    def _encode(self, weight: Tensor, load_time: LoadTimeFormat) -> StoredWeight:
+        try:
+            return load_time.encode(weight)
+        except WeightFormatError as error:
+            raise ArtifactError(
+                f"head is {self._plan}, but the output layer cannot be: {error};"
+                f" {self._plan.remedy}"
+            ) from error
 
 
 def _require_shape(layer: VocabParallelEmbedding, shape: tuple[int, int]) -> None:
