@@ -39,7 +39,7 @@ def sparse_default(
     """
     if kind == "float8_e4m3fn" and tokens <= VECTOR_TOKENS:
         return fp8_config(n, k, tokens, processors)
-    if tokens <= SLOTTED_TOKENS.get(kind, 0):
+    if kind in SLOTTED_TOKENS and tokens <= SLOTTED_TOKENS[kind]:
         return slotted_config(n, k, kind, tokens, processors)
     if kind in PACKED_COLUMNS:
         return packed_config(n, k, kind, processors)
