@@ -22,6 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .byte_operands import channel_fours, join_bytes, operand_rows, spread_bytes
 from .codes import PLANE_STEPS
 from .programs import column_constants
+from .tiles import prefetch
 
 # Added to the bits of a float32, an integer below 2^22 counts its last bits.
 _INTEGERS = tl.constexpr(0x4B400000)
@@ -215,15 +216,7 @@ def _fetch_ahead(ptr, first, begin_n, halves_n, k, BYTES: tl.constexpr):
     column = tl.minimum(begin_n // 4 + 64 * tl.arange(0, LINES), halves_n - 1)
     row = first + tl.arange(0, BYTES.channels)[None, :, None]
     row = tl.arange(0, BYTES.planes)[:, None, None] * k + row
-    place = ptr + row * halves_n + column[None, None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [place.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    prefetch(ptr + row * halves_n + column[None, None, :])
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from .known_launch import launch
 from .launch_config import LaunchConfig, Rounding
 from .packing import Scales
 from .rounded_blocks import round_blocks
-from .rsparse_linear import finish_dense, has_dependent_launch
+from .rsparse_linear import dense_workspace, finish_dense, has_dependent_launch
 from .sizes import cdiv, next_power_of_2
 from .tiles import Constants
 
@@ -64,10 +64,7 @@ def byte_linear(
     rounding = Rounding(min(rounding.block, channels), rounding.digits)
     rows = round_blocks(x, rounding)
     split_k = max(1, min(config.split_k, k // channels))
-    partial = None
-    if split_k > 1:
-        shape = (split_k, tokens, n)
-        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    partial = dense_workspace(split_k, out)
     most = max(_FEWEST_COLUMNS, next_power_of_2(tokens * rounding.digits))
     block_m = min(_MOST_COLUMNS, most) // rounding.digits
     data = weight.data.view(torch.int16).view(-1, n // 4)

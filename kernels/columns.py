@@ -19,6 +19,7 @@ from .columns_operands import operand_of_bytes, operand_of_nibbles
 from .packed_scales import SCALE_BLOCK
 from .packed_wide import hide_order
 from .programs import column_constants
+from .tiles import prefetch
 
 
 class Columns(NamedTuple):
@@ -175,14 +176,7 @@ def _fetch_ahead(words, split, splits, begin_word, words_n, k, COLUMNS: tl.const
         channel = (split + index * splits) * CHANNELS + tl.arange(0, CHANNELS)
         live = (channel < k)[:, None] & (column < words_n)[None, :]
         place = tl.where(live, channel[:, None] * words.pitch + column[None, :], 0)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-            "=r,l",
-            [(words.ptr + place).to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        prefetch(words.ptr + place)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from .known_launch import launch
 from .launch_config import LaunchConfig
 from .packing import Scales, Words
 from .rsparse_linear import (
+    dense_workspace,
     dot_dtype,
     finish_dense,
     has_dependent_launch,
@@ -85,10 +86,7 @@ def columns_linear(
         ahead=AHEAD,
     )
     scales = column_scales(weight)
-    partial = None
-    if split_k > 1:
-        shape = (split_k, tokens, n)
-        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    partial = dense_workspace(split_k, out)
     data, pitch = rows_of(weight, words=True)
     grid = (cdiv(tokens, block_m), cdiv(n, config.block_n), split_k)
     launch(

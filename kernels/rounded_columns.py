@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .byte_operands import channel_fours, operand_rows
 from .codes import decode_e4m3
 from .programs import column_constants
+from .tiles import prefetch
 
 
 class RoundedColumns(NamedTuple):
@@ -88,7 +89,7 @@ def rounded_columns_kernel(
     for _tile in tl.static_range(TILES):
         accs = accs + (tl.zeros([ROWS, TOKENS], dtype=tl.float32),)
     if ROUNDED.pdl:
-        fetch_box(ptr, split * CHANNELS, begin_n // 2, n // 2, x.k, ROUNDED)
+        _fetch_ahead(ptr, split * CHANNELS, begin_n // 2, n // 2, x.k, ROUNDED)
         gdc_wait()
     for first in tl.range(
         split * CHANNELS, x.k, splits * CHANNELS, num_stages=ROUNDED.stages
@@ -130,20 +131,13 @@ def rounded_columns_kernel(
 
 
 @triton.jit
-def fetch_box(ptr, first, begin, halves_n, k, ROUNDED: tl.constexpr):
+def _fetch_ahead(ptr, first, begin, halves_n, k, ROUNDED: tl.constexpr):
     """Bring the first words into L2, which no launch before this one has written."""
     # Lines of the cache are 128 bytes, two boxes' rows of four warps.
     LINES: tl.constexpr = (ROUNDED.warps * ROUNDED.tiles + 7) // 8
     column = tl.minimum(begin + 64 * tl.arange(0, LINES), halves_n - 1)
     row = tl.minimum(first + tl.arange(0, ROUNDED.channels), k - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [(ptr + row[:, None] * halves_n + column[None, :]).to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    prefetch(ptr + row[:, None] * halves_n + column[None, :])
 
 
 @triton.jit

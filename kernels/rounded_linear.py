@@ -11,7 +11,12 @@ from vllm_rsparse.formats.base import StoredWeight
 from .known_launch import launch
 from .launch_config import LaunchConfig
 from .rounded_columns import RoundedColumns, rounded_columns_kernel
-from .rsparse_linear import finish_dense, has_dependent_launch, input_of
+from .rsparse_linear import (
+    dense_workspace,
+    finish_dense,
+    has_dependent_launch,
+    input_of,
+)
 from .sizes import cdiv, next_power_of_2
 from .tiles import Constants
 
@@ -52,10 +57,7 @@ def rounded_linear(
     if tokens == 0 or n == 0:
         return out
     split_k = max(1, min(config.split_k, cdiv(k, config.block_k)))
-    partial = None
-    if split_k > 1:
-        shape = (split_k, tokens, n)
-        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    partial = dense_workspace(split_k, out)
     block_m = min(_MOST_TOKENS, max(_FEWEST_TOKENS, next_power_of_2(tokens)))
     data = weight.data.t().view(torch.int16)
     box = [config.block_k, 8 * config.num_warps]

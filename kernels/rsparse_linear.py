@@ -191,6 +191,14 @@ def finish(
     )
 
 
+def dense_workspace(splits: int, out: Tensor) -> Tensor | None:
+    """Partial sums float32 [splits, M, N] for ``finish_dense``; None for one split."""
+    if splits == 1:
+        return None
+    shape = (splits, *out.shape)
+    return torch.empty(shape, dtype=torch.float32, device=out.device)
+
+
 def finish_dense(
     partial: Tensor,
     scales: Tensor | None,

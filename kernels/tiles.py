@@ -106,6 +106,19 @@ def load_tile(matrix, offs_k, offs_n, mask, WIDE: tl.constexpr):
 
 
 @triton.jit
+def prefetch(pointers):
+    """Ask for the lines of the cache that these are in, in L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def locate_tile(tile, first_shard_column, sizes, BLOCK_N: tl.constexpr):
     """Shard, first column and end column of a tile; tiles never straddle shards."""
     shard = 0

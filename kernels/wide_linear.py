@@ -12,6 +12,7 @@ from .launch_config import LaunchConfig
 from .packed_wide import Wide, wide_kernel
 from .packing import STEP, Scales, Words
 from .rsparse_linear import (
+    dense_workspace,
     dot_dtype,
     finish_dense,
     has_dependent_launch,
@@ -83,10 +84,7 @@ def wide_linear(
         pdl=has_dependent_launch(x.device),
     )
     scales = column_scales(weight)
-    partial = None
-    if split_k > 1:
-        shape = (split_k, tokens, n)
-        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    partial = dense_workspace(split_k, out)
     data, pitch = rows_of(weight, words=True)
     grid = (cdiv(n, config.block_n), cdiv(tokens, block_m), split_k)
     launch(

@@ -106,16 +106,10 @@ def writing(
     try:
         yield
     except OSError as error:
-        raise unwritable(what, error, kind, elsewhere) from error
-
-
-def unwritable(
-    what: Path | str, cause: Exception, kind: type[RSparseError], elsewhere: str
-) -> RSparseError:
-    """The error that ``writing`` raises, for exceptions other than ``OSError``."""
-    return kind(
-        f"{what}: cannot be written ({cause}); free space there, or choose {elsewhere}"
-    )
+        raise kind(
+            f"{what}: cannot be written ({error}); free space there, or choose"
+            f" {elsewhere}"
+        ) from error
 
 
 def check_picture(path: Path) -> None:

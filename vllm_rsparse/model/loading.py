@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole base model in memory, as transformers runs it."""
+"""The base model as transformers builds it: whole in memory, or without weights."""
 
 import math
 from typing import Any
 
 import torch
 
+from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.model.attention import attention_implementation
 from vllm_rsparse.model.checkpoint import Checkpoint
 from vllm_rsparse.model.language_model import LanguageModel
@@ -46,6 +47,34 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
         weights = checkpoint.read(checkpoint.plain_names(), dequantised=dtype)
         model = architecture.from_pretrained(None, state_dict=weights, **settings)
     return model.to(device).eval()
+
+
+def load_skeleton(tensors: LanguageModel, dtype: torch.dtype) -> Any:
+    """A checkpoint's language model on the meta device, without weights.
+
+    Raises:
+        CheckpointError: transformers cannot build it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    directory = tensors.checkpoint.directory
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        if tensors.family.text_config is not None:
+            config = config.get_text_config()
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=attention_implementation(config),
+            )
+    # Unknown architectures, remote code, broken configs: each its own exception.
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory / 'config.json'}: transformers cannot build this"
+            f" model ({error}); models that need remote code are not supported"
+        ) from error
+    return model.eval()
 
 
 def loaded_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:

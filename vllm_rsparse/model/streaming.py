@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from vllm_rsparse.errors import CheckpointError
 from vllm_rsparse.formats.load_time import LoadTimeFormat
-from vllm_rsparse.model.attention import attention_implementation
 from vllm_rsparse.model.checkpoint import FLOAT_DTYPES, Checkpoint
 from vllm_rsparse.model.language_model import LanguageModel
 from vllm_rsparse.model.linears import Linear
+from vllm_rsparse.model.loading import load_skeleton
 from vllm_rsparse.model.memory import release_freed_memory
 from vllm_rsparse.model.module_weights import ModuleWeights
 from vllm_rsparse.model.modules import expose_linears
@@ -69,7 +69,7 @@ class StreamedModel:
         self.dtype = dtype
         self.head_load_time = head_load_time
         self._tensors = LanguageModel(checkpoint, load_time, device)
-        self._model = _skeleton(self._tensors, dtype)
+        self._model = load_skeleton(self._tensors, dtype)
         self._base: nn.Module = self._model.base_model
         layers = getattr(self._base, "layers", None)
         prefix = self._model.base_model_prefix
@@ -307,26 +307,3 @@ def _joined(windows: Sequence[Any], device: torch.device) -> Any:
     if not isinstance(windows[0], Tensor):
         return windows[0]
     return torch.cat([window.to(device) for window in windows])
-
-
-def _skeleton(tensors: LanguageModel, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    directory = tensors.checkpoint.directory
-    try:
-        config = AutoConfig.from_pretrained(directory)
-        if tensors.family.text_config is not None:
-            config = config.get_text_config()
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=attention_implementation(config),
-            )
-    # Unknown architectures, remote code, broken configs: each its own exception.
-    except Exception as error:
-        raise CheckpointError(
-            f"{directory / 'config.json'}: transformers cannot build this"
-            f" model ({error}); models that need remote code are not supported"
-        ) from error
-    return model.eval()

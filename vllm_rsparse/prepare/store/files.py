@@ -5,8 +5,8 @@ import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from vllm_rsparse.arguments import unwritable, writing
-from vllm_rsparse.errors import PrepareError, RSparseError
+from vllm_rsparse.arguments import writing
+from vllm_rsparse.errors import PrepareError
 
 _ELSEWHERE = "an OUTPUT on another disk"
 
@@ -18,11 +18,6 @@ def writing_output(what: Path | str) -> AbstractContextManager[None]:
         PrepareError: the disk is full, or the file system does not allow it.
     """
     return writing(what, PrepareError, _ELSEWHERE)
-
-
-def unwritable_output(what: Path | str, cause: Exception) -> RSparseError:
-    """The error of ``writing_output``, for exceptions other than ``OSError``."""
-    return unwritable(what, cause, PrepareError, _ELSEWHERE)
 
 
 def write_text(path: Path, text: str) -> None:
